@@ -191,21 +191,21 @@ class PlanConfig(Config):
     seed: int = 0        # study seed: generators, images and classifiers derive theirs from it
     guess: str = ""      # what you expect, sealed with the plan: "+1.5, because ..."
 
-# %% ../nbs/00_core.ipynb #642a5723
+# %% ../nbs/00_core.ipynb #700f06a0
 @dataclass(frozen=True)
 class TrainConfig(Config):
     "Settings of the train stage: the base pipeline from scratch, then DreamBooth per class (guide, section 7)."
     base: str = "tiny"                # tiny (trained from scratch), or a folder or Hub id in Stable Diffusion format
     revision: str = "main"            # Hub id only: branch, tag or commit
-    vae_steps: int = 900              # from scratch: most optimizer steps of the autoencoder
+    vae_steps: int = 500              # from scratch: most optimizer steps of the autoencoder
     vae_views: int = 60               # from scratch: most times the autoencoder sees an image
     vae_batch_size: int = 16          # images
     vae_learning_rate: float = 1e-3   # peak
-    base_steps: int = 700             # from scratch: most optimizer steps of U-Net and text encoder
+    base_steps: int = 500             # from scratch: most optimizer steps of U-Net and text encoder
     base_views: int = 60              # from scratch: most times they see an image
     base_batch_size: int = 64         # images
     base_learning_rate: float = 8e-4  # peak
-    max_train_steps: int = 100        # DreamBooth: most optimizer steps per class (guide: 800)
+    max_train_steps: int = 60         # DreamBooth: most optimizer steps per class (guide: 800)
     max_views: int = 20               # DreamBooth: most times an image is seen
     train_batch_size: int = 64        # DreamBooth: images (guide: 8)
     gradient_accumulation_steps: int = 1  # batches per optimizer step (guide: 2)
@@ -214,15 +214,15 @@ class TrainConfig(Config):
     train_text_encoder: bool = True   # DreamBooth: tune the text encoder too
     prior_loss_weight: float = 0.0    # weight of the loss on the other class's real images; 0 switches it off (guide: 1.0)
     ema_decay: float = 0.995          # exponential moving average of the trained weights; 0 keeps the last weights
-    mixed_precision: str = "bf16"     # no, fp16 or bf16: autocast; the trained weights stay float32
+    mixed_precision: str = "no"       # no or bf16: autocast; the trained weights stay float32 (guide: fp16)
     checkpoint_steps: int = runtime(100)  # optimizer steps between two checkpoints
     device: str = runtime("auto")     # auto, cuda, mps or cpu
 
-# %% ../nbs/00_core.ipynb #46e5186c
+# %% ../nbs/00_core.ipynb #4bea4275
 @dataclass(frozen=True)
 class GenerateConfig(Config):
     "Settings of the generate stage (guide, section 8)."
-    num_inference_steps: int = 20   # DPM-Solver++ steps (guide: 30)
+    num_inference_steps: int = 15   # DPM-Solver++ steps (guide: 30)
     guidance_scale: float = 1.0     # 1 is no classifier-free guidance (guide: 7.5)
     negative_prompt: str = ""       # what to steer away from; needs guidance above 1
     batch_size: int = 50            # images per call; the last call is padded to it, so that image k never depends on it
@@ -237,13 +237,13 @@ class QualityConfig(Config):
     halvings: int = 20    # random patient-disjoint halvings of the real images: the floor
     device: str = runtime("auto")  # auto, cuda, mps or cpu
 
-# %% ../nbs/00_core.ipynb #8df6d44d
+# %% ../nbs/00_core.ipynb #f650860a
 @dataclass(frozen=True)
 class ExperimentsConfig(Config):
     "Settings of the experiments (guide, section 11; analysis plan, section 2)."
     network: str = "efficientnet_lite0"  # frozen features under a logistic head
     size: int = 128        # side to which images are resized for the network, px
-    views: int = 4         # augmented views computed per real training image; a seed draws one of them per image
+    views: int = 3         # augmented views computed per real training image; a seed draws one of them per image
     share: float = 0.5     # part of the total sample weight that synthetic images get in `mixed`
     C: float = 0.01        # inverse regularisation strength of the head
     device: str = runtime("auto")  # auto, cuda, mps or cpu
@@ -326,7 +326,7 @@ def now() -> str:
     "This moment, UTC, to the second (ISO 8601)."
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
-# %% ../nbs/00_core.ipynb #8da1e363
+# %% ../nbs/00_core.ipynb #7b0997a2
 class Stage:
     "The record beside one stage's output; made by `open_stage`."
     def __init__(self, study: Study, out: str, record: dict): self.study, self.out, self.record = study, out, record
@@ -335,6 +335,11 @@ class Stage:
     @property
     def path(self) -> Path: return self.study/self.out
     def save(self): write_json(self.study.record_path(self.out), self.record)
+    def set_threads(self):
+        "Compute with the recorded number of torch threads: another number changes the last bits of a result."
+        import torch
+        torch.set_num_threads(self.record.setdefault("threads", torch.get_num_threads()))
+        self.save()
     def finish(self, **facts):
         "Mark the stage complete; `facts` are added to its record."
         self.record |= dict(status="complete", finished=now()) | facts
@@ -407,7 +412,7 @@ def stale_stages(
     def same(rel, digest): return (study/rel).exists() and study.digest(rel) == digest
     return [f"{out}: {rel} changed" for out, r in study.records().items() for rel, d in r["inputs"].items() if not same(rel, d)]
 
-# %% ../nbs/00_core.ipynb #c067a2b7
+# %% ../nbs/00_core.ipynb #3f0c369a
 def pick_device(
     name: str = "auto" # auto, cuda, mps or cpu
 ) -> str:
@@ -418,12 +423,12 @@ def pick_device(
 
 def autocast(
     device: str,   # from `pick_device`
-    precision: str # no, fp16 or bf16
+    precision: str # no or bf16
 ):
     "Mixed precision for the forward pass; the weights themselves stay float32."
     import torch
-    dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[one_of(precision, ("no", "fp16", "bf16"), "mixed_precision")]
-    return torch.autocast(device, dtype or torch.float32, enabled=dtype is not None)
+    one_of(precision, ("no", "bf16"), "mixed_precision")
+    return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
 
 # %% ../nbs/00_core.ipynb #3860b98b
 def progress(
