@@ -19,7 +19,7 @@ from .core import (CLASSES, PROMPTS, CxrError, GenerateConfig, Study, atomic_pat
                             pick_device, progress, seed_for, write_text)
 from .data import prepare_image
 
-# %% ../nbs/05_generate.ipynb #79393d9c
+# %% ../nbs/05_generate.ipynb #1154187d
 def load_finetuned_model(
     model_path,         # folder (or Hub id) in Stable Diffusion format
     device: str="auto"  # auto, cuda, mps or cpu
@@ -27,7 +27,7 @@ def load_finetuned_model(
     "Load a fine-tuned pipeline with the fast DPM-Solver++ scheduler (guide, section 8); half precision on a GPU."
     device = pick_device(device)
     dtype = torch.float16 if device == "cuda" else torch.float32
-    try: pipe = StableDiffusionPipeline.from_pretrained(model_path, safety_checker=None, requires_safety_checker=False)
+    try: pipe = StableDiffusionPipeline.from_pretrained(str(model_path), safety_checker=None, requires_safety_checker=False)
     except (OSError, ValueError) as e:
         raise CxrError(f"cannot load a model from {model_path}: {str(e).strip().splitlines()[0][:200]}\n"
                        "Expected a folder made by the train stage or by save_pretrained.\nTrain one first: cxr-synth train STUDY") from e
@@ -129,7 +129,7 @@ def generate_synthetic_dataset(
         for k, image in zip(part, sample(pipe, prompt, part, resolution, cfg)): save_png(image, Path(output_dir)/f"synthetic_{k:05d}.png")
     return output_dir
 
-# %% ../nbs/05_generate.ipynb #8c608629
+# %% ../nbs/05_generate.ipynb #f55088ac
 def generate_set(
     study: Study,        # with data and models
     entry: dict,         # one of the plan's generators: name, images
@@ -153,6 +153,7 @@ def generate_set(
                                            scheduler="DPMSolverMultistepScheduler", base_model=trained["base"], generator=name))
     stage.finish(images=n, resolution=resolution)
 
+# %% ../nbs/05_generate.ipynb #e112c3c4
 def stage_generate(
     study: Study,        # with data, plan and models
     plan: dict,          # from `load_plan`

@@ -1,5 +1,5 @@
 "What holds the project together: one version, a light import, notebooks in their order and tidy, README in step."
-import ast, json, re, subprocess, sys, tomllib
+import ast, json, os, re, subprocess, sys, tomllib
 from configparser import ConfigParser
 from importlib import import_module
 from pathlib import Path
@@ -44,10 +44,11 @@ def test_console_scripts_lead_somewhere(toml):
         module, function = target.split(":")
         assert callable(getattr(import_module(module), function))
 
-def test_nbdev_test_passes_options_on():
+def test_nbdev_test_passes_options_on(tmp_path):  # in an empty project, so that options passed over would run nothing
+    (tmp_path/"pyproject.toml").write_text((ROOT/"pyproject.toml").read_text(encoding="utf-8"), encoding="utf-8")
     code = "import sys; from cxr_synth.app import nbdev_test; sys.argv = ['nbdev_test', '--no_such_option', '1']; sys.exit(nbdev_test())"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "--no-such-option" in done.stderr
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 2 and "--no-such-option" in done.stderr, done.stdout + done.stderr
 
 # -- a light import, and names found when they are used
 
