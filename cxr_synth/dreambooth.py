@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 
-# %% ../nbs/04_dreambooth.ipynb #176ccf5d
+# %% ../nbs/04_dreambooth.ipynb #5e952824
 from .core import (BASE_MODELS, CLASSES, PROMPTS, CxrError, Study, TrainConfig, autocast, generator_name, open_stage,
                             parse_generator, pick_device, seed_for, write_csv)
 from .data import load_images, training_rows
-from .tiny import Loop, batch_at, encode, steps_for, tiny_pipeline, tiny_vae, train_vae
+from .tiny import Loop, batch_at, encode, steps_for, tiny_pipeline, tiny_vae, to_device, train_vae
 
 # %% ../nbs/04_dreambooth.ipynb #704995ce
 def diffusion_target(
@@ -81,7 +81,7 @@ def denoising_loss(
         out = pipe.unet(sch.add_noise(x0, noise, t).to(device), t.to(device), states).sample
     return F.mse_loss(out.float(), diffusion_target(sch, x0, noise, t).to(device))
 
-# %% ../nbs/04_dreambooth.ipynb #a5f0d81a
+# %% ../nbs/04_dreambooth.ipynb #3dc9f782
 class Trainer:
     "Train a pipeline's U-Net (and text encoder) on latents; resumable and exact."
     def __init__(self,
@@ -102,7 +102,7 @@ class Trainer:
         **loop):               # for `Loop`: warmup, ema_decay, every
         self.pipe, self.data, self.batch, self.accumulate, self.drop = pipe, data, batch, accumulate, drop
         self.prior, self.prior_weight, self.seed, self.precision = prior, prior_weight, seed, precision
-        pipe.unet.to(device).train(); pipe.text_encoder.to(device).train(train_text)
+        to_device(pipe.unet, device).train(); pipe.text_encoder.to(device).train(train_text)
         pipe.vae.requires_grad_(False); pipe.text_encoder.requires_grad_(train_text)
         self.loop = Loop(dict(unet=pipe.unet) | (dict(text_encoder=pipe.text_encoder) if train_text else {}), path, peak, total, **loop)
     def one_pass(self, data, position, what):
@@ -200,7 +200,7 @@ def train_base(
     write_csv(work/"train-base.csv", list(log[0]), log)
     return pipe
 
-# %% ../nbs/04_dreambooth.ipynb #15a30276
+# %% ../nbs/04_dreambooth.ipynb #fd99316a
 def train_generator(
     study: Study,     # with data
     name: str,        # such as real010-rep0
@@ -220,9 +220,8 @@ def train_generator(
     for label, cls in enumerate(CLASSES):
         if (stage.path/cls).exists(): continue
         pipe = load_base(str(stage.path/"base") if cfg.base == "tiny" else cfg.base, cfg.revision)
-        other = CLASSES[1 - label]
         log = dreambooth(pipe, images[labels == label], PROMPTS[cls], work/f"{cls}.pt", cfg, seed_for(seed, name, cls),
-                         (images[labels != label], PROMPTS[other]), f"{name} {cls}")
+                         (images[labels != label], PROMPTS[CLASSES[1 - label]]), f"{name} {cls}")
         write_csv(work/f"train-{cls}.csv", list(log[0]), log)
         save_pipeline(pipe, stage.path/cls)
     collect_logs(stage.path)

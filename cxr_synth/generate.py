@@ -14,12 +14,13 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 
-# %% ../nbs/05_generate.ipynb #6bc8b8d8
+# %% ../nbs/05_generate.ipynb #dbc87c65
 from .core import (CLASSES, PROMPTS, CxrError, GenerateConfig, Study, atomic_path, digest_file, open_stage,
                             pick_device, progress, seed_for, write_text)
 from .data import prepare_image
+from .tiny import load_dtype, to_device
 
-# %% ../nbs/05_generate.ipynb #1154187d
+# %% ../nbs/05_generate.ipynb #82b89762
 def load_finetuned_model(
     model_path,         # folder (or Hub id) in Stable Diffusion format
     device: str="auto"  # auto, cuda, mps or cpu
@@ -27,13 +28,14 @@ def load_finetuned_model(
     "Load a fine-tuned pipeline with the fast DPM-Solver++ scheduler (guide, section 8); half precision on a GPU."
     device = pick_device(device)
     dtype = torch.float16 if device == "cuda" else torch.float32
-    try: pipe = StableDiffusionPipeline.from_pretrained(str(model_path), safety_checker=None, requires_safety_checker=False)
+    try: pipe = StableDiffusionPipeline.from_pretrained(str(model_path), safety_checker=None, requires_safety_checker=False, **load_dtype(dtype))
     except (OSError, ValueError) as e:
         raise CxrError(f"cannot load a model from {model_path}: {str(e).strip().splitlines()[0][:200]}\n"
                        "Expected a folder made by the train stage or by save_pretrained.\nTrain one first: cxr-synth train STUDY") from e
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device, dtype)
+    to_device(pipe.unet, device)
+    return pipe.to(device)
 
 # %% ../nbs/05_generate.ipynb #8c176491
 def start_noise(

@@ -1,11 +1,12 @@
 "The data stage on the real set (Kermany et al. 2018, 224 px), against its own metadata.csv."
+import os
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from cxr_synth.core import DataConfig, Study
 from cxr_synth.data import assert_disjoint, audit, draw_fractions, folder_source, make_manifest, prepare_file
 
-REAL = Path(__file__).parents[2]/"shared"/"data"/"kermany-224"
-pytestmark = pytest.mark.skipif(not REAL.is_dir(), reason=f"the real data set is not at {REAL}; phantoms cover the code")
+REAL = Path(os.environ.get("CXR_DATA") or Path(__file__).parents[2]/"shared"/"data")/"kermany-224"
+pytestmark = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real data set in {REAL.parent} (set CXR_DATA to the folder that holds kermany-224); phantoms cover the code")
 
 @pytest.fixture(scope="module")
 def source(): return folder_source(REAL)

@@ -1,0 +1,59 @@
+"A study killed again and again goes on each time and ends with the results of one that was never disturbed."
+import subprocess, sys, time
+from pathlib import Path
+
+import pytest
+from cxr_synth.core import Study, read_csv
+
+COMMAND = Path(sys.executable).with_name("cxr-synth")
+SMALL = """--data phantom --data.patients 120 --data.resolution 32 --plan.pool 12 --train.vae-steps 6 --train.base-steps 6 --train.base-batch-size 8
+    --train.max-train-steps 4 --train.train-batch-size 8 --train.checkpoint-steps 2 --generate.num-inference-steps 2 --generate.batch-size 2
+    --quality.size 32 --quality.halvings 3 --experiments.size 32 --experiments.views 2 --report.draws 200""".split()
+MOMENTS = ["data/images/*.png", "models/*/checkpoints/vae.pt", "models/*/checkpoints/base.pt", "models/*/checkpoints/pneumonia.pt",
+           "synthetic/*/normal/000002.png", "runs/mixed/*/run.json", "runs/synthetic_only/*/run.json"]
+
+def start(root): return subprocess.Popen([COMMAND, "run", root, *SMALL], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+def kill_when(root, pattern):
+    "Start the run, and kill it without warning as soon as a file matches."
+    p = start(root)
+    while p.poll() is None and not any(root.glob(pattern)): time.sleep(.002)
+    ended = p.poll()
+    p.kill()
+    out = p.communicate()[0]
+    assert ended is None, f"the run ended before {pattern} was there:\n{out}"
+
+def finish(root):
+    p = start(root)
+    out = p.communicate()[0]
+    assert p.returncode == 0, out
+    return out
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory):
+    root = tmp_path_factory.mktemp("calm")/"study"
+    finish(root)
+    return root
+
+def test_killed_seven_times(calm, tmp_path):
+    root = tmp_path/"study"
+    for pattern in MOMENTS: kill_when(root, pattern)
+    finish(root)
+    assert (root/"results.csv").read_bytes() == (calm/"results.csv").read_bytes()
+    for part in ("synthetic/real010-rep1/normal", "models/real100-rep0/pneumonia/unet"):
+        assert Study(root).digest(part) == Study(calm).digest(part)
+    assert not [p for p in root.rglob("*.tmp") if "cache" not in p.parts and not p.name.startswith(".")]
+
+def test_results_are_whole(calm):
+    rows = read_csv(calm/"results.csv")
+    assert len(rows) == 4 * 3 * 3                      # arms x (fraction, replicate) x seeds
+    assert all(r["status"] == "done" and r["test_auroc"] for r in rows)
+    assert {r["real_fraction"] for r in rows if not r["internal_auroc"]} == {"1.0"}   # at 100 % the internal patients are trained on
+    real, copies = ({(r["real_fraction"], r["replicate"], r["seed"]): r["test_auroc"] for r in rows if r["arm"] == arm} for arm in ("real", "duplicate"))
+    assert max(abs(float(real[k]) - float(copies[k])) for k in real) < 1e-3
+
+def test_again_does_nothing(calm):
+    before = {p: p.stat().st_mtime_ns for p in calm.rglob("*.csv")}
+    assert "Report:" in finish(calm)
+    after = {p: p.stat().st_mtime_ns for p in before}
+    assert before == after
