@@ -326,7 +326,7 @@ def now() -> str:
     "This moment, UTC, to the second (ISO 8601)."
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
-# %% ../nbs/00_core.ipynb #7b0997a2
+# %% ../nbs/00_core.ipynb #66599b3c
 class Stage:
     "The record beside one stage's output; made by `open_stage`."
     def __init__(self, study: Study, out: str, record: dict): self.study, self.out, self.record = study, out, record
@@ -335,11 +335,13 @@ class Stage:
     @property
     def path(self) -> Path: return self.study/self.out
     def save(self): write_json(self.study.record_path(self.out), self.record)
-    def set_threads(self):
-        "Compute with the recorded number of torch threads: another number changes the last bits of a result."
+    def compute_on(self, device: str) -> str:
+        "Pick the device and compute with the recorded number of torch threads (another number changes low bits); both are noted."
         import torch
         torch.set_num_threads(self.record.setdefault("threads", torch.get_num_threads()))
+        self.record["device"] = pick_device(device)
         self.save()
+        return self.record["device"]
     def finish(self, **facts):
         "Mark the stage complete; `facts` are added to its record."
         self.record |= dict(status="complete", finished=now()) | facts

@@ -141,14 +141,14 @@ def load_base(
                        f"Allowed: {', '.join(BASE_MODELS)}, a folder made by save_pretrained, or a Hub id of the Stable Diffusion 1 or 2 family.") from e
     return pipe
 
-# %% ../nbs/04_dreambooth.ipynb #d2d5c247
+# %% ../nbs/04_dreambooth.ipynb #39b16891
 def save_pipeline(
     pipe,  # with trained parts
     folder # final name; complete once it exists
 ):
     "Save in Stable Diffusion's format under a temporary name, then rename."
     folder = Path(folder)
-    tmp = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    tmp = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(tmp, ignore_errors=True)
     pipe.save_pretrained(tmp, safe_serialization=True)
     os.replace(tmp, folder)
@@ -200,7 +200,7 @@ def train_base(
     write_csv(work/"train-base.csv", list(log[0]), log)
     return pipe
 
-# %% ../nbs/04_dreambooth.ipynb #fd99316a
+# %% ../nbs/04_dreambooth.ipynb #64711437
 def train_generator(
     study: Study,     # with data
     name: str,        # such as real010-rep0
@@ -212,7 +212,7 @@ def train_generator(
     out = f"models/{name}"
     stage = open_stage(study, "train", out, cfg, ["data/manifest.csv", "data/fractions.csv", "data/images"], redo)
     if stage.done: return
-    stage.set_threads()
+    stage.compute_on(cfg.device)
     rows, work = training_rows(study, *parse_generator(name)), stage.path/"checkpoints"
     images, labels = load_images(study, rows.image_id), rows.label.to_numpy().astype(int)
     if cfg.base == "tiny" and not (stage.path/"base").exists():

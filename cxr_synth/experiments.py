@@ -246,7 +246,7 @@ def do_run(
                  plan_sha256=material.plan["sha256"], C=material.cfg.C, solver_steps=int(probe.n_iter_[0]))
     write_json(folder/"run.json", about | facts | {k: v for s in run.splits for k, v in scores(table, s).items()})
 
-# %% ../nbs/08_experiments.ipynb #364332c5
+# %% ../nbs/08_experiments.ipynb #30672768
 def stage_experiments(
     study: Study,        # the study; plan and generate are done
     cfg: ExperimentsConfig = ExperimentsConfig(), # settings
@@ -258,6 +258,7 @@ def stage_experiments(
     stage = open_stage(study, "experiments", "runs", cfg, inputs, redo)
     if stage.done and (study/"results.csv").exists(): return
     if not any(stage.path.glob("*/*/run.json")) and (study/"results.csv").exists(): move_aside(study, "results.csv")  # of older runs
+    stage.compute_on(cfg.device)
     material, runs = Material(study, plan, cfg), plan_runs(plan)
     for run in progress(runs, "runs", unit="run"): do_run(run, material)
     write_csv(study/"results.csv", RESULTS, [read_json(study/r.folder/"run.json") for r in runs])

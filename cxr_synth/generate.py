@@ -131,7 +131,7 @@ def generate_synthetic_dataset(
         for k, image in zip(part, sample(pipe, prompt, part, resolution, cfg)): save_png(image, Path(output_dir)/f"synthetic_{k:05d}.png")
     return output_dir
 
-# %% ../nbs/05_generate.ipynb #f55088ac
+# %% ../nbs/05_generate.ipynb #f7f81423
 def generate_set(
     study: Study,        # with data and models
     entry: dict,         # one of the plan's generators: name, images
@@ -143,7 +143,7 @@ def generate_set(
     name, n = entry["name"], entry["images"]
     stage = open_stage(study, "generate", f"synthetic/{name}", cfg, [f"models/{name}/{c}" for c in CLASSES] , redo)
     if stage.done: return
-    stage.set_threads()
+    stage.compute_on(cfg.device)
     resolution = study.records()["data"]["settings"]["resolution"]
     seeds = {c: [image_seed(seed, name, c, k) for k in range(n[c])] for c in CLASSES}
     for cls in CLASSES:

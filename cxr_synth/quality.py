@@ -323,16 +323,17 @@ def low_n_warning(
     "The label that a distance at too small an n must carry."
     return f"n = {n} images in {dim} dimensions: the distance itself is mostly sample size; read it only against the floor" if n < dim else ""
 
-# %% ../nbs/06_quality.ipynb #ea0b4113
+# %% ../nbs/06_quality.ipynb #222d160e
 def stage_quality(
     study: Study,        # the study; data and generate are done
     cfg: QualityConfig = QualityConfig(), # settings
     redo: bool = False   # move an old output with other settings aside
 ):
     "Measure every synthetic set of the study against the real training images: quality/GENERATOR.json and figures."
-    names, device = synthetic_sets(study), pick_device(cfg.device)
+    names = synthetic_sets(study)
     stage = open_stage(study, "quality", "quality", cfg, ["data/manifest.csv", "data/images", *(f"synthetic/{g}" for g in names)], redo)
     if stage.done: return
+    device = stage.compute_on(cfg.device)
     get = lambda images, desc: extract(images, cfg.extractor, cfg.size, device, study/"cache", desc)
     rulers, facts, (_, weights) = real_rulers(study, cfg, get), {}, load_backbone(cfg.extractor, device)
     for g in names:

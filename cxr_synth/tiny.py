@@ -264,15 +264,15 @@ def train_vae(
     vae.register_to_config(scaling_factor=1 / float((mean.var() + std.square().mean()).sqrt()))
     return loop.log
 
-# %% ../nbs/03_tiny.ipynb #784fae35
+# %% ../nbs/03_tiny.ipynb #1b1a7b7e
 @torch.inference_mode()
 def encode(
     vae: AutoencoderKL, # the frozen network
     images: np.ndarray, # (N, S, S) uint8
-    device: str = "cpu",# where
-    batch: int = 64     # images per pass
+    device: str = "cpu" # where
 ) -> tuple[torch.Tensor, torch.Tensor]: # mean and spread, each (N, 4, s, s), on the CPU
-    "Posterior mean and standard deviation of every image's latent."
+    "Posterior mean and standard deviation of every image's latent; a pass takes about a million pixels."
+    batch = max(1, min(64, 2**20 // images[0].size))
     qs = [vae.encode(to_pixels(images[i:i + batch]).to(device)).latent_dist for i in range(0, len(images), batch)]
     return torch.cat([q.mean.cpu() for q in qs]).clone(), torch.cat([q.std.cpu() for q in qs]).clone()
 
