@@ -467,7 +467,7 @@ def save_figure(
             ax.figure.savefig(tmp, format=kind, facecolor="white", **extra)
     return (Path(folder)/f"{name}.png").read_bytes()
 
-# %% ../nbs/09_analysis.ipynb #44dfd884
+# %% ../nbs/09_analysis.ipynb #3c3625bb
 def draw_figures(
     study: Study,   # the study
     analysis: dict  # from `analyse`
@@ -475,8 +475,9 @@ def draw_figures(
     "All figures of the report, saved to report/figures."
     results, plan, folder = load_results(study), read_json(study/"plan.json"), study/"report/figures"
     splits = [s for s in ("internal", "test") if any(r.get(s) for r in analysis["arms"])]
-    measured = sum(r["state"] == "measured" for r in analysis["contrasts"])
-    out = {"forest": save_figure(figure_forest(analysis["contrasts"], analysis["margin_pp"], canvas(height=0.8 + 0.42 * measured)), folder, "forest")}
+    near = [r for r in analysis["contrasts"] if r["arm"] != "synthetic_only"]  # far from 0, it would squeeze the others
+    height = 0.8 + 0.42 * sum(r["state"] == "measured" for r in near)
+    out = {"forest": save_figure(figure_forest(near, analysis["margin_pp"], canvas(height=height)), folder, "forest")}
     for s in splits:
         shown = sum(r[s] is not None for r in analysis["arms"])
         out[f"arms-{s}"] = save_figure(figure_arms(results, plan["arms"], s, canvas(height=0.9 + 0.32 * shown)), folder, f"arms-{s}")
@@ -854,7 +855,7 @@ footer{margin-top:3.5rem;padding-top:1rem;border-top:1px solid var(--rule)}
 figure,.box,tr{break-inside:avoid}h2{break-after:avoid}.scroll{overflow:visible}.wide{width:auto;margin-left:0}table{font-size:7.5pt}.n{white-space:normal}}
 """
 
-# %% ../nbs/09_analysis.ipynb #7e6fa1d3
+# %% ../nbs/09_analysis.ipynb #81a35e80
 def head_html(
     title: str # of the page
 ) -> str:
@@ -872,7 +873,7 @@ def results_html(
     f = percent(plan["primary"]["fraction"])
     dots = [figure(png, f"AUROC on {n[5:]}: one dot per run, replicates side by side, bars are means.") for n, png in figures.items() if n.startswith("arms-")]
     rocs = [figure(png, f"ROC on {n[4:]} at {f}: mean over runs, bands are their range. The arm duplicate is left out.", "square") for n, png in figures.items() if n.startswith("roc-")]
-    return join([tag("section", tag("h2", "By how much"), figure(figures["forest"], "Every measured contrast with its 95 % interval. Filled: the plan gives a word. Hollow: estimate only. Shaded: the margin."), contrasts_html(analysis), variance_html(analysis)),
+    return join([tag("section", tag("h2", "By how much"), figure(figures["forest"], "Contrasts with 95 % intervals. Filled: the plan gives a word. Hollow: estimate only. Shaded: the margin. Synthetic images alone stand in the table."), contrasts_html(analysis), variance_html(analysis)),
                  tag("section", tag("h2", "The arms"), *dots, arms_html(analysis)), tag("section", tag("h2", "ROC curves"), *rocs) if rocs else ""])
 
 # %% ../nbs/09_analysis.ipynb #e7f5f74f

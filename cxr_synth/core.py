@@ -163,7 +163,7 @@ class Config:
         "The other fields."
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata.get("runtime")}
 
-# %% ../nbs/00_core.ipynb #9aaa3805
+# %% ../nbs/00_core.ipynb #8f0785ce
 @dataclass(frozen=True)
 class DataConfig(Config):
     "Settings of the data stage."
@@ -171,7 +171,7 @@ class DataConfig(Config):
     resolution: int = 64     # side of the prepared square images, px; the generator draws at this size
     val_share: float = 0.15  # share of the patients of official train + val that becomes val (analysis plan)
     seed: int = 0            # seed of the splits, the fractions and the drawn phantoms
-    patients: int = 300      # phantom only: number of drawn patients
+    patients: int = 250      # phantom only: number of drawn patients
     hub_id: str = "hf-vision/chest-xray-pneumonia"  # hub only: data set id
     revision: str = "main"   # hub only: branch, tag or commit; the commit found is recorded
     workers: int = runtime(4)  # threads that decode images
@@ -218,14 +218,15 @@ class TrainConfig(Config):
     checkpoint_steps: int = runtime(100)  # optimizer steps between two checkpoints
     device: str = runtime("auto")     # auto, cuda, mps or cpu
 
-# %% ../nbs/00_core.ipynb #4bea4275
+# %% ../nbs/00_core.ipynb #0014cf81
 @dataclass(frozen=True)
 class GenerateConfig(Config):
     "Settings of the generate stage (guide, section 8)."
     num_inference_steps: int = 15   # DPM-Solver++ steps (guide: 30)
-    guidance_scale: float = 1.0     # 1 is no classifier-free guidance (guide: 7.5)
+    guidance_scale: float = 3.0     # classifier-free guidance; 1 is none (guide: 7.5)
     negative_prompt: str = ""       # what to steer away from; needs guidance above 1
     batch_size: int = 50            # images per call; the last call is padded to it, so that image k never depends on it
+    mixed_precision: str = "bf16"   # no or bf16: autocast where the weights are float32 (on a CPU); a GPU holds them in half precision
     device: str = runtime("auto")   # auto, cuda, mps or cpu
 
 @dataclass(frozen=True)

@@ -200,7 +200,7 @@ def train_base(
     write_csv(work/"train-base.csv", list(log[0]), log)
     return pipe
 
-# %% ../nbs/04_dreambooth.ipynb #64711437
+# %% ../nbs/04_dreambooth.ipynb #d8eafb17
 def train_generator(
     study: Study,     # with data
     name: str,        # such as real010-rep0
@@ -209,8 +209,7 @@ def train_generator(
     redo: bool=False  # move a generator with other settings aside
 ):
     "Train one generator: the base (CPU presets only), then DreamBooth per class."
-    out = f"models/{name}"
-    stage = open_stage(study, "train", out, cfg, ["data/manifest.csv", "data/fractions.csv", "data/images"], redo)
+    stage = open_stage(study, "train", f"models/{name}", cfg, ["data/manifest.csv", "data/fractions.csv", "data/images"], redo)
     if stage.done: return
     stage.compute_on(cfg.device)
     rows, work = training_rows(study, *parse_generator(name)), stage.path/"checkpoints"
@@ -224,8 +223,8 @@ def train_generator(
                          (images[labels != label], PROMPTS[CLASSES[1 - label]]), f"{name} {cls}")
         write_csv(work/f"train-{cls}.csv", list(log[0]), log)
         save_pipeline(pipe, stage.path/cls)
-    collect_logs(stage.path)
-    shutil.rmtree(work)
+    if not (stage.path/"train.csv").exists(): collect_logs(stage.path)
+    if work.exists(): shutil.rmtree(work)
     stage.finish(n_real=len(rows), n_patients=int(rows.patient_id.nunique()))
 
 # %% ../nbs/04_dreambooth.ipynb #4cade570

@@ -14,8 +14,8 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 
-# %% ../nbs/05_generate.ipynb #dbc87c65
-from .core import (CLASSES, PROMPTS, CxrError, GenerateConfig, Study, atomic_path, digest_file, open_stage,
+# %% ../nbs/05_generate.ipynb #ffdc2af1
+from .core import (CLASSES, PROMPTS, CxrError, GenerateConfig, Study, atomic_path, autocast, digest_file, open_stage,
                             pick_device, progress, seed_for, write_text)
 from .data import prepare_image
 from .tiny import load_dtype, to_device
@@ -46,7 +46,7 @@ def start_noise(
     "Standard normal noise, each image's from its own seed."
     return torch.stack([torch.randn(channels, side, side, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
-# %% ../nbs/05_generate.ipynb #632c48d6
+# %% ../nbs/05_generate.ipynb #13651c68
 @torch.inference_mode()
 def sample(
     pipe,             # from `load_finetuned_model`
@@ -59,8 +59,9 @@ def sample(
     padded = [*seeds, *seeds[:1] * (cfg.batch_size - len(seeds))]
     side = resolution // pipe.vae_scale_factor
     noise = start_noise(padded, pipe.unet.config.in_channels, side).to(pipe.device, pipe.unet.dtype)
-    images = pipe([prompt] * len(padded), negative_prompt=[cfg.negative_prompt] * len(padded), latents=noise, height=resolution, width=resolution,
-                  num_inference_steps=cfg.num_inference_steps, guidance_scale=cfg.guidance_scale).images
+    with autocast(pipe.device.type, cfg.mixed_precision if pipe.unet.dtype == torch.float32 else "no"):
+        images = pipe([prompt] * len(padded), negative_prompt=[cfg.negative_prompt] * len(padded), latents=noise, height=resolution, width=resolution,
+                      num_inference_steps=cfg.num_inference_steps, guidance_scale=cfg.guidance_scale).images
     return [prepare_image(im, resolution) for im in images[:len(seeds)]]
 
 # %% ../nbs/05_generate.ipynb #5d199966
