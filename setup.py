@@ -6,4 +6,4 @@ ini = ConfigParser(delimiters=["="])
 ini.read("settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
 setup(version=cfg["version"], description=cfg["description"], install_requires=cfg["requirements"].split(),
-      extras_require={"dev": cfg["dev_requirements"].split()})
+      extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dicom", "dev")})

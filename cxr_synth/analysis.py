@@ -11,9 +11,9 @@ __all__ = ['WORDS', 'SPLITS', 'COLOURS', 'NAMES', 'GRID', 'MEANINGS', 'TRAINED',
            'figure_roc', 'load_quality', 'fd_name', 'figure_fd', 'save_figure', 'draw_figures', 'Html', 'esc', 'auroc',
            'p_value', 'chance', 'whole', 'tag', 'join', 'two_lines', 'table', 'figure', 'pairs_wrong', 'arm_mean',
            'verdict_line', 'counts_line', 'too_few', 'caveats', 'test_line', 'verdict_html', 'guess_html', 'arm_cells',
-           'arms_html', 'contrasts_html', 'variance_html', 'quality_html', 'counts', 'shared_patients', 'data_method',
-           'generator_method', 'classifier_method', 'interval_method', 'methods_html', 'provenance_html', 'limits_html',
-           'head_html', 'results_html', 'page', 'assert_fresh', 'stage_report']
+           'arms_html', 'contrasts_html', 'variance_html', 'quality_html', 'audit_html', 'counts', 'shared_patients',
+           'data_method', 'generator_method', 'classifier_method', 'interval_method', 'methods_html', 'provenance_html',
+           'limits_html', 'head_html', 'results_html', 'page', 'assert_fresh', 'stage_report']
 
 # %% ../nbs/09_analysis.ipynb #a8500d3f
 import base64, html, re
@@ -726,6 +726,20 @@ def quality_html(
     return tag("section", tag("h2", "The synthetic images"), tag("p", "Distance between real and synthetic images (lower is closer). The floor is what real images reach against real images of other patients at equal n; ranges are over random draws and are not confidence intervals." + note),
                table(head, cells, f"{name} by generator and class, with its range; beside it the floor.", left=2, cls=""), *(tag("p", w, cls="small") for w in warnings), figure(figures["fd"], f"{name}; the line at a bar's end is its range, the grey band behind it the real-against-real floor."), *grids)
 
+# %% ../nbs/09_analysis.ipynb #8ac288cb
+def audit_html(
+    study: Study # the study
+) -> Html:
+    "What the audit of the data found, and what is done about it."
+    if not (study/"data/audit.json").is_file(): return tag("section", tag("h2", "The data"), tag("p", "There is no audit: the data stage has left none."))
+    findings = read_json(study/"data/audit.json")["findings"]
+    told, fine = [f for f in findings if f["level"] != "ok"], [f["name"] for f in findings if f["level"] == "ok"]
+    rows = [[f["level"], f["found"], f["done"]] for f in told]
+    panel = study/"data/audit.png"
+    return tag("section", tag("h2", "The data"), tag("p", f"{len(findings)} checks were made before any training; {len(told)} found something to know." + (f" In order: {', '.join(dict.fromkeys(fine))}." if fine else "") + " All numbers are in data/audit.html."),
+               table(["level", "what was found", "what is done about it"], rows, "Findings of the audit", left=3) if rows else "",
+               figure(panel.read_bytes(), "The audit at a glance.", "grid") if panel.is_file() else "")
+
 # %% ../nbs/09_analysis.ipynb #58d7065a
 def counts(
     study: Study # the study
@@ -876,7 +890,7 @@ def results_html(
     return join([tag("section", tag("h2", "By how much"), figure(figures["forest"], "Contrasts with 95 % intervals. Filled: the plan gives a word. Hollow: estimate only. Shaded: the margin. Synthetic images alone stand in the table."), contrasts_html(analysis), variance_html(analysis)),
                  tag("section", tag("h2", "The arms"), *dots, arms_html(analysis)), tag("section", tag("h2", "ROC curves"), *rocs) if rocs else ""])
 
-# %% ../nbs/09_analysis.ipynb #e7f5f74f
+# %% ../nbs/09_analysis.ipynb #3181a45f
 def page(
     study: Study,   # the study
     analysis: dict, # from `analyse`
@@ -888,7 +902,7 @@ def page(
     drawn, made = info.get("source") == "phantom", made[:10]
     meta = f"Study {info.get('name', study.root.name)} · preset {info.get('preset', 'not recorded')} · source {info.get('source', 'not recorded')} · tier {analysis['tier']} · {made}"
     body = [tag("h1", title), tag("p", meta, cls="meta"), verdict_html(analysis, drawn), guess_html(plan.get("guess") or "", analysis["contrasts"][0]),
-            results_html(analysis, plan, figures), quality_html(study, figures), methods_html(study, analysis, plan), limits_html(study, analysis), provenance_html(study, plan),
+            results_html(analysis, plan, figures), quality_html(study, figures), audit_html(study), methods_html(study, analysis, plan), limits_html(study, analysis), provenance_html(study, plan),
             tag("footer", tag("p", "Written by cxr_synth from the files of the study; all numbers are in analysis.json, results.csv and quality/. Not for clinical use.", cls="small"))]
     main = re.sub(r"(\d) (%|pp|px)", "\\1\u00a0\\2", tag("main", *body))   # a number stays with its unit
     return f"{head_html(title)}<body>{main}</body></html>\n"

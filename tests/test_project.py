@@ -8,7 +8,7 @@ import pytest
 import cxr_synth
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ["00_core", "01_phantom", "02_data", "03_tiny", "04_dreambooth", "05_generate", "06_quality", "07_classifier",
+NAMES = ["00_core", "01_phantom", "01a_images", "01b_audit", "02_data", "03_tiny", "04_dreambooth", "05_generate", "06_quality", "07_classifier",
          "08_experiments", "09_analysis", "10_app"]
 NOTEBOOKS = sorted(p for p in (ROOT/"nbs").glob("*.ipynb") if not p.name.startswith("_"))
 HEAVY = "torch torchvision diffusers transformers pandas numpy scipy sklearn matplotlib PIL tyro".split()
@@ -86,13 +86,13 @@ def test_notebook_cells_have_ids(path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_module_is_named_after_its_notebook(name):
-    assert f"#| default_exp {name[3:]}" in map(source, cells(ROOT/f"nbs/{name}.ipynb", "code"))
-    assert f"../nbs/{name}.ipynb" in (ROOT/f"cxr_synth/{name[3:]}.py").read_text(encoding="utf-8")
+    assert f"#| default_exp {name.partition('_')[2]}" in map(source, cells(ROOT/f"nbs/{name}.ipynb", "code"))
+    assert f"../nbs/{name}.ipynb" in (ROOT/f"cxr_synth/{name.partition('_')[2]}.py").read_text(encoding="utf-8")
 
 @pytest.mark.parametrize("name", NAMES)
 def test_module_imports_only_lower_numbers(name):
-    lower = {n[3:] for n in NAMES if n < name}
-    tree = ast.parse((ROOT/f"cxr_synth/{name[3:]}.py").read_text(encoding="utf-8"))
+    lower = {n.partition("_")[2] for n in NAMES if n < name}
+    tree = ast.parse((ROOT/f"cxr_synth/{name.partition('_')[2]}.py").read_text(encoding="utf-8"))
     froms = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
     modules = [f"{'cxr_synth.' * bool(n.level)}{n.module or ''}" for n in froms]
     modules += [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
