@@ -476,10 +476,10 @@ def assert_disjoint(
             raise CxrError(f"leak: {len(both)} values of {column} are on both sides, such as {both[0]}.\n"
                            "Take the rows from data/manifest.csv as it was written, or make it again with cxr-synth data STUDY --redo.")
 
-# %% ../nbs/02_data.ipynb #a60f3bad
+# %% ../nbs/02_data.ipynb #c24c2522
 COLUMNS = ["image_id", "path", "class_name", "label", "kind", "patient_id", "official_split", "split", "fold", "duplicate_group", "width", "height", "sha256"]
 
-FACTS = ["bytes", "mode", "format", "quant", "quality", "pixels_sha256"]  # what only the audit wants to know
+FACTS = ["bytes", "mode", "format", "profile", "quant", "quality", "pixels_sha256"]  # what only the audit wants to know
 
 def survey(
     source: Source, # the source

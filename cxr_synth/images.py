@@ -249,15 +249,15 @@ def jpeg_trace(
     scale = 100*np.sum(tables[0])/standard_table().sum()    # per cent of the standard's table
     return digest_json(tables)[:8], round((200 - scale)/2 if scale <= 100 else 5000/scale)
 
-# %% ../nbs/01a_images.ipynb #bd08cf87
+# %% ../nbs/01a_images.ipynb #b1608c40
 def look(
     raw: bytes, # the file
     name: str   # its name, for messages
-) -> dict:      # width, height (px, upright), mode, format, bytes, quant, quality, pixels_sha256, small: uint8 (32, 32)
+) -> dict:      # width, height (px, upright), mode, format, bytes, profile (bytes), quant, quality, pixels_sha256, small: uint8 (32, 32)
     "Decode a file once, every pixel of it, and say what there is to say; raises `CxrError` that names it."
     with naming(name):
         image = open_image(raw, name)
-        facts = dict(mode=image.info.get("stored mode", image.mode), format=image.format, bytes=len(raw))
+        facts = dict(mode=image.info.get("stored mode", image.mode), format=image.format, bytes=len(raw), profile=len(image.info.get("icc_profile") or b""))
         facts["quant"], facts["quality"] = jpeg_trace(image)
         grey = upright(image)
     small = grey.resize((32, 32), Image.Resampling.LANCZOS, reducing_gap=3)

@@ -357,7 +357,7 @@ def draw_file(
     image.save(Path(folder)/row["path"], **dict(quality=row["quality"]) if row["quality"] else {})
     return row | describe_scene(s) | dict(machine="other" if row["elsewhere"] else "usual", quality=row["quality"] or None)
 
-# %% ../nbs/01_phantom.ipynb #c8b41d5d
+# %% ../nbs/01_phantom.ipynb #8c5164fb
 def draw_files(
     rows: list[dict], # from `phantom_files`
     workers: int,     # processes; 0: one per core if there are many images
@@ -365,7 +365,7 @@ def draw_files(
 ) -> list[dict]:      # rows of truth.csv
     "Draw all files of a set."
     workers = workers or (joblib.cpu_count() if len(rows) > 1000 else 1)
-    done = joblib.Parallel(n_jobs=workers, return_as="generator")(joblib.delayed(draw_file)(r, *settings) for r in rows)
+    done = joblib.Parallel(n_jobs=workers, return_as="generator", idle_worker_timeout=10)(joblib.delayed(draw_file)(r, *settings) for r in rows)
     return list(progress(done, "drawing phantoms", total=len(rows), unit="img"))
 
 # %% ../nbs/01_phantom.ipynb #26a7a3c5

@@ -87,7 +87,7 @@ def test_any_order_of_rows(squares, report):
 def test_bytes_give_the_class_away_before_the_image_path_only(originals):
     r = audit(*originals)
     assert trait(r, "train", "bytes per pixel")["auc"] >= .95 and trait(r, "all", "bytes per pixel")["auc"] >= .92
-    assert trait(r, "train", "JPEG table")["auc"] >= .95
+    assert trait(r, "train", "JPEG table")["auc"] >= .95 and trait(r, "train", "colour profile")["auc"] >= .95
     after, picture = trait(r, "train", "bytes per pixel, prepared"), trait(r, "train", "roughness of the thumbnail")
     assert after["high"] < trait(r, "train", "bytes per pixel")["low"] and after["low"] < picture["high"]
     assert {f["name"]: f["level"] for f in r["findings"]}["shortcuts"] == "warning"
