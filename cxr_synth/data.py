@@ -156,7 +156,7 @@ def read_inside(
     if file.is_relative_to(Path(root).resolve()): return file.read_bytes()
     raise CxrError("it is a link to a place outside the data folder.\nCopy the file there, or remove the link.")
 
-# %% ../nbs/02_data.ipynb #8922ae89
+# %% ../nbs/02_data.ipynb #497b1a70
 def leftovers(
     root: Path,     # the source's folder
     folders: list,  # from `class_folders`
@@ -167,9 +167,9 @@ def leftovers(
     empty = [f.relative_to(root).as_posix() for f, *_ in folders if not any(f in p.parents for p, *_ in kept)]
     other = sorted({d.relative_to(root).as_posix() for f, *_ in folders for d in subfolders(f.parent)} - {f.relative_to(root).as_posix() for f, *_ in folders}
                    - {d.name for d in subfolders(root) if d.name.lower() in SPLITS})
-    found = {f"{len(files) - len(kept)} files in the class folders are no images ({', '.join(SUFFIXES)}) and were left out.": len(files) > len(kept),
-             f"{len(empty)} class folders are empty: {', '.join(empty[:4])}.": empty,
-             f"{len(other)} folders are no class and were left out: {', '.join(other[:4])}.": other}
+    found = {f"Files in the class folders that are no images ({', '.join(SUFFIXES)}) were left out: {len(files) - len(kept)}.": len(files) > len(kept),
+             f"Empty class folders: {', '.join(empty[:4])} ({len(empty)} in all).": empty,
+             f"Folders that are no class were left out: {', '.join(other[:4])} ({len(other)} in all).": other}
     return [text for text, there in found.items() if there]
 
 # %% ../nbs/02_data.ipynb #1ad210fc
