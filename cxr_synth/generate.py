@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['load_finetuned_model', 'start_noise', 'sample', 'save_png', 'image_seed', 'generate_class', 'write_metadata',
-           'generate_synthetic_dataset', 'generate_set', 'stage_generate', 'load_synthetic']
+           'generate_synthetic_dataset', 'class_models', 'generate_set', 'stage_generate', 'load_synthetic']
 
 # %% ../nbs/05_generate.ipynb #939e6d09
 import hashlib, json, os, shutil
@@ -14,28 +14,24 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 
-# %% ../nbs/05_generate.ipynb #ffdc2af1
+# %% ../nbs/05_generate.ipynb #114283f6
 from .core import (CLASSES, PROMPTS, CxrError, GenerateConfig, Study, atomic_path, autocast, digest_file, open_stage,
                             pick_device, progress, seed_for, write_text)
 from .data import prepare_image
-from .tiny import load_dtype, to_device
+from .models import load_pipeline
 
-# %% ../nbs/05_generate.ipynb #82b89762
+# %% ../nbs/05_generate.ipynb #96933081
 def load_finetuned_model(
-    model_path,         # folder (or Hub id) in Stable Diffusion format
+    model_path,         # folder (or Hub id) in Stable Diffusion format, or a LoRA folder that names its base
     device: str="auto"  # auto, cuda, mps or cpu
 ) -> StableDiffusionPipeline:
     "Load a fine-tuned pipeline with the fast DPM-Solver++ scheduler (guide, section 8); half precision on a GPU."
     device = pick_device(device)
     dtype = torch.float16 if device == "cuda" else torch.float32
-    try: pipe = StableDiffusionPipeline.from_pretrained(str(model_path), safety_checker=None, requires_safety_checker=False, **load_dtype(dtype))
-    except (OSError, ValueError) as e:
-        raise CxrError(f"cannot load a model from {model_path}: {str(e).strip().splitlines()[0][:200]}\n"
-                       "Expected a folder made by the train stage or by save_pretrained.\nTrain one first: cxr-synth train STUDY") from e
+    try: pipe = load_pipeline(model_path, dtype, device)
+    except CxrError as e: raise CxrError(f"cannot load a model from {model_path}: {e}\nTrain one first: cxr-synth train STUDY") from e
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
-    to_device(pipe.unet, device)
-    return pipe.to(device)
+    return pipe
 
 # %% ../nbs/05_generate.ipynb #8c176491
 def start_noise(
@@ -132,7 +128,16 @@ def generate_synthetic_dataset(
         for k, image in zip(part, sample(pipe, prompt, part, resolution, cfg)): save_png(image, Path(output_dir)/f"synthetic_{k:05d}.png")
     return output_dir
 
-# %% ../nbs/05_generate.ipynb #f7f81423
+# %% ../nbs/05_generate.ipynb #e06c6480
+def class_models(
+    study: Study, # with models
+    name: str     # of the generator
+) -> dict:        # class -> its model, relative to the study
+    "Which model draws a class: its own, or the joint one."
+    joint = f"models/{name}/joint"
+    return {c: joint if (study/joint).exists() else f"models/{name}/{c}" for c in CLASSES}
+
+# %% ../nbs/05_generate.ipynb #a350c2e6
 def generate_set(
     study: Study,        # with data and models
     entry: dict,         # one of the plan's generators: name, images
@@ -142,14 +147,16 @@ def generate_set(
 ):
     "Generate the synthetic set of one generator."
     name, n = entry["name"], entry["images"]
-    stage = open_stage(study, "generate", f"synthetic/{name}", cfg, [f"models/{name}/{c}" for c in CLASSES] , redo)
+    models = class_models(study, name)
+    base = [f"models/{name}/base" for m in models.values() if (study/m/"lora.json").exists() and (study/f"models/{name}/base").exists()]
+    stage = open_stage(study, "generate", f"synthetic/{name}", cfg, sorted({*models.values(), *base}), redo)
     if stage.done: return
     stage.compute_on(cfg.device)
     resolution = study.records()["data"]["settings"]["resolution"]
     seeds = {c: [image_seed(seed, name, c, k) for k in range(n[c])] for c in CLASSES}
     for cls in CLASSES:
         if all((stage.path/cls/f"{k:06d}.png").exists() for k in range(n[cls])): continue
-        pipe = load_finetuned_model(study/f"models/{name}/{cls}", cfg.device)
+        pipe = load_finetuned_model(study/models[cls], cfg.device)
         generate_class(pipe, stage.path/cls, PROMPTS[cls], seeds[cls], resolution, cfg, f"{name} {cls}")
     trained = study.records()[f"models/{name}"]["settings"]
     write_metadata(stage.path, seeds, dict(negative_prompt=cfg.negative_prompt, steps=cfg.num_inference_steps, guidance_scale=cfg.guidance_scale,

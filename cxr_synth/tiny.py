@@ -4,21 +4,21 @@
 
 # %% auto #0
 __all__ = ['load_dtype', 'byte_letters', 'spell', 'word_vocabulary', 'write_tokenizer', 'tiny_text_encoder', 'tiny_vae',
-           'tiny_unet', 'to_device', 'tiny_pipeline', 'batch_at', 'lr_at', 'steps_for', 'Loop', 'to_pixels', 'vae_loss',
-           'train_vae', 'encode', 'decode']
+           'tiny_unet', 'to_device', 'tiny_pipeline', 'to_pixels', 'vae_loss', 'train_vae', 'encode', 'decode',
+           'denoise_steps']
 
-# %% ../nbs/03_tiny.ipynb #71c49b2a
-import json, math, os, shutil
+# %% ../nbs/03_tiny.ipynb #915d7393
+import json, os, shutil
 from pathlib import Path
 import numpy as np
 import torch
-import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-# %% ../nbs/03_tiny.ipynb #a7c1a4ff
-from .core import CxrError, atomic_path, autocast, progress, seed_for, write_csv, write_text
+# %% ../nbs/03_tiny.ipynb #26416969
+from .core import CxrError, autocast, write_text
+from .loop import Loop, Part, batch_at, generator_for
 
 # %% ../nbs/03_tiny.ipynb #5d7a343c
 import diffusers, transformers
@@ -140,85 +140,6 @@ def tiny_pipeline(
         **parts, tokenizer=tok, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
         scheduler=DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False))
 
-# %% ../nbs/03_tiny.ipynb #f9d5ab70
-def batch_at(
-    step: int,  # optimizer step, from 0
-    batch: int, # images per batch
-    n: int,     # images in the set
-    *what       # identifies the run; goes into the seed
-) -> np.ndarray: # (batch,) indices
-    "The images of one batch: a fresh permutation per epoch, whatever was drawn before."
-    pos = np.arange(step*batch, (step + 1)*batch)
-    orders = {e: np.random.default_rng(seed_for(*what, "epoch", e)).permutation(n) for e in np.unique(pos // n)}
-    return np.array([orders[p // n][p % n] for p in pos])
-
-# %% ../nbs/03_tiny.ipynb #20d5e31a
-def lr_at(
-    step: int,  # from 0
-    total: int, # steps in all
-    peak: float,# highest learning rate
-    warmup: int # steps of linear increase
-) -> float:
-    "Learning rate of one step: linear warm-up, then cosine to 0 (guide, section 7)."
-    if step < warmup: return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-# %% ../nbs/03_tiny.ipynb #50891405
-def steps_for(
-    n: int,     # images in the set
-    batch: int, # images per step
-    most: int,  # most steps
-    views: int  # most times that an image may be seen
-) -> int:
-    "Number of optimizer steps: at most `most`, and each image seen at most about `views` times."
-    return max(1, min(most, math.ceil(n * views / batch)))
-
-# %% ../nbs/03_tiny.ipynb #809fe463
-class Loop:
-    "A training run that can be killed at any moment and go on with the same result."
-    def __init__(self,
-        modules: dict,         # name -> module to train
-        path,                  # checkpoint file
-        peak: float,           # highest learning rate
-        total: int,            # optimizer steps
-        warmup: int = 20,      # steps of warm-up
-        ema_decay: float = 0,  # of the average of the weights; 0 for none
-        every: int = 100,      # steps between checkpoints
-        clip: float = 1.0):    # largest norm of the gradient
-        self.modules, self.path, self.peak, self.total, self.warmup = torch.nn.ModuleDict(modules), Path(path), peak, total, warmup
-        self.ema_decay, self.every, self.clip, self.step, self.log = ema_decay, every, clip, 0, []
-        self.params = [p for p in self.modules.parameters() if p.requires_grad]
-        if any(p.dtype != torch.float32 for p in self.params): raise CxrError("the trained weights must be float32; mixed precision is for the forward pass.\nLoad the model without a dtype.")
-        self.opt = torch.optim.AdamW(self.params, lr=peak, weight_decay=1e-2, fused=True)
-        self.ema = [p.detach().clone() for p in self.params] if ema_decay else []
-        if self.path.exists(): self.restore()
-    def restore(self):
-        s = torch.load(self.path, map_location="cpu", weights_only=True)
-        self.modules.load_state_dict(s["modules"]); self.opt.load_state_dict(s["opt"])
-        for a, b in zip(self.ema, s["ema"]): a.copy_(b)
-        self.step, self.log = s["step"], s["log"]
-    def save(self):
-        with atomic_path(self.path) as tmp:
-            torch.save(dict(modules=self.modules.state_dict(), opt=self.opt.state_dict(), ema=self.ema, step=self.step, log=self.log), tmp)
-    def update(self):
-        "One optimizer step with the gradients that are there."
-        for g in self.opt.param_groups: g["lr"] = lr_at(self.step, self.total, self.peak, self.warmup)
-        torch.nn.utils.clip_grad_norm_(self.params, self.clip)
-        self.opt.step(); self.opt.zero_grad(set_to_none=True)
-        decay = min(self.ema_decay, (1 + self.step) / (10 + self.step))
-        if self.ema: torch._foreach_lerp_(self.ema, [p.detach() for p in self.params], 1 - decay)
-        self.step += 1
-    def run(self, losses, desc: str):
-        "Take steps until `total`: `losses(step)` does the backward pass and gives named values for the log."
-        with progress(total=self.total, initial=self.step, desc=desc, unit="step") as bar:
-            while self.step < self.total:
-                values = losses(self.step)
-                if not all(map(math.isfinite, values.values())): raise CxrError(f"{desc}: the loss is {values} at step {self.step}.\nTry a lower learning rate, or mixed_precision no. The last checkpoint is kept: {self.path.name}.")
-                self.log.append(dict(step=self.step, **values))
-                self.update(); bar.update()
-                if self.step % self.every == 0 or self.step == self.total: self.save()
-        for p, e in zip(self.params, self.ema): p.data.copy_(e)
-
 # %% ../nbs/03_tiny.ipynb #879e7551
 def to_pixels(
     images: np.ndarray # (N, S, S) uint8
@@ -239,11 +160,11 @@ def vae_loss(
     parts = dict(l1=(x - y).abs().mean(), edges=edges, kl=q.kl().mean() / q.mean[0].numel())
     return parts | dict(loss=parts["l1"] + parts["edges"] + 1e-3 * parts["kl"])
 
-# %% ../nbs/03_tiny.ipynb #93e4f200
+# %% ../nbs/03_tiny.ipynb #e7f78c2b
 def train_vae(
     vae: AutoencoderKL, # trained in place
     images: np.ndarray, # (N, S, S) uint8
-    loop: Loop,         # over dict(vae=vae)
+    loop: Loop,         # over dict(vae=Part(vae, ...))
     batch: int = 16,    # images per step
     seed: int = 0,      # of order and noise
     device: str = "cpu",# where
@@ -254,17 +175,16 @@ def train_vae(
     side = images.shape[-1] // 2 ** (len(vae.config.block_out_channels) - 1)
     def losses(step):
         x = to_pixels(images[batch_at(step, batch, len(images), seed, "vae")]).to(device)
-        g = torch.Generator().manual_seed(seed_for(seed, "vae noise", step))
-        noise = torch.randn(batch, vae.config.latent_channels, side, side, generator=g).to(device)
+        noise = torch.randn(batch, vae.config.latent_channels, side, side, generator=generator_for(seed, "vae noise", step)).to(device)
         with autocast(device, precision): parts = vae_loss(vae, x, noise)
-        parts["loss"].backward()
-        return {k: v.item() for k, v in parts.items()}
-    loop.run(losses, "autoencoder")
+        loop.stepper.backward(parts["loss"])
+        return parts
+    log = loop.run(losses, "autoencoder")
     mean, std = encode(vae.eval(), images[:512], device)
     vae.register_to_config(scaling_factor=1 / float((mean.var() + std.square().mean()).sqrt()))
-    return loop.log
+    return log
 
-# %% ../nbs/03_tiny.ipynb #1b1a7b7e
+# %% ../nbs/03_tiny.ipynb #9168f5ea
 @torch.inference_mode()
 def encode(
     vae: AutoencoderKL, # the frozen network
@@ -272,9 +192,13 @@ def encode(
     device: str = "cpu" # where
 ) -> tuple[torch.Tensor, torch.Tensor]: # mean and spread, each (N, 4, s, s), on the CPU
     "Posterior mean and standard deviation of every image's latent; a pass takes about a million pixels."
-    batch = max(1, min(64, 2**20 // images[0].size))
-    qs = [vae.encode(to_pixels(images[i:i + batch]).to(device)).latent_dist for i in range(0, len(images), batch)]
-    return torch.cat([q.mean.cpu() for q in qs]).clone(), torch.cat([q.std.cpu() for q in qs]).clone()
+    batch, means, stds = max(1, min(64, 2**20 // images[0].size)), [], []
+    for i in range(0, len(images), batch):
+        out = vae.encode(to_pixels(images[i:i + batch]).to(device, vae.dtype))
+        q = getattr(out, "latent_dist", None)
+        means.append((q.mean if q else out.latents).float().cpu())
+        stds.append(q.std.float().cpu() if q else torch.zeros_like(means[-1]))
+    return torch.cat(means), torch.cat(stds)
 
 @torch.inference_mode()
 def decode(
@@ -284,3 +208,21 @@ def decode(
     "Latents back to grey bytes."
     y = vae.decode(latents).sample.mean(1)
     return y.add(1).mul(127.5).round().clamp(0, 255).byte().cpu().numpy()
+
+# %% ../nbs/03_tiny.ipynb #ad49e9cb
+@torch.no_grad()
+def denoise_steps(
+    unet,                 # trained
+    scheduler,            # whose noise levels it was trained on; epsilon prediction
+    words: torch.Tensor,  # (B, L, width) the prompt's vectors
+    x: torch.Tensor,      # (B, 4, s, s) standard normal noise
+    steps: int = 25       # how many
+) -> list: # of (time, the state x_t, the guess of x_0), step by step
+    "Deterministic sampling that shows its work (DDIM, Song et al. 2020)."
+    sch, seen = DDIMScheduler.from_config(scheduler.config), []
+    sch.set_timesteps(steps)
+    for t in sch.timesteps:
+        out = sch.step(unet(x, t, words).sample, t, x)
+        seen.append((int(t), x, out.pred_original_sample))
+        x = out.prev_sample
+    return seen + [(0, x, x)]
