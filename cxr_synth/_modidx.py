@@ -630,6 +630,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'cxr_synth.tiny.to_device': ('tiny.html#to_device', 'cxr_synth/tiny.py'),
                                 'cxr_synth.tiny.to_pixels': ('tiny.html#to_pixels', 'cxr_synth/tiny.py'),
                                 'cxr_synth.tiny.train_vae': ('tiny.html#train_vae', 'cxr_synth/tiny.py'),
+                                'cxr_synth.tiny.vae_channels': ('tiny.html#vae_channels', 'cxr_synth/tiny.py'),
                                 'cxr_synth.tiny.vae_loss': ('tiny.html#vae_loss', 'cxr_synth/tiny.py'),
                                 'cxr_synth.tiny.word_vocabulary': ('tiny.html#word_vocabulary', 'cxr_synth/tiny.py'),
                                 'cxr_synth.tiny.write_tokenizer': ('tiny.html#write_tokenizer', 'cxr_synth/tiny.py')},

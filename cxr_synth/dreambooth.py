@@ -19,13 +19,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-# %% ../nbs/04_dreambooth.ipynb #977cf464
+# %% ../nbs/04_dreambooth.ipynb #f39f0409
 from .core import (BASE_MODELS, CLASSES, PROMPTS, CxrError, Study, TrainConfig, atomic_path, differences, digest_file, digest_json, generator_name,
                             library_versions, one_of, open_stage, parse_generator, pick_device, progress, read_csv, read_json, seed_for, write_csv, write_json, write_text)
 from .data import load_images, prepare_image, training_rows, val_rows
 from .loop import Loop, Mirror, Part, fit_batch, steps_for
 from .models import add_lora, check_source, device_memory, load_pipeline, preflight, preflight_text, save_lora, save_pipeline
-from .tiny import tiny_pipeline, tiny_vae, train_vae
+from .tiny import tiny_pipeline, tiny_vae, train_vae, vae_channels
 from .trainer import HeldOut, LatentSet, Previews, Trainer, Watch, draw_images, tensorboard_reader, training_figure, weights_key
 
 # %% ../nbs/04_dreambooth.ipynb #378ba3f1
@@ -466,7 +466,7 @@ def parse_command(
                 kw[name] = hints[one_of(name, hints, "flag")](value or True)
     return kw
 
-# %% ../nbs/04_dreambooth.ipynb #9681b42e
+# %% ../nbs/04_dreambooth.ipynb #73023305
 def scratch_vae(
     images: np.ndarray, # (N, S, S) uint8
     work,               # folder for checkpoint and log
@@ -478,7 +478,7 @@ def scratch_vae(
     device, batch = pick_device(cfg.device), fit_batch(cfg.vae_batch_size, len(images))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vae = tiny_vae().to(device)
+        vae = tiny_vae(vae_channels(images.shape[-1])).to(device)
     total = steps_for(len(images), batch, cfg.vae_steps, cfg.vae_views)
     train_vae(vae, images, Loop(dict(vae=Part(vae, cfg.vae_learning_rate)), Path(work)/"vae.pt", total, every=cfg.checkpoint_steps, items=batch, **loop), batch, seed, device, cfg.mixed_precision)
     return vae
