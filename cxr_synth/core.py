@@ -262,7 +262,7 @@ class TrainConfig(ScratchConfig):
         return super().settings() | {"base": base, "prompts": digest_file(self.prompts) if self.prompts else ""}
     def runtimes(self): return super().runtimes() | {"base": self.base, "prompts": self.prompts}
 
-# %% ../nbs/00_core.ipynb #0014cf81
+# %% ../nbs/00_core.ipynb #08785c3c
 @dataclass(frozen=True)
 class GenerateConfig(Config):
     "Settings of the generate stage (guide, section 8)."
@@ -276,11 +276,13 @@ class GenerateConfig(Config):
 @dataclass(frozen=True)
 class QualityConfig(Config):
     "Settings of the quality stage (guide, section 9)."
-    extractor: str = "efficientnet-lite0"  # network of the features
+    extractor: str = "efficientnet-lite0"  # network of the features: a name in `features.BACKBONES`
     size: int = 128       # side to which images are resized for the network, px
     max_images: int = 500 # most images a side and class
     halvings: int = 20    # random patient-disjoint halvings of the real images: the floor
-    device: str = runtime("auto")  # auto, cuda, mps or cpu
+    pairs: int = 1000     # pairs of images whose likeness is measured (MS-SSIM), a class
+    weights: str = runtime("")    # file or folder of the extractor's weights (rad-dino: Hub id or folder); their hash is recorded
+    device: str = runtime("auto") # auto, cuda, mps or cpu
 
 # %% ../nbs/00_core.ipynb #f650860a
 @dataclass(frozen=True)
