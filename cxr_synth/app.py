@@ -11,10 +11,10 @@ import importlib, os, shutil, subprocess, sys, sysconfig
 from dataclasses import field, fields, make_dataclass
 from typing import Annotated
 
-# %% ../nbs/10_app.ipynb #50676f85
-from .core import CONFIGS, PRESETS, STAGES, CxrError, Study, one_of, read_csv, read_json, resolve, stale_stages
+# %% ../nbs/10_app.ipynb #5ee9b71d
+from .core import CONFIGS, PRESETS, STAGES, CxrError, Study, not_here, one_of, read_csv, read_json, resolve, stale_stages
 
-# %% ../nbs/10_app.ipynb #e52f3621
+# %% ../nbs/10_app.ipynb #34b49f4a
 MODULES = {"data": "data", "plan": "experiments", "train": "dreambooth", "generate": "generate", "quality": "quality",
            "experiments": "experiments", "open-test": "experiments", "report": "analysis"}
 
@@ -30,7 +30,9 @@ def run_stage(
     if stage == "open-test": return module.open_test(study)
     call = getattr(module, f"stage_{stage}")
     if stage == "data": return call(study, config, preset=preset, redo=redo)
-    if stage in ("train", "generate"): return call(study, importlib.import_module("cxr_synth.experiments").load_plan(study), config, redo)
+    if stage in ("train", "generate"):
+        more = dict(card=importlib.import_module("cxr_synth.share").write_card) if stage == "generate" else {}
+        return call(study, importlib.import_module("cxr_synth.experiments").load_plan(study), config, redo, **more)
     return call(study, config, redo=redo)
 
 # %% ../nbs/10_app.ipynb #7b49d62e
@@ -108,15 +110,15 @@ def has_test(
     "Whether the data set has an official test; without one there is nothing to open."
     return any(row["split"] == "test" for row in read_csv(study/"data/manifest.csv"))
 
-# %% ../nbs/10_app.ipynb #a220dc17
+# %% ../nbs/10_app.ipynb #d52525fc
 def status(
     study: Study # the study
 ) -> str:
-    "One line per stage output: complete, running or stale."
+    "One line per stage output: complete (and which of its inputs this copy of the study lacks), running or stale."
     study.info()
-    stale = {s.split(": ")[0]: s.split(": ")[1] for s in stale_stages(study)}
-    lines = [f"{out:28} {r['stage']:12} {'stale: ' + stale[out] if out in stale else r['status']}" for out, r in study.records().items()]
-    return "\n".join(lines)
+    stale, gone = {s.split(": ")[0]: s.split(": ")[1] for s in stale_stages(study)}, not_here(study)
+    def state(out, r): return "stale: " + stale[out] if out in stale else r["status"] + (f"; not here: {', '.join(gone[out])}" if out in gone else "")
+    return "\n".join(f"{out:28} {r['stage']:12} {state(out, r)}" for out, r in study.records().items())
 
 # %% ../nbs/10_app.ipynb #bdaa55b5
 def closing(

@@ -8,7 +8,8 @@ __all__ = ['CLASSES', 'PROMPTS', 'STAGES', 'CONFIGS', 'BASE_MODELS', 'FULL', 'LO
            'write_csv', 'read_csv', 'digest_file', 'digest_folder', 'digest_table', 'digest_json', 'runtime', 'Config',
            'DataConfig', 'PlanConfig', 'ScratchConfig', 'TrainConfig', 'GenerateConfig', 'QualityConfig',
            'ExperimentsConfig', 'ReportConfig', 'gpu_preset', 'resolve', 'Study', 'library_versions', 'now', 'Stage',
-           'differences', 'move_aside', 'open_stage', 'refusal', 'stale_stages', 'pick_device', 'autocast', 'progress']
+           'differences', 'move_aside', 'input_digests', 'open_stage', 'refusal', 'stale_stages', 'not_here',
+           'pick_device', 'autocast', 'progress']
 
 # %% ../nbs/00_core.ipynb #f7410be3
 import csv, dataclasses, hashlib, io, json, os, platform, re, shutil, sys, threading
@@ -262,15 +263,21 @@ class TrainConfig(ScratchConfig):
         return super().settings() | {"base": base, "prompts": digest_file(self.prompts) if self.prompts else ""}
     def runtimes(self): return super().runtimes() | {"base": self.base, "prompts": self.prompts}
 
-# %% ../nbs/00_core.ipynb #08785c3c
+# %% ../nbs/00_core.ipynb #25177651
 @dataclass(frozen=True)
 class GenerateConfig(Config):
     "Settings of the generate stage (guide, section 8)."
-    num_inference_steps: int = 15   # DPM-Solver++ steps (guide: 30)
+    num_inference_steps: int = 15   # steps of the scheduler (guide: 30)
     guidance_scale: float = 3.0     # classifier-free guidance; 1 is none (guide: 7.5)
+    scheduler: str = "dpmsolver++"  # dpmsolver++ (guide), ddim, euler or unipc
     negative_prompt: str = ""       # what to steer away from; needs guidance above 1
-    batch_size: int = 50            # images per call; the last call is padded to it, so that image k never depends on it
-    mixed_precision: str = "bf16"   # no or bf16: autocast where the weights are float32 (on a CPU); a GPU holds them in half precision
+    resolution: int = 0             # side at which images are drawn, px; 0: the study's, to which they are brought in any case
+    batch_size: int = 0             # images per call; 0: found before the first image, then recorded; every call is padded to it
+    threads: int = 0                # CPU threads of a process; 0: as found at the first start, then recorded
+    mixed_precision: str = "auto"   # no, bf16, fp16 or auto: bf16 where the device has it, else fp16 on a GPU and none on a CPU
+    compile: bool = False           # torch.compile for the U-Net's blocks
+    before: bool = runtime(False)   # also draw GENERATOR-base: the same number of images from the base, before fine-tuning
+    shard: str = runtime("")        # this process's part of the work, such as 2/4; empty: as torchrun says
     device: str = runtime("auto")   # auto, cuda, mps or cpu
 
 @dataclass(frozen=True)
@@ -429,7 +436,17 @@ def move_aside(
     if (study/out).exists(): os.replace(study/out, target)
     return target
 
-# %% ../nbs/00_core.ipynb #41dbb2b6
+# %% ../nbs/00_core.ipynb #cbc29a4f
+def input_digests(
+    study: Study,     # the study
+    inputs: list[str],# what a stage reads, relative to the study
+    old: dict=None    # the stage's record, if there is one
+) -> dict:            # input -> fingerprint; raises `CxrError` for one that is missing and needed
+    "Fingerprints of a stage's inputs; of a complete stage, those that are not here pass as recorded."
+    known = old["inputs"] if old and old["status"] == "complete" else {}
+    return {rel: known[rel] if rel in known and not (study/rel).exists() else study.digest(rel) for rel in inputs}
+
+# %% ../nbs/00_core.ipynb #c83e823c
 def open_stage(
     study: Study,        # the study
     stage: str,          # one of `STAGES`
@@ -439,14 +456,15 @@ def open_stage(
     redo: bool = False   # move an output with other settings or inputs aside, instead of stopping
 ) -> Stage:
     "Check settings and inputs against the record, or start one; raises `CxrError` that names what differs."
-    settings, digests = json.loads(json.dumps(config.settings())), {rel: study.digest(rel) for rel in inputs}
-    path = study.record_path(out)
+    settings, path = json.loads(json.dumps(config.settings())), study.record_path(out)
     old = read_json(path) if path.exists() else None
+    digests = input_digests(study, inputs, old)
     if old:
         changed = [f"{stage}.{d}" for d in differences(old["settings"], settings)]
         stale = [k for k in digests if old["inputs"].get(k) != digests[k]]
         if (changed or stale) and not redo: raise CxrError(refusal(study, stage, out, changed, stale))
         if not (changed or stale): return Stage(study, out, old)
+        digests = input_digests(study, inputs)   # to make it again, all inputs must be here
         move_aside(study, out)
     record = dict(stage=stage, output=out, status="running", started=now(), settings=settings,
                   runtime=config.runtimes(), inputs=digests, versions=library_versions())
@@ -469,13 +487,20 @@ def refusal(
     return (f"{study/out} is stale: {', '.join(stale)} changed since it was made.\n"
             f"Put the old input back, or repeat with --redo to move the old output aside and make it again.")
 
-# %% ../nbs/00_core.ipynb #ee13eb08
+# %% ../nbs/00_core.ipynb #fc761c0b
 def stale_stages(
     study: Study # the study
 ) -> list[str]:  # one line per stale output
-    "Outputs whose recorded inputs differ from the files now there."
-    def same(rel, digest): return (study/rel).exists() and study.digest(rel) == digest
-    return [f"{out}: {rel} changed" for out, r in study.records().items() for rel, d in r["inputs"].items() if not same(rel, d)]
+    "Outputs whose recorded inputs differ from the files now there; a complete stage's input that is not here at all is no difference."
+    def same(rel, r): return study.digest(rel) == r["inputs"][rel] if (study/rel).exists() else r["status"] == "complete"
+    return [f"{out}: {rel} changed" for out, r in study.records().items() for rel in r["inputs"] if not same(rel, r)]
+
+def not_here(
+    study: Study # the study
+) -> dict:       # output -> its inputs that are not here
+    "What complete stages were made from and this copy of the study lacks, such as models that were not packed."
+    found = {out: [rel for rel in r["inputs"] if not (study/rel).exists()] for out, r in study.records().items() if r["status"] == "complete"}
+    return {out: rels for out, rels in found.items() if rels}
 
 # %% ../nbs/00_core.ipynb #53759997
 def pick_device(

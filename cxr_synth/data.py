@@ -10,13 +10,13 @@ __all__ = ['NAMES', 'SPLITS', 'LAYOUT', 'FRACTIONS', 'REPLICATES', 'COLUMNS', 'F
            'try_look', 'scan', 'image_ids', 'describe', 'add_groups', 'strata', 'fair_order', 'share', 'add_splits',
            'smallest_fraction', 'draw_fractions', 'training_patients', 'too_small', 'shared', 'assert_disjoint',
            'survey', 'make_manifest', 'write_images', 'load_manifest', 'load_fractions', 'other_source', 'other_folder',
-           'data_done', 'stage_data', 'write_audits', 'begin', 'split_rows', 'fraction_rows', 'training_rows',
-           'val_rows', 'load_images', 'prepare_training_data']
+           'data_done', 'restore_images', 'stage_data', 'write_audits', 'begin', 'split_rows', 'fraction_rows',
+           'training_rows', 'val_rows', 'load_images', 'prepare_training_data']
 
-# %% ../nbs/02_data.ipynb #25bcfe1a
+# %% ../nbs/02_data.ipynb #29ce0747
 import hashlib, json, math, os, re, shutil
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path, PurePosixPath
 from typing import Callable
@@ -582,7 +582,23 @@ def data_done(
     if differs: move_aside(study, "data")
     return not differs
 
-# %% ../nbs/02_data.ipynb #8e88bf55
+# %% ../nbs/02_data.ipynb #6013932d
+def restore_images(
+    study: Study,   # with a finished data stage
+    cfg: DataConfig # as given now
+):
+    "Prepare again what is missing in data/images, if the source is here; raises `CxrError` if that holds other images."
+    t, record = load_manifest(study), read_json(study.record_path("data"))
+    gone = sum(not (study/"data"/"images"/f"{i}.png").exists() for i in t.image_id)
+    if not gone: return
+    try: source = open_source(study, replace(cfg, revision=record["commit"] or cfg.revision))
+    except CxrError as e:
+        return print(f"data: {gone:,} prepared images are not here, and neither is their source ({str(e).splitlines()[0]})\n"
+                     f"To make them again, say where it is: cxr-synth data {study.root} --data FOLDER", flush=True)
+    if differs := other_folder(t, source, set(record["bad"])): raise CxrError(f"{study/'data'} was made of other data than is given now:\n  {differs}.\nGive the data that the study was made of.")
+    write_images(study, source, t, cfg)
+
+# %% ../nbs/02_data.ipynb #ce850da0
 def stage_data(
     study: Study,         # the study; made if need be
     cfg: DataConfig,      # settings
@@ -590,7 +606,7 @@ def stage_data(
     redo: bool = False    # move an output with other settings or of other data aside
 ):
     "Write data/ (manifest.csv, fractions.csv, audit.json, audit.html, images/) and study.json; raises `CxrError` for bad input."
-    if data_done(study, cfg, redo): return
+    if data_done(study, cfg, redo): return restore_images(study, cfg)
     source = open_source(study, cfg)
     t, small, bad = survey(source, cfg)
     stage = open_stage(study, "data", "data", cfg, redo=redo)

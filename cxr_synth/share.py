@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['SCRATCH', 'BASE_LICENCES', 'KERMANY', 'MARKS', 'CARD', 'PARTS', 'DEFAULT_PARTS', 'SUMS', 'BLOCK', 'LAYOUT',
            'MAX_BYTES', 'MAX_RATIO', 'find', 'read_set', 'assert_same_images', 'seen', 'lineage', 'filter_words',
-           'card_header', 'card_table', 'card_text', 'card_path', 'write_card', 'set_aside', 'folders_of', 'members',
-           'add_member', 'need_space', 'disk_errors', 'contents', 'is_pack', 'write_zip', 'pack', 'bad_name',
-           'pattern_regex', 'in_layout', 'bad_member', 'refuse', 'fold', 'check_members', 'read_sums', 'opened',
-           'missing_here', 'extract', 'force_to_disk', 'settle', 'unpack', 'copy_on', 'mirror', 'shipment', 'describe',
-           'hub_reason', 'hub_errors', 'check_target', 'push', 'cli_pack', 'cli_unpack', 'cli_push']
+           'card_header', 'card_table', 'card_text', 'current_card', 'card_path', 'write_card', 'set_aside',
+           'folders_of', 'members', 'add_member', 'need_space', 'disk_errors', 'contents', 'is_pack', 'write_zip',
+           'pack', 'bad_name', 'pattern_regex', 'in_layout', 'bad_member', 'refuse', 'fold', 'check_members',
+           'read_sums', 'opened', 'missing_here', 'extract', 'force_to_disk', 'settle', 'unpack', 'copy_on', 'mirror',
+           'shipment', 'describe', 'hub_reason', 'hub_errors', 'check_target', 'push', 'cli_pack', 'cli_unpack',
+           'cli_push']
 
 # %% ../nbs/05a_share.ipynb #a15420b4
 import errno, hashlib, io, json, os, re, shutil, stat, struct, unicodedata, zipfile, zlib
@@ -176,7 +177,7 @@ images = load_dataset("imagefolder", data_dir="FOLDER", split="train")
 The label is 0 for normal, 1 for pneumonia: what the prompt *asked for*, which no radiologist has checked.
 """
 
-# %% ../nbs/05a_share.ipynb #b98562f7
+# %% ../nbs/05a_share.ipynb #31fee299
 def card_text(
     study: Study,  # the study
     generator: str # whose set; it must be finished
@@ -188,6 +189,17 @@ def card_text(
     title = f"{len(lines):,} synthetic chest X-rays, generator {generator}"
     body = CARD.format(title=title, table=card_table(study, generator, lines), marks=filter_words(study, generator), story=story)
     return card_header(lines, licence, title) + body
+
+# %% ../nbs/05a_share.ipynb #a309d31e
+def current_card(
+    study: Study,  # the study
+    generator: str # whose set; it must be finished
+) -> str:
+    "The card as it is now: with today's marks, unless a person has edited what lies beside the images."
+    rest = lambda text: re.sub(r"(?s)\n## Filter\n.*?\n## ", "\n## ", text)
+    fresh, path = card_text(study, generator), card_path(study, generator)
+    there = path.read_text(encoding="utf-8") if path.is_file() else fresh
+    return fresh if rest(there) == rest(fresh) else there
 
 def card_path(
     study: Study,  # the study
@@ -278,7 +290,7 @@ def disk_errors(
                errno.EACCES: "this folder may not be written to", errno.EPERM: "this folder may not be written to"}.get(e.errno, e.strerror or str(e))
         raise CxrError(f"cannot write {target}: {why}.\nMake room or choose another folder, and repeat the command: it goes on from here.") from e
 
-# %% ../nbs/05a_share.ipynb #3cee23f4
+# %% ../nbs/05a_share.ipynb #c0309e74
 def contents(
     study: Study,       # the study
     what=DEFAULT_PARTS  # names in `PARTS`
@@ -286,8 +298,8 @@ def contents(
     "All that goes into a pack; raises `CxrError` for an unfinished set."
     found = {n: study/n for n in members(study, what)}
     sets = {g: read_set(study, g) for g in sorted({n.split("/")[1] for n in found if n.startswith("synthetic/")})}
-    cards = {f"synthetic/{g}/README.md": card_text(study, g).encode() for g in sets}
-    return dict(sorted((cards | found).items())), sets
+    cards = {f"synthetic/{g}/README.md": current_card(study, g).encode() for g in sets}
+    return dict(sorted((found | cards).items())), sets
 
 def is_pack(
     path # a file
@@ -445,7 +457,7 @@ def opened(
         raise CxrError(f"{file} is damaged or only half there: {str(e).splitlines()[0][:150] if str(e) else type(e).__name__}.\n"
                        "Nothing was put into the study. Get the zip again from where it was packed.") from e
 
-# %% ../nbs/05a_share.ipynb #f6f8495a
+# %% ../nbs/05a_share.ipynb #62967ac3
 def missing_here(
     study: Study, # where to unpack
     sums: dict,   # name -> SHA-256
@@ -458,6 +470,7 @@ def missing_here(
     for n, want in sums.items():
         p = study/n
         if not os.path.lexists(p): todo.append(n)
+        elif p.name == "README.md" and p.is_file() and not p.is_symlink(): continue     # a card may have been edited, or know of more marks
         elif p.is_symlink() or not p.is_file() or digest_file(p) != want: other.append(n)
     if other:
         raise CxrError(f"{study.root} holds {len(other)} other files under names that are in {file}:\n  {', '.join(other[:3])}{', ...' if len(other) > 3 else ''}\n"
@@ -567,7 +580,7 @@ def mirror(
         os.replace(part, target)
     return target
 
-# %% ../nbs/05a_share.ipynb #2b7e669e
+# %% ../nbs/05a_share.ipynb #a8c568f2
 def shipment(
     study: Study,  # the study
     generator: str,# whose set
@@ -577,9 +590,9 @@ def shipment(
     try: validate_repo_id(repo_id)
     except HFValidationError as e: raise CxrError(f"{repo_id!r} is no name of a data set on the Hub.\nExpected OWNER/NAME of letters, digits, '-', '_' and '.', such as anna/cxr-{generator}.") from e
     if "/" not in repo_id: raise CxrError(f"{repo_id!r} names no owner.\nExpected OWNER/NAME, such as anna/{repo_id}.")
-    lines, folder, card = read_set(study, generator), study/"synthetic"/generator, card_path(study, generator)
+    lines, folder = read_set(study, generator), study/"synthetic"/generator
     assert_same_images(study, generator, lines)
-    text = card.read_text(encoding="utf-8") if card.is_file() else card_text(study, generator)
+    text = current_card(study, generator)
     names = [n for n in ("metadata.jsonl", "flags.csv", "stage.json") if (folder/n).is_file()] + [m["file_name"] for m in lines]
     return dict(url=f"{constants.ENDPOINT}/datasets/{repo_id}", card=text, files={"README.md": len(text.encode())} | {n: (folder/n).stat().st_size for n in names})
 
@@ -634,7 +647,7 @@ def check_target(
     other = sorted(f for f in api.list_repo_files(repo_id, repo_type="dataset") if f.endswith(".png") and f not in ship["files"])
     if other: raise CxrError(f"{ship['url']} holds {len(other)} images that are not of this set, such as {other[0]}.\nChoose another name, or delete them there.")
 
-# %% ../nbs/05a_share.ipynb #4179b1bf
+# %% ../nbs/05a_share.ipynb #a1bbf1b4
 def push(
     study: Study,         # the study
     generator: str,       # whose set
@@ -646,7 +659,7 @@ def push(
     ship = shipment(study, generator, repo_id)
     if dry_run: return describe(ship, private)
     if not get_token(): raise CxrError("no Hub token was found.\nLog in once with: hf auth login\n(or set the variable HF_TOKEN; a token is never given on the command line)")
-    if not card_path(study, generator).is_file(): write_card(study, generator)
+    write_text(card_path(study, generator), ship["card"])
     with hub_errors(repo_id):
         api = HfApi()
         api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)

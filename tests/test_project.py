@@ -8,7 +8,8 @@ import pytest
 import cxr_synth
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ["00_core", "01_phantom", "01a_images", "01b_audit", "02_data", "02a_loop", "03_tiny", "03a_models", "03b_trainer", "04_dreambooth", "05_generate", "05a_share",
+NAMES = ["00_core", "01_phantom", "01a_images", "01b_audit", "02_data", "02a_loop", "03_tiny", "03a_models", "03b_trainer", "04_dreambooth",
+         "04a_sampling", "04b_worktable", "05_generate", "05a_share", "05b_curate",
          "06_features", "06a_metrics", "06b_copies", "06c_quality", "07_classifier",
          "08_experiments", "09_analysis", "10_app"]
 NOTEBOOKS = sorted(p for p in (ROOT/"nbs").glob("*.ipynb") if not p.name.startswith("_"))

@@ -1,0 +1,119 @@
+"Two processes share one synthetic set without a coordinator; killed processes go on; the bytes are those of one undisturbed process."
+import json, os, random, subprocess, sys, time
+from collections import Counter
+from pathlib import Path
+
+import psutil, pytest
+from cxr_synth.core import PROMPTS, DataConfig, GenerateConfig, Study, TrainConfig, move_aside, open_stage
+from cxr_synth.data import stage_data
+from cxr_synth.generate import Worktable, stage_generate, strangers
+from cxr_synth.tiny import tiny_pipeline
+from PIL import Image
+
+NAME, N = "real100-rep0", 9
+CFG = dict(num_inference_steps=2, batch_size=2, threads=1, mixed_precision="no", device="cpu")
+PLAN = dict(seed=0, generators=[dict(name=NAME, images=dict(normal=N, pneumonia=N))])
+CODE = """
+import json, sys
+from cxr_synth.core import GenerateConfig, Study
+from cxr_synth.generate import stage_generate
+root, plan, cfg, redo = sys.argv[1:]
+stage_generate(Study(root), json.loads(plan), GenerateConfig(**json.loads(cfg)), redo == "redo")
+"""
+
+def untrained_study(root):
+    "Data, and a generator whose two models are untrained: they draw fog, but always the same fog."
+    study = Study(root)
+    stage_data(study, DataConfig(patients=120, resolution=32))
+    stage = open_stage(study, "train", f"models/{NAME}", TrainConfig())
+    for k, cls in enumerate(PROMPTS): tiny_pipeline(study/"tokenizer", PROMPTS.values(), 32, seed=k).save_pretrained(stage.path/cls)
+    stage.finish()
+    return study
+
+def command(study, cfg=(), redo="", processes=1):
+    run = [sys.executable, "-c", CODE] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
+                                                               "--master-port", "0", "--no-python", sys.executable, "-c", CODE]
+    return [*run, str(study.root), json.dumps(PLAN), json.dumps(CFG | dict(cfg)), redo]
+
+def bytes_of(study):
+    "Every file of the set but its record, which has a date."
+    folder = study/"synthetic"/NAME
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "stage.json"}
+
+def kill_after(study, more, processes):
+    "Start, and kill all processes without warning as soon as so many more images are there."
+    there = lambda: len(strangers(study/"synthetic"/NAME, []))
+    wanted = there() + more
+    p = subprocess.Popen(command(study, processes=processes), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while p.poll() is None and there() < wanted: time.sleep(.002)
+    for q in [*psutil.Process(p.pid).children(recursive=True), p]: q.kill()   # torchrun's processes are in sessions of their own
+    p.wait()
+    assert not (study/"synthetic"/NAME/"metadata.jsonl").exists()
+
+def clear(study):
+    "Move the set aside."
+    if (study/"synthetic"/NAME).exists(): move_aside(study, f"synthetic/{NAME}")
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory): return untrained_study(tmp_path_factory.mktemp("shards")/"study")
+
+@pytest.fixture(scope="module")
+def calm(study):
+    "The set of one undisturbed process."
+    stage_generate(study, PLAN, GenerateConfig(**CFG))
+    return bytes_of(study)
+
+def test_layout(calm):
+    assert set(calm) == {"metadata.jsonl", "flags.csv", *(f"{c}/{k:06d}.png" for c in PROMPTS for k in range(N))}
+    assert len(calm["metadata.jsonl"].splitlines()) == 2 * N
+
+def test_torchrun_two_processes(study, calm):
+    clear(study)
+    done = subprocess.run(command(study, processes=2), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert bytes_of(study) == calm
+    assert study.records()[f"synthetic/{NAME}"]["status"] == "complete"
+
+def test_shares_do_not_overlap(study, calm):
+    "The second of two makes its images and no other; the first finds what is left, and completes the set."
+    clear(study)
+    stage_generate(study, PLAN, GenerateConfig(**CFG, shard="2/2"))
+    folder = study/"synthetic"/NAME
+    assert not (folder/"metadata.jsonl").exists()
+    assert {p.stem for p in folder.glob("normal/*.png")} == {f"{k:06d}" for k in range(1, N, 2)}
+    times = {p: p.stat().st_mtime_ns for p in folder.rglob("*.png")}
+    noted = Counter(json.loads(line)["file_name"] for p in (folder/".parts").glob("*.jsonl") for line in p.read_text().splitlines())
+    assert set(noted.values()) == {1}
+    stage_generate(study, PLAN, GenerateConfig(**CFG, shard="1/2"))
+    assert bytes_of(study) == calm
+    assert {p: p.stat().st_mtime_ns for p in times} == times
+
+def test_killed_twice(study, calm):
+    "SIGKILL at two random moments, one and two processes in turn; then the set is that of an undisturbed process, with nothing beside it."
+    clear(study)
+    for processes, more in ((1, 1), (2, random.randint(1, 3))): kill_after(study, more, processes)
+    (study/"synthetic"/NAME/"normal/000000.png").write_bytes(b"damaged")
+    stage_generate(study, PLAN, GenerateConfig(**CFG))
+    assert bytes_of(study) == calm
+
+def test_redo_in_two_processes(study, calm):
+    "The first process moves the old set aside, the second waits for it."
+    before = len(list((study/"synthetic").iterdir()))
+    both = [subprocess.Popen(command(study, dict(num_inference_steps=1), "redo"), env={**os.environ, "RANK": str(r), "WORLD_SIZE": "2"}, stdout=subprocess.DEVNULL) for r in range(2)]
+    assert [p.wait() for p in both] == [0, 0]
+    assert len(list((study/"synthetic").iterdir())) == before + 1
+    assert {json.loads(line)["steps"] for line in bytes_of(study)["metadata.jsonl"].splitlines()} == {1}
+
+def test_lines_cut_by_a_kill_do_not_count(study, tmp_path):
+    table = Worktable(tmp_path, dict(normal=1, pneumonia=0))
+    table.parts.mkdir()
+    (table.parts/"1.jsonl").write_text('{"file_name": "normal/000000.png", "sha256": "ab"}\n{"file_name": "normal/0000')
+    assert table.noted() == {"normal/000000.png": {"ab": {"file_name": "normal/000000.png", "sha256": "ab"}}}
+
+def test_set_completed_by_a_forgotten_process(study, calm):
+    "Processes that outlived their launcher finish the set under the hands of a new one, which has then nothing to do."
+    clear(study)
+    stage_generate(study, PLAN, GenerateConfig(**CFG))
+    table = Worktable(study/"synthetic"/NAME, PLAN["generators"][0]["images"])
+    table.put(Image.new("L", (32, 32)), dict(file_name="normal/000000.png"))
+    assert bytes_of(study) == calm
