@@ -3,7 +3,7 @@ __version__ = "0.0.1"
 
 _home = dict(  # public name -> the module that holds it, imported when the name is first used: `import cxr_synth` itself loads nothing
     CxrError="core", Study="core", prepare_training_data="data", train_dreambooth="dreambooth", generate_class_images="dreambooth", load_finetuned_model="generate",
-    generate_synthetic_dataset="generate", calculate_fid="quality", create_comparison_grid="quality")
+    generate_synthetic_dataset="generate", calculate_fid="quality", create_comparison_grid="quality", analyze_and_print_results="analysis")
 __all__ = list(_home)
 
 def __getattr__(name):

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODULES', 'HELP', 'SHORT', 'TRAVEL', 'FORMS', 'USAGE', 'run_stage', 'arguments', 'expand', 'parse', 'run_all',
-           'is_open', 'has_test', 'status', 'closing', 'data_closing', 'travel', 'command', 'main', 'nbdev_test']
+           'is_open', 'has_test', 'status', 'closing', 'data_closing', 'travel', 'several', 'command', 'main',
+           'nbdev_test']
 
 # %% ../nbs/10_app.ipynb #ca60e51d
 import importlib, os, shutil, subprocess, sys, sysconfig
@@ -35,11 +36,11 @@ def run_stage(
         return call(study, importlib.import_module("cxr_synth.experiments").load_plan(study), config, redo, **more)
     return call(study, config, redo=redo)
 
-# %% ../nbs/10_app.ipynb #7b49d62e
+# %% ../nbs/10_app.ipynb #e467116a
 HELP = {"data": "read the images, split them by patients, prepare them", "plan": "fix and seal what will be computed",
         "train": "train the generators", "generate": "draw the synthetic images", "quality": "measure them against real ones",
         "experiments": "train and judge the classifiers", "open-test": "open the sealed test results, once",
-        "report": "intervals, verdict and the page", "run": "all of these, in this order", "status": "what is done, running or stale"}
+        "report": "intervals, verdict and the page; of several studies: side by side", "run": "all of these, in this order", "status": "what is done, running or stale"}
 
 def arguments(
     command: str,         # one of `HELP`
@@ -150,7 +151,15 @@ def travel(
     call = getattr(importlib.import_module("cxr_synth.share"), f"cli_{name}")
     return tyro.cli(call, args=[a for a in argv if a != "--debug"], prog=f"cxr-synth {name}", description=f"{TRAVEL[name]}: cxr-synth {name} {FORMS[name]} [options]", config=(tyro.conf.PositionalRequiredArgs,))
 
-# %% ../nbs/10_app.ipynb #04558c6d
+# %% ../nbs/10_app.ipynb #c43f2bb4
+def several(
+    rest: list[str] # of the line, after the command
+) -> list[str]:
+    "The study folders that stand before the first flag."
+    flags = [i for i, a in enumerate(rest) if a.startswith("-")]
+    return rest[:flags[0]] if flags else list(rest)
+
+# %% ../nbs/10_app.ipynb #99fd17b4
 USAGE = "usage: cxr-synth COMMAND STUDY [options]\n\nDo synthetic chest X-rays improve a pneumonia classifier? STUDY is a folder.\n\n" + \
     "\n".join(f"  {c:12} {h}" for c, h in (HELP | TRAVEL).items()) + \
     "\n\nStart with:  cxr-synth run my-study --data phantom --preset tiny\nOptions of a command:  cxr-synth COMMAND --help"
@@ -160,6 +169,7 @@ def command(
 ):
     "Do what the line asks for."
     name, rest = one_of(argv[0], HELP | TRAVEL, "command"), argv[1:]
+    if name == "report" and len(folders := several(rest)) > 1: return print(importlib.import_module("cxr_synth.analysis").cli_compare(folders))
     if name in TRAVEL: return print(travel(name, rest))
     args, preset = parse(name, rest)
     study = Study(args.study)

@@ -291,7 +291,7 @@ class QualityConfig(Config):
     weights: str = runtime("")    # file or folder of the extractor's weights (rad-dino: Hub id or folder); their hash is recorded
     device: str = runtime("auto") # auto, cuda, mps or cpu
 
-# %% ../nbs/00_core.ipynb #f650860a
+# %% ../nbs/00_core.ipynb #7bb10d02
 @dataclass(frozen=True)
 class ExperimentsConfig(Config):
     "Settings of the experiments (guide, section 11; analysis plan, section 2)."
@@ -306,6 +306,7 @@ class ExperimentsConfig(Config):
 class ReportConfig(Config):
     "Settings of the report."
     draws: int = 5000      # patient-cluster bootstrap draws behind an interval
+    poster: int = 3000     # width of the figures for the poster, px (25 cm at 300 dots an inch)
 
 # %% ../nbs/00_core.ipynb #1226beca
 CONFIGS = {"data": DataConfig, "plan": PlanConfig, "train": TrainConfig, "generate": GenerateConfig,
