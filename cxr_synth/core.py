@@ -201,22 +201,22 @@ class PlanConfig(Config):
     seed: int = 0        # study seed: generators, images and classifiers derive theirs from it
     guess: str = ""      # what you expect, sealed with the plan: "+1.5, because ..."
 
-# %% ../nbs/00_core.ipynb #ea3e240b
+# %% ../nbs/00_core.ipynb #07cd6746
 @dataclass(frozen=True)
 class ScratchConfig(Config):
     "Settings of the base pipeline that is trained from nothing."
     base: str = "tiny"                # tiny (trained from scratch), a name in `BASE_MODELS`, or a folder or Hub id in Stable Diffusion format
     revision: str = "main"            # Hub only: branch, tag or commit
-    vae_steps: int = 700              # from scratch: most optimizer steps of the autoencoder
+    vae_steps: int = 1200             # from scratch: most optimizer steps of the autoencoder
     vae_views: int = 30               # from scratch: most times the autoencoder sees an image
     vae_batch_size: int = 8           # images
     vae_learning_rate: float = 1e-3   # peak
-    base_steps: int = 500             # from scratch: most optimizer steps of U-Net and text encoder
+    base_steps: int = 1000            # from scratch: most optimizer steps of U-Net and text encoder
     base_views: int = 50              # from scratch: most times they see an image
-    base_batch_size: int = 64         # images
+    base_batch_size: int = 32         # images
     base_learning_rate: float = 8e-4  # peak
 
-# %% ../nbs/00_core.ipynb #fff7eb9e
+# %% ../nbs/00_core.ipynb #2b3800a8
 @dataclass(frozen=True)
 class TrainConfig(ScratchConfig):
     "Settings of the train stage: the base pipeline, then DreamBooth (guide, sections 5 and 7)."
@@ -225,9 +225,9 @@ class TrainConfig(ScratchConfig):
     lora_alpha: int = 128             # lora: the additions are scaled by alpha / rank (guide: 128)
     joint: bool = False               # one model for both classes, told apart by their prompts
     prompts: str = ""                 # CSV file with image_id, prompt: a prompt per image in place of the class's
-    max_train_steps: int = 60         # most optimizer steps per model (guide: 800)
+    max_train_steps: int = 120        # most optimizer steps per model (guide: 800)
     max_views: int = 20               # most times an image is seen
-    train_batch_size: int = 64        # images (guide: 8)
+    train_batch_size: int = 32        # images (guide: 8)
     gradient_accumulation_steps: int = 1  # batches per optimizer step (guide: 2)
     learning_rate: float = 2e-4       # peak (guide: 5e-6)
     lr_scheduler: str = "cosine"      # cosine or constant, after the warm-up
@@ -327,11 +327,11 @@ def gpu_preset(
             "generate": dict(num_inference_steps=30, guidance_scale=7.5, batch_size=8),
             "quality": dict(size=224), "experiments": dict(size=224)}
 
-# %% ../nbs/00_core.ipynb #d71c4cf8
+# %% ../nbs/00_core.ipynb #49dbb18c
 PRESETS = {
-    "tiny": {},
-    "phantom-study": {"data": dict(patients=3000, test_share=.7, strength=1.175)},
-    "laptop": {"data": dict(resolution=128), "train": dict(vae_steps=500, vae_views=20)},
+    "tiny": {"train": dict(snr_gamma=5.0)},
+    "phantom-study": {"data": dict(patients=3000, test_share=.7, strength=1.175), "train": dict(snr_gamma=5.0)},
+    "laptop": {"data": dict(resolution=128), "train": dict(vae_steps=500, vae_views=20, snr_gamma=5.0)},
     "a100-80gb": gpu_preset(**FULL),
     "a100-80gb-lora": gpu_preset(**LORA),
     "a100-40gb": gpu_preset(**FULL | dict(train_batch_size=4, gradient_accumulation_steps=4)),

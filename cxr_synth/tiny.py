@@ -92,15 +92,15 @@ def tiny_text_encoder(
         num_attention_heads=2, max_position_embeddings=tok.model_max_length,
         bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id))
 
-# %% ../nbs/03_tiny.ipynb #bc0c68cc
+# %% ../nbs/03_tiny.ipynb #d612e550
 def vae_channels(
     resolution: int # side of the images, px
 ) -> tuple: # per level
     "Channels of the small autoencoder: latents of a quarter of the side, from 128 px on an eighth."
-    return (32, 48, 64) if resolution < 128 else (32, 48, 64, 64)
+    return (16, 32, 64) if resolution < 128 else (16, 32, 64, 64)
 
 def tiny_vae(
-    channels=(32, 48, 64) # per level; a halving between two
+    channels=(16, 32, 64) # per level; a halving between two
 ) -> AutoencoderKL:
     "An autoencoder: pixels (B, 3, S, S) in [-1, 1] -> latents (B, 4, S/4, S/4) with three levels."
     n = len(channels)
