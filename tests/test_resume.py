@@ -8,7 +8,7 @@ from cxr_synth.core import Study, read_csv
 COMMAND = Path(sys.executable).with_name("cxr-synth")
 SMALL = """--data phantom --data.patients 120 --data.resolution 32 --plan.pool 12 --train.vae-steps 6 --train.base-steps 6 --train.base-batch-size 8
     --train.max-train-steps 4 --train.train-batch-size 8 --train.checkpoint-steps 2 --generate.num-inference-steps 2 --generate.batch-size 2
-    --quality.size 32 --quality.halvings 3 --experiments.size 32 --experiments.views 2 --report.draws 200""".split()
+    --plan.size 32 --quality.size 32 --quality.halvings 3 --experiments.size 32 --experiments.views 2 --report.draws 200""".split()
 MOMENTS = ["models/*/checkpoints/vae.pt", "models/*/checkpoints/base.pt", "models/*/checkpoints/pneumonia.pt",
            "synthetic/*/normal/000002.png", "runs/mixed/*/run.json"]
 
@@ -45,7 +45,7 @@ def test_killed_five_times(calm, tmp_path):
 
 def test_results_are_whole(calm):
     rows = read_csv(calm/"results.csv")
-    assert len(rows) == 4 * 3 * 3                      # arms x (fraction, replicate) x seeds
+    assert len(rows) == 4 * 3 + 14 * 2 * 3             # arms x replicates x seeds at 100 % and at 10 %
     assert all(r["status"] == "done" and r["test_auroc"] for r in rows)
     assert {r["real_fraction"] for r in rows if not r["internal_auroc"]} == {"1.0"}   # at 100 % the internal patients are trained on
     real, copies = ({(r["real_fraction"], r["replicate"], r["seed"]): r["test_auroc"] for r in rows if r["arm"] == arm} for arm in ("real", "duplicate"))
