@@ -337,7 +337,7 @@ class Suite:
         seen = training_rows(self.study, *((int(m[1]) / 100, int(m[2])) if m else (1.0, 0))).image_id
         return ~self.pool.image_id.isin(seen).to_numpy()
 
-# %% ../nbs/06c_quality.ipynb #a4b8fef6
+# %% ../nbs/06c_quality.ipynb #94e1ca59
 @dataclass
 class Pile:
     "The synthetic set of one generator."
@@ -347,7 +347,6 @@ class Pile:
     files: list # file_name of each
     base: str   # the base model, from metadata.jsonl
     x: np.ndarray # features (N, D)
-    unused: int   # images in its folders that metadata.jsonl does not name
 
 def load_pile(
     study: Study,   # the study
@@ -359,8 +358,7 @@ def load_pile(
     meta = pd.read_json(study/f"synthetic/{generator}/metadata.jsonl", lines=True)
     for k, c in enumerate(CLASSES):
         if not (labels == k).any(): raise CxrError(f"synthetic/{generator} holds no {c} images.\nBoth classes are needed; generate the missing one: {study.writer('synthetic')}.")
-    there = {p.relative_to(study/f"synthetic/{generator}").as_posix() for c in CLASSES for p in image_files(study/f"synthetic/{generator}/{c}")}
-    return Pile(generator, images, labels, [*meta.file_name], str(meta.get("base_model", pd.Series([""])).iloc[0]), eye(images, f"features, {generator}"), len(there - {*meta.file_name}))
+    return Pile(generator, images, labels, [*meta.file_name], str(meta.get("base_model", pd.Series([""])).iloc[0]), eye(images, f"features, {generator}"))
 
 # %% ../nbs/06c_quality.ipynb #6605203d
 def distance_rows(
@@ -551,7 +549,7 @@ def save_copies(
     if there: save(fig, folder/"copies.png")
     write_csv(suite.study/f"quality/{pile.name}-copies.csv", ["file_name", "reason", "by"], flagged)
 
-# %% ../nbs/06c_quality.ipynb #e2cc39dd
+# %% ../nbs/06c_quality.ipynb #39892785
 def measure_generator(
     suite: Suite,  # real images
     generator: str # its name
@@ -561,7 +559,7 @@ def measure_generator(
     (rows, other), (reports, nearest) = distance_rows(suite, pile), search_copies(suite, pile)
     rows += likeness_rows(suite, pile) + score_rows(suite, pile) + label_rows(suite, pile)
     rows += [copy_row(c, r, int((pile.labels == k).sum()), suite.eye.about) for k, (c, r) in enumerate(reports.items())]
-    rows = [r | dict(unused_files=pile.unused) for r in rows]
+    rows = [r | dict(unused_files=0) for r in rows]   # a set with files that its metadata does not name was refused
     base = study/f"quality/{generator}-base.json"
     save_figures(suite, pile, nearest, rows, read_json(base) if base.exists() else [])
     save_copies(suite, pile, reports)
