@@ -56,7 +56,7 @@ def draw_images(
     parts = [np.flatnonzero(np.asarray(labels) == c) for c in (0, 1)]
     return np.sort(np.concatenate([rng.permutation(p)[:int(np.ceil(KEEP * len(p)))] for p in parts]))
 
-# %% ../nbs/08a_experiments.ipynb #8430b592
+# %% ../nbs/08a_experiments.ipynb #551cf4e2
 class Workshop:
     "Where runs are made: images, plan and settings of one study."
     def __init__(self, root: str, plan: dict, cfg: ExperimentsConfig, device: str):
@@ -80,6 +80,7 @@ class Workshop:
         keep = keep[draw_images(y[keep], rng_of(run, self.plan["seed"], "synthetic"))]
         gone = marked(self.study, name) if run.base == "filtered" else ()
         left = np.array([i for i in keep if names[i] not in gone], int)
+        if len(set(y[left])) < 2: raise CxrError(f"filtered leaves {len(left)} of {len(keep)} images: the others are marked in flags.csv, quality/{name}-copies.csv or curation/{name}.csv.\nBoth classes are needed. Look at the reasons there; a generator whose images are all marked has not learned.")
         return x[left], y[left], len(keep) - len(left)
     def C(self, fraction: float, replicate: int) -> float:
         "The regularisation of a fraction and replicate, chosen once on its real images."
