@@ -15,7 +15,7 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from cxr_synth.core import PROMPTS, DataConfig, GenerateConfig, Study, TrainConfig, autocast, open_stage
 from cxr_synth.data import stage_data
 from cxr_synth.generate import stage_generate
-from cxr_synth.sampling import Painter, load_finetuned_model, pick_precision, start_noise
+from cxr_synth.sampling import Painter, even, find_batch_size, load_finetuned_model, pick_precision, start_noise
 from cxr_synth.tiny import tiny_pipeline
 
 NAME, PROMPT, STEPS, SCALE = "real100-rep0", PROMPTS["normal"], GenerateConfig().num_inference_steps, GenerateConfig().guidance_scale
@@ -40,11 +40,11 @@ def whole_stage(study, n, cfg):
     (study/f"synthetic/{NAME}").rename(study/f"synthetic/used{time.time_ns()}")
 
 def bare(pipe, n, cfg, batch_size):
-    "The pipeline itself, same batch, attention, precision: model time only."
+    "The pipeline itself, in the calls of the stage, same attention, precision and layout: model time only."
     precision = Painter(pipe, PROMPT, 64, cfg, batch_size).precision
-    for i in range(0, n, batch_size):
+    for _ in range(2 * -(-(n // 2) // batch_size)):
         with torch.inference_mode(), autocast("cpu", precision):
-            pipe([PROMPT] * batch_size, latents=start_noise(range(i, i + batch_size), 4, 16), num_inference_steps=STEPS, guidance_scale=SCALE, output_type="pt")
+            pipe([PROMPT] * batch_size, latents=start_noise(range(batch_size), 4, 16), num_inference_steps=STEPS, guidance_scale=SCALE, output_type="pt")
 
 def guide(pipe, num_images, output_dir, batch_size=8):
     "The loop of the guide's section 8, on a CPU."
@@ -63,10 +63,11 @@ def guide_pipeline(folder):
     return pipe
 
 def compare(study, n, rounds):
-    plain, ours, batch_size = guide_pipeline(study/f"models/{NAME}/normal"), load_finetuned_model(study/f"models/{NAME}/normal", "cpu"), 32
+    plain, ours = guide_pipeline(study/f"models/{NAME}/normal"), load_finetuned_model(study/f"models/{NAME}/normal", "cpu")
+    batch_size = even(n // 2, find_batch_size(ours, 64, GenerateConfig())[0])   # as the stage chooses it
     jobs = {"guide, float32": lambda m: guide(plain, m, study/"guide")}
     for name, precision in (("float32", "no"), ("bf16", "bf16")):
-        cfg = GenerateConfig(mixed_precision=precision, batch_size=batch_size, device="cpu")
+        cfg = GenerateConfig(mixed_precision=precision, device="cpu")
         jobs[f"bare, {name}"] = lambda m, cfg=cfg: bare(ours, m, cfg, batch_size)
         jobs[f"stage, {name}"] = lambda m, cfg=cfg: whole_stage(study, m, cfg)
     times = {k: [] for k in jobs}

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KEEP', 'PREDICTION', 'SPLITS', 'RESULTS', 'rng_of', 'pool_of', 'draw_images', 'Workshop', 'copies', 'only_real',
-           'filled_up', 'recipe', 'fit_run', 'fit_network', 'predictions', 'scores', 'at_threshold', 'make_run',
-           'identity', 'workshop', 'do_run', 'open_executor', 'as_finished', 'prepare', 'Table', 'chosen_runs',
-           'do_all', 'report_failures', 'stage_experiments', 'finished_runs', 'log_opening', 'open_test']
+           'filled_up', 'recipe', 'fit_run', 'fit_network', 'predictions', 'scores', 'at_threshold', 'is_explained',
+           'make_run', 'identity', 'workshop', 'do_run', 'open_executor', 'as_finished', 'prepare', 'Table',
+           'chosen_runs', 'do_all', 'report_failures', 'stage_experiments', 'finished_runs', 'log_opening', 'open_test']
 
 # %% ../nbs/08a_experiments.ipynb #77a83ee9
 import os, sys, time, traceback
@@ -22,6 +22,7 @@ from .classifier import METRICS, best_threshold, choose_C, fit_probe, fit_toward
 from .core import (CLASSES, CxrError, ExperimentsConfig, Study, digest_file, digest_json, move_aside, now, one_of, open_stage,
                             pick_device, progress, read_csv, read_json, seed_for, write_csv, write_json)
 from .data import assert_disjoint, split_rows, training_rows, val_rows
+from .explain import Whole, explain, has_maps
 from .material import Material, marked
 from .plan import Run, generator_of, load_plan, parse_arm, plan_runs, rare_gap, stage_plan
 from .training import Pile, by_class, finetune, predict_images, save_network, weighted
@@ -218,6 +219,14 @@ def at_threshold(
     return dict(threshold=cut, at_threshold={s: {k: score(t.label, t.prob, cut)[k] for k in ("sensitivity", "specificity")} for s, t in parts.items()})
 
 # %% ../nbs/08a_experiments.ipynb #f99cc959
+def is_explained(
+    run: Run,      # which
+    shop: Workshop # where
+) -> bool:
+    "Whether heat maps are made: for the first run of either arm of the primary contrast, if its network has any."
+    p = shop.plan["primary"]
+    return run.arm in (p["arm"], p["control"]) and (run.fraction, run.replicate, run.seed) == (p["fraction"], 0, 0) and has_maps(shop.cfg.network)
+
 def make_run(
     run: Run,      # which
     shop: Workshop # where
@@ -228,6 +237,9 @@ def make_run(
     table = pd.concat([predictions(run, s, answer, shop) for s in run.splits])
     write_csv(folder/"predictions.csv", [*PREDICTION, "prob"], table.to_dict("records"))
     write_csv(folder/"test.csv", [*PREDICTION, "prob"], predictions(run, "test", answer, shop).to_dict("records"))
+    if is_explained(run, shop):
+        net = Whole(shop.material.network, model, shop.device, cfg.weights or None) if shop.probe else model
+        explain(net, shop.study, table[table.split == run.splits[-1]], cfg.size, folder, shop.device)
     if not shop.probe:
         if cfg.save_models: save_network(model, folder/"weights.safetensors")
         os.replace(folder/"checkpoint.csv", folder/"history.csv")

@@ -9,7 +9,7 @@ __all__ = ['COLOURS', 'NAMES', 'PALETTE', 'GRID', 'colour', 'arm_label', 'canvas
            'fit_temperature', 'reliability', 'figure_calibration', 'calibration', 'blocks_of', 'figure_blocks',
            'figure_shift', 'figure_selection', 'selection_curves', 'training_curves', 'figure_training', 'load_quality',
            'distances', 'fd_name', 'figure_fd', 'small_pictures', 'nearest', 'Album', 'figure_grid', 'figure_memory',
-           'figure_cam', 'planned_figures', 'figures_of_scores', 'more_figures', 'draw_figures']
+           'heat_cases', 'figure_cam', 'planned_figures', 'figures_of_scores', 'more_figures', 'draw_figures']
 
 # %% ../nbs/09c_figures.ipynb #1a4ca6bf
 import io
@@ -504,23 +504,43 @@ def figure_memory(
     ax.legend(frameon=False, fontsize=8)
     return ax
 
+# %% ../nbs/09c_figures.ipynb #e9d5dd83
+def heat_cases(
+    ev: Evidence, # the study
+    most: int = 3 # cases of each kind
+) -> dict:        # {arm: {kind: list of (image (R, R), heat (R, R) 0-1, P(pneumonia))}}; without maps nothing
+    "The cases of the primary contrast's arms whose image is here."
+    c, out = ev.plan["primary"], {}
+    for arm in (c["control"], c["arm"]):
+        folder = ev.study/f"runs/{arm}/{generator_name(c['fraction'], 0)}-seed0"
+        if not (folder/"heat.csv").is_file(): continue
+        t, small = pd.read_csv(folder/"heat.csv", dtype={"image_id": str}), np.load(folder/"heat.npy")
+        small = small / max(small.max(), 1e-12)
+        t = t[[(ev.study/f"data/images/{i}.png").is_file() for i in t.image_id]]
+        for r in t.groupby("kind", sort=False).head(most).itertuples():
+            image = np.asarray(Image.open(ev.study/f"data/images/{r.image_id}.png").convert("L"))
+            heat = np.asarray(Image.fromarray(small[r.Index].astype(np.float32)).resize(image.shape[::-1], Image.Resampling.BILINEAR))
+            out.setdefault(arm, {}).setdefault(r.kind, []).append((image, heat, r.prob))
+    return out
+
 # %% ../nbs/09c_figures.ipynb #e51ab738
 def figure_cam(
-    images: list, # uint8 (R, R)
-    heats: list,  # (R, R) heat, 0-1
-    labels: list, # one text per image
-    ax            # where to draw
+    cases: dict, # from `heat_cases`
+    ax           # where to draw
 ):
-    "Heat over images, side by side."
-    size = max(im.shape[0] for im in images)
-    warm = matplotlib.colormaps["inferno"]
-    for k, (im, heat, label) in enumerate(zip(images, heats, labels)):
-        grey = np.repeat(im[..., None] / 255, 3, axis=2)
-        mix = 0.45 * np.clip(heat, 0, 1)[..., None]
-        ax.imshow((1 - mix) * grey + mix * warm(heat)[..., :3], extent=(k * 1.05, k * 1.05 + 1, 0, 1))
-        ax.text(k * 1.05 + 0.5, -0.03, label, ha="center", va="top", fontsize=9)
-    ax.set(xlim=(0, 1.05 * len(images)), ylim=(-0.25, 1), aspect="equal")
-    ax.axis("off")
+    "Heat over images: a block of columns for each arm, a row for each kind; P(pneumonia) in the corner."
+    kinds = list(dict.fromkeys(k for found in cases.values() for k in found))
+    wide = max(len(c) for found in cases.values() for c in found.values())
+    for n, (arm, found) in enumerate(cases.items()):
+        left = n * (wide + 0.3)
+        ax.text(left + wide / 2, 0.08, arm_label(arm), ha="center", va="bottom", fontsize=9)
+        for y, x, (image, heat, p) in ((y, left + k, c) for y, kind in enumerate(kinds) for k, c in enumerate(found.get(kind, []))):
+            mix = 0.5 * heat[..., None]
+            ax.imshow((1 - mix) * image[..., None] / 255 + mix * matplotlib.colormaps["inferno"](heat)[..., :3], extent=(x + 0.02, x + 0.98, -y - 0.98, -y - 0.02))
+            ax.text(x + 0.07, -y - 0.07, f"{p:.2f}", color="white", va="top", fontsize=7)
+    ax.set(xlim=(0, len(cases) * (wide + 0.3) - 0.3), ylim=(-len(kinds), 0.35), xticks=[], aspect="equal")
+    ax.set_yticks([-y - 0.5 for y in range(len(kinds))], [k.replace(", ", ",\n") for k in kinds])
+    ax.tick_params(length=0); ax.spines[:].set_visible(False)
     return ax
 
 # %% ../nbs/09c_figures.ipynb #c545237c
@@ -563,6 +583,7 @@ def more_figures(
     audit = read_json(study/"data/audit.json") if (study/"data/audit.json").is_file() else {}
     if shift := [x for x in audit.get("shift", []) if x.get("auc") is not None]: yield "shift", lambda ax: figure_shift(shift, ax), 4.5, 1.7
     if ev.test["state"] == "opened" and (found := blocks_of(ev, "real", largest)): yield "blocks", lambda ax: figure_blocks(*found, ax), 4.5, 2.4
+    if cases := heat_cases(ev): yield "cam", lambda ax: figure_cam(cases, ax), 4.5, 3.4
     if curves := selection_curves(study): yield "selection", lambda ax: figure_selection(curves, ax), 4.5, 2.8
     if losses := training_curves(study): yield "training", lambda ax: figure_training(losses, ax), 4.5, 2.6
     if rows := distances(load_quality(study)): yield "fd", lambda ax: figure_fd(rows, distances(load_quality(study, base=True)), ax), 4.5, 0.8 + 0.45 * len(rows)

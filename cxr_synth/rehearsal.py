@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PATIENTS', 'COLUMNS', 'ARMS', 'CELLS', 'TRUTH', 'METRICS', 'RESULTS', 'rehearse_images', 'contrast', 'rehearse_plan',
-           'metric_values', 'rehearse_run', 'rehearse_runs', 'rehearse_quality', 'rehearse_records', 'rehearse_opening',
-           'rehearse']
+           'metric_values', 'rehearse_run', 'rehearse_runs', 'rehearse_quality', 'rehearse_heat', 'rehearse_records',
+           'rehearse_opening', 'rehearse']
 
 # %% ../nbs/09a_rehearsal.ipynb #7d50d9de
 from pathlib import Path
@@ -14,8 +14,10 @@ from PIL import Image
 from sklearn import metrics
 from .core import (CLASSES, DataConfig, ExperimentsConfig, PlanConfig, QualityConfig, Study, atomic_path, digest_json, generator_name,
                             open_stage, read_json, write_csv, write_json)
+from .explain import COLUMNS as HEAT, draw_cases
 from .intervals import make_patients, simulate
 from .phantom import draw_phantom
+from .plan import QUESTIONS, parse_arm
 
 # %% ../nbs/09a_rehearsal.ipynb #6d38955a
 PATIENTS = dict(val=25, internal=110, test=90, train=40)   # of each class
@@ -55,7 +57,7 @@ def rehearse_plan(
     "Write plan.json, sealed, and study.json."
     f = min(c[0] for c in cells)
     family = [contrast("mixed", "real", f, "test")] + [contrast("oracle", "mixed", f, "internal")] * ("oracle" in arms) + [contrast("mixed", "real", 1.0, "test")] * (cells[0][0] == 1)
-    plan = dict(tier="pilot", seed=0, arms=[*arms], cells=[dict(fraction=x, replicates=k, seeds=s) for x, k, s in cells],
+    plan = dict(tier="pilot", seed=0, arms=[*arms], questions={a: QUESTIONS[parse_arm(a)[0]] for a in arms}, cells=[dict(fraction=x, replicates=k, seeds=s) for x, k, s in cells],
                 generators=[dict(name=generator_name(x, r), fraction=x, replicate=r, n_real=int(900 * x), images={c: 45 for c in CLASSES}) for x, k, _ in cells for r in range(k)],
                 primary=contrast("mixed", "real", f, "internal"), secondary=family, margin_pp=0.5, margin_why="half a point, set before any result", guess=guess)
     write_json(Path(root)/"plan.json", plan | dict(sealed="2026-01-02T03:04:05+00:00", sha256=digest_json(plan)))
@@ -128,6 +130,23 @@ def rehearse_quality(
         rows = [row(c, "fd", v * by, 12.0, "above the floor") for c, v in zip(CLASSES, (48.2, 61.7))] + [row("both", "source_auc", 0.93, 0.5, "above the floor")]
         write_json(study/f"quality/{name}.json", rows)
 
+# %% ../nbs/09a_rehearsal.ipynb #e53471aa
+def rehearse_heat(
+    study: Study # with runs
+):
+    "Write heat.npy and heat.csv of the first run of `real` and `mixed`: two cases of each kind on internal, the disease that was drawn as their heat."
+    c = read_json(study/"plan.json")["primary"]
+    for arm in (c["control"], c["arm"]):
+        folder, maps, rows = study/f"runs/{arm}/{generator_name(c['fraction'], 0)}-seed0", [], []
+        cases = draw_cases(pd.read_csv(folder/"predictions.csv").query("split == 'internal'"), n=2)
+        for n, r in enumerate(cases.to_dict("records")):
+            image, added = draw_phantom(500 + n, 0, r["label"], return_truth=True)
+            with atomic_path(study/f"data/images/{r['image_id']}.png") as tmp: Image.fromarray(image).save(tmp, format="PNG")
+            maps.append(added.reshape(4, 16, 4, 16).mean((1, 3)))
+            rows.append(r | dict(corners=0.1, overlap=2.5 if r["label"] else ""))
+        with atomic_path(folder/"heat.npy") as tmp, open(tmp, "wb") as f: np.save(f, np.stack(maps))
+        write_csv(folder/"heat.csv", HEAT, rows)
+
 # %% ../nbs/09a_rehearsal.ipynb #c128ab53
 def rehearse_records(
     study: Study # with manifest and plan
@@ -169,4 +188,5 @@ def rehearse(
     rehearse_plan(root, cells, arms)
     rehearse_runs(study, rows, truth, seed=seed, **kw)
     rehearse_quality(study)
+    rehearse_heat(study)
     return rehearse_records(study)

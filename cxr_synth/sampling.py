@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEDULERS', 'set_scheduler', 'pick_precision', 'load_finetuned_model', 'image_seed', 'start_noise', 'cut_off',
-           'check_settings', 'use_attention', 'Painter', 'to_image', 'sample', 'sampler_table', 'show_table', 'slerp',
+           'check_settings', 'make_fast', 'Painter', 'to_image', 'sample', 'sampler_table', 'show_table', 'slerp',
            'latent_walk', 'Behind', 'draw_all', 'out_of_memory', 'largest', 'find_batch_size', 'set_slicing', 'even',
            'check_output', 'generate_synthetic_dataset']
 
@@ -111,15 +111,17 @@ def check_settings(
         raise CxrError(f"batch_size {cfg.batch_size}, threads {cfg.threads}, resolution {cfg.resolution}: not possible.\nAllowed: whole numbers from 0, which means automatic; a resolution divisible by 8.")
 
 # %% ../nbs/04a_sampling.ipynb #aaea3b40
-def use_attention(
-    unet,          # changed in place
+def make_fast(
+    pipe,          # its U-Net and decoder are changed in place
     device: str,   # cuda, mps or cpu
     precision: str,# no, bf16 or fp16
     side: int      # of the latents
 ):
-    "Choose the attention that is fast here (`benchmarks/generate.py`): the plain formula for small latents in bf16 on a CPU."
-    plain = device == "cpu" and precision == "bf16" and side <= 32
-    unet.set_attn_processor(AttnProcessor() if plain else AttnProcessor2_0())
+    "Choose the attention and the memory layout that are fast here (`benchmarks/generate.py`)."
+    plain = device == "cpu" and precision == "bf16" and side <= 32       # the formula itself, for small latents
+    pipe.unet.set_attn_processor(AttnProcessor() if plain else AttnProcessor2_0())
+    layout = torch.channels_last if device == "cpu" and precision == "no" else torch.contiguous_format
+    for part in (pipe.unet, pipe.vae): part.to(memory_format=layout)
 
 # %% ../nbs/04a_sampling.ipynb #ba51f379
 class Painter:
@@ -129,7 +131,7 @@ class Painter:
         device, is_half = pipe.device.type, pipe.unet.dtype != torch.float32
         self.precision = "no" if is_half else pick_precision(device, cfg.mixed_precision)
         self.side = resolution // pipe.vae_scale_factor
-        use_attention(pipe.unet, device, self.precision, self.side)
+        make_fast(pipe, device, self.precision, self.side)
         set_scheduler(pipe, cfg.scheduler)
         for text in (prompt, cfg.negative_prompt):
             if lost := cut_off(pipe.tokenizer, text): warnings.warn(f"the prompt is too long for this model; it does not read: {lost!r}")

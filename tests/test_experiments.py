@@ -4,7 +4,7 @@ import os, shutil, signal, subprocess, sys, time
 import numpy as np, pandas as pd, pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from cxr_synth.core import DataConfig, ExperimentsConfig, PlanConfig, Study, read_csv, read_json, write_csv
+from cxr_synth.core import DataConfig, ExperimentsConfig, PlanConfig, Study, read_csv, read_json, write_csv, write_json
 from cxr_synth.data import stage_data, training_rows
 from cxr_synth.experiments import PREDICTION, Workshop, open_test, recipe, stage_experiments
 from cxr_synth.material import stage_builtin
@@ -53,6 +53,32 @@ def test_killed_and_started_again(serial, copy):
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     assert {f: f.stat().st_mtime_ns for f in before} == before                      # none done twice,
     assert (copy/"results.csv").read_bytes() == (serial/"results.csv").read_bytes()  # none lost
+
+TUNE = dict(method="finetune", network="small_cnn", size=32, steps=6, batch_size=16, warmup=1, checkpoint_steps=2, device="cpu")
+
+def test_all_arms_are_fine_tuned(copy):
+    "Every arm of the plan through the grid with a network that learns from end to end: killed halfway, and gone on with by two processes."
+    flags = " ".join(f"--experiments.{k.replace('_', '-')} {v}" for k, v in TUNE.items()).split()
+    command = [sys.executable, "-c", "import sys; from cxr_synth.app import main; sys.exit(main())", "experiments", str(copy.root), *flags]
+    p = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while p.poll() is None and len(list(copy.root.glob("runs/*/*/run.json"))) < 20: time.sleep(.01)
+    assert p.poll() is None, p.communicate()[1]
+    os.kill(p.pid, signal.SIGKILL)
+    p.wait()
+    stage_experiments(copy, ExperimentsConfig(**TUNE, executor="processes", workers=2))
+    rows, runs = read_csv(copy/"results.csv"), plan_runs(load_plan(copy))
+    assert [r["status"] for r in rows] == ["done"] * len(runs)
+    assert {r["optimizer_steps"] for r in rows if r["arm"] != "real_short"} == {"6"}
+    assert {r["optimizer_steps"] for r in rows if r["arm"] == "real_short"} < {str(k) for k in range(1, 6)}
+    assert not list(copy.root.glob("runs/*/*/checkpoint*")) and all((copy/r.folder/"history.csv").exists() for r in runs)
+    some = [r for r in runs if r.arm in ("mixed", "pretrain_finetune") and r.seed == 1]
+    before = {r: (copy/r.folder/"predictions.csv").read_bytes() for r in some}
+    for r in some: shutil.rmtree(copy/r.folder)
+    stage = read_json(copy/"runs/stage.json")
+    write_json(copy/"runs/stage.json", stage | dict(status="running"))
+    stage_experiments(copy, ExperimentsConfig(**TUNE))
+    assert {r: (copy/r.folder/"predictions.csv").read_bytes() for r in some} == before       # the same in this process
+    assert [e["exploratory"] for e in open_test(copy)["opened"]] == [False]
 
 def test_another_program_finds_the_same(serial):
     plan = load_plan(serial)
