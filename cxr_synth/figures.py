@@ -550,7 +550,8 @@ def planned_figures(
 ): # yields (name, function that draws on axes, width, height)
     "The figures that this study can fill, in the order of the page."
     plan, c, study = ev.plan, analysis["contrasts"][0], ev.study
-    near = [r for r in analysis["contrasts"] if r["arm"] not in ("synthetic_only", "permuted") and r["state"] == "measured"]  # far from 0, they would squeeze the others
+    far = ("synthetic_only", "permuted", "duplicate")   # these would squeeze the others, or are 0 by design
+    near = [r for r in analysis["contrasts"] if r["state"] == "measured" and (r["role"] != "estimate" or r["arm"] not in far and (r["fraction"], r["split"]) == (c["fraction"], c["split"]))]
     if near: yield "forest", lambda ax: figure_forest(near, analysis["margin_pp"], ax), 4.5, 0.8 + 0.42 * len(near)
     if c["state"] == "measured" and (g := guess_of(plan)) is not None: yield "guess", lambda ax: figure_guess(g, c, analysis["margin_pp"], ax), 4.5, 1.7
     for s in ev.splits:
@@ -583,13 +584,13 @@ def more_figures(
     audit = read_json(study/"data/audit.json") if (study/"data/audit.json").is_file() else {}
     if shift := [x for x in audit.get("shift", []) if x.get("auc") is not None]: yield "shift", lambda ax: figure_shift(shift, ax), 4.5, 1.7
     if ev.test["state"] == "opened" and (found := blocks_of(ev, "real", largest)): yield "blocks", lambda ax: figure_blocks(*found, ax), 4.5, 2.4
-    if cases := heat_cases(ev): yield "cam", lambda ax: figure_cam(cases, ax), 4.5, 3.4
+    if cases := heat_cases(ev): yield "cam", lambda ax: figure_cam(cases, ax), 4.5, 2.7
     if curves := selection_curves(study): yield "selection", lambda ax: figure_selection(curves, ax), 4.5, 2.8
     if losses := training_curves(study): yield "training", lambda ax: figure_training(losses, ax), 4.5, 2.6
     if rows := distances(load_quality(study)): yield "fd", lambda ax: figure_fd(rows, distances(load_quality(study, base=True)), ax), 4.5, 0.8 + 0.45 * len(rows)
     album = Album(ev, generator_name(ev.plan["primary"]["fraction"], 0))
     if album:
-        yield "grid", lambda ax: figure_grid(album.rows(), ax), 4.5, 5.2
+        yield "grid", lambda ax: figure_grid(album.rows(), ax), 4.5, 4.5
         if album.held: yield "memory", lambda ax: figure_memory(*album.distances(), ax), 4.5, 2.6
 
 def draw_figures(

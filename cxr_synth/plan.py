@@ -169,9 +169,9 @@ def choose_primary(
     at = max(fit, key=lambda r: r["fraction"])["fraction"] if fit else .1 if .1 in allowed else allowed[0]
     row = next((r for r in rows if r["fraction"] == at), None)
     if row is None: return at, dict(can=False, sentence="There are too few internal patients to weigh what this study can detect.")
-    said = f"At {at:.0%} the headroom is {row['headroom_pp']:.2f} points of AUROC and a difference of {row['detectable_pp']:.2f} is detectable."
+    said = f"At {100 * at:g} % the headroom is {row['headroom_pp']:.2f} points of AUROC and a difference of {row['detectable_pp']:.2f} is detectable."
     if fit: return at, dict(can=True, sentence=said)
-    instead = f"A primary fraction of {max(r['fraction'] for r in good):.0%} would, with 5 replicates x 6 seeds (--tier full)." if good else "More patients, or more replicates, would."
+    instead = f"A primary fraction of {100 * max(r['fraction'] for r in good):g} % would, with 5 replicates x 6 seeds (--tier full)." if good else "More patients, or more replicates, would."
     return at, dict(can=False, sentence=f"{said} A headroom of twice that is needed: this study cannot answer. {instead}")
 
 # %% ../nbs/08_plan.ipynb #25300871

@@ -192,8 +192,11 @@ def sentence(
     def num(v): return f"{v:.0f}" if abs(v) >= 1000 else f"{v:.3g}"
     head = f"{m.label}{on} {num(row['value'])} at n = {row['n_synthetic']}; real images{AGAINST.get(row['reference'], '')}: {num(row['floor_low'])} to {num(row['floor_high'])}."
     why = SAYS | {"above the floor": f" Above the floor: {m.above}.", "below the floor": f" Below the floor: {m.below}."}
-    near = m.above == DIFFER and row["value"] < row["floor_low"]
-    return head + (" Nearer than real images are to each other: copies or lost diversity do that." if near else why[row["verdict"]]) + aside(row)
+    low, high = row["value"] < row["floor_low"], row["value"] > row["floor_high"]
+    if low and m.above == DIFFER: said = " Nearer than real images are to each other: copies or lost diversity do that."
+    elif (low or high) and row["verdict"] == "within the floor": said = " Beyond real images, on the harmless side."
+    else: said = why[row["verdict"]]
+    return head + said + aside(row)
 
 # %% ../nbs/06c_quality.ipynb #78cd8542
 COLUMNS = ["class_name", "metric", "reference", "extractor", "weights_sha256", "resize", "n_real", "n_synthetic", "value", "low", "high", "floor", "floor_low", "floor_high",
