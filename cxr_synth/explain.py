@@ -33,12 +33,20 @@ class Whole(nn.Module):
 
 def has_maps(name: str) -> bool: return not name.startswith(("vit", "rad"))  # transformers have no feature maps
 
+@torch.no_grad()
 def last_map(
-    model: nn.Module # `Whole` or `training.Classifier`
-) -> nn.Module:      # its last convolution; raises `CxrError` for a network without feature maps
+    model: nn.Module, # `Whole` or `training.Classifier`
+    size: int,        # side of its images, px
+    device: str = "cpu" # of the model
+) -> nn.Module:       # the part that gives the last map of 2 x 2 places or more; raises `CxrError` for a network without feature maps
     "The layer whose map is explained."
     if not has_maps(getattr(model, "name", "")): raise CxrError(f"{model.name} has no feature maps for Grad-CAM.\nExplain a convolutional network, such as densenet121.")
-    return [m for m in model.modules() if isinstance(m, nn.Conv2d)][-1]
+    maps = []
+    def note(part, _, out): maps.extend([part] * (torch.is_tensor(out) and out.ndim == 4 and min(out.shape[2:]) > 1))
+    hooks = [part.register_forward_hook(note) for part in model.modules()]
+    try: model(torch.zeros(1, 1, size, size, device=device))
+    finally: [h.remove() for h in hooks]
+    return maps[-1]
 
 # %% ../nbs/07c_explain.ipynb #27716180
 def heat_maps(
@@ -48,7 +56,7 @@ def heat_maps(
     device: str = "cpu" # cuda, mps or cpu
 ):                    # float32 (N, h, w), 0 or more, as large as the last feature map: what speaks for pneumonia
     "Grad-CAM of the log odds of pneumonia, by captum."
-    cam, out = LayerGradCam(model, last_map(model)), []
+    cam, out = LayerGradCam(model, last_map(model, size, device)), []
     for im in images:
         x = to_input(im[None], size).to(device).requires_grad_(True)
         out.append(cam.attribute(x, relu_attributions=True)[0, 0].detach().float().cpu().numpy())
