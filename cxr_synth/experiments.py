@@ -11,7 +11,7 @@ __all__ = ['KEEP', 'PREDICTION', 'SPLITS', 'RESULTS', 'rng_of', 'pool_of', 'draw
 # %% ../nbs/08a_experiments.ipynb #77a83ee9
 import os, sys, time, traceback
 from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from multiprocessing import get_context
 import numpy as np, pandas as pd, torch
@@ -296,7 +296,7 @@ def open_executor(
     elif name == "dask" or "://" in name:
         try: from dask.distributed import Client, LocalCluster
         except ImportError as e: raise CxrError("the executor dask needs the package distributed.\nInstall it: pip install \"dask[distributed]\", or use --experiments.executor processes") from e
-        with (LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None) if name == "dask" else contextmanager(lambda: iter([name]))()) as place:
+        with LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None) if name == "dask" else nullcontext(name) as place:
             with Client(place) as client: yield client.get_executor(pure=False)
     else: one_of(name, ("serial", "processes", "dask", "tcp://HOST:PORT"), "executor")
 
