@@ -31,7 +31,7 @@ def main():
     arg.add_argument("--draws", type=int, default=5000)
     arg = arg.parse_args()
     with tempfile.TemporaryDirectory() as root:
-        study, images, runs = build(Path(root), ["real", "mixed", *(f"mixed-share{i}" for i in range(arg.arms - 2))], arg.patients)
+        study, images, runs = build(Path(root), ["real", "mixed", *(f"mixed-share{i + 1}" for i in range(arg.arms - 2))], arg.patients)
         start = time.perf_counter()
         a = analyse(study, arg.draws)
         took, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -76,14 +76,16 @@ def read_run(
     path = folder/("test.csv" if split == "test" else "predictions.csv")
     if not path.is_file(): raise ValueError(f"{path.name} is missing")
     table = pd.read_csv(path, dtype={"image_id": str, "patient_id": str})
-    table = table[table.split == split].set_index("image_id")
-    expected = images.index[images.index.isin(table.index)] if split == "val" else images.index
+    table = table[table.split == split]
     if table.empty: raise ValueError(f"it predicts no image of {split}")
-    if len(table) != len(expected) or not table.index.is_unique or not expected.isin(table.index).all(): raise ValueError(f"it predicts other images of {split} than the manifest has")
-    table = table.reindex(expected)
-    if not table.prob.between(0, 1).all(): raise ValueError(f"{int((~table.prob.between(0, 1)).sum())} of its predictions of {split} are no probabilities")
-    if (table.label != images.label.reindex(expected)).any(): raise ValueError(f"its labels of {split} are not the manifest's")
-    return table[["label", "prob"]]
+    at = images.index.get_indexer(table.image_id)               # place in the manifest, -1: not there
+    if at.min() < 0 or np.bincount(at).max() > 1 or (split != "val" and len(at) != len(images)): raise ValueError(f"it predicts other images of {split} than the manifest has")
+    order = np.argsort(at)
+    label, prob, expected = table.label.to_numpy()[order], table.prob.to_numpy()[order], images.iloc[at[order]]
+    wrong = ~((prob >= 0) & (prob <= 1))
+    if wrong.any(): raise ValueError(f"{int(wrong.sum())} of its predictions of {split} are no probabilities")
+    if (label != expected.label.to_numpy()).any(): raise ValueError(f"its labels of {split} are not the manifest's")
+    return pd.DataFrame(dict(label=label, prob=prob), index=expected.index)
 
 # %% ../nbs/09b_contrasts.ipynb #0643a8c4
 def largest_block(
@@ -108,13 +110,15 @@ class Evidence:
         self.results, self.test = self.all[self.all.status == "done"], test_state(study)
         images = pd.read_csv(study/"data/manifest.csv", dtype=str).astype({"label": int}).set_index("image_id")
         self.images = {s: images[images.split == s].sort_index() for s in (*SPLITS, "train")}
-        self.problems, self.cache, self.blocks, self.summaries = {}, {}, {}, {}
+        self.problems, self.cache, self.arms, self.cuts, self.blocks, self.summaries = ({} for _ in range(6))
     @property
     def splits(self): return ["internal"] + ["test"] * (self.test["state"] == "opened")
     def rows(self, arm, fraction):
         "Finished runs of an arm: {(replicate, seed): row}."
-        t = self.results[(self.results.arm == arm) & np.isclose(self.results.real_fraction.astype(float), fraction)]
-        return {(int(r.replicate), int(r.seed)): r for r in t.itertuples()}
+        if (arm, fraction) not in self.arms:
+            t = self.results[(self.results.arm == arm) & np.isclose(self.results.real_fraction.astype(float), fraction)]
+            self.arms[arm, fraction] = {(int(r.replicate), int(r.seed)): r for r in t.itertuples()}
+        return self.arms[arm, fraction]
     def run(self, row, split):
         "Predictions of one run, or None with a note in `problems`."
         name = f"{row.arm}/{generator_name(row.real_fraction, row.replicate)}-seed{row.seed}"
@@ -183,15 +187,17 @@ def thresholds(
 def weighted_ap(
     label,  # (n,) 0 or 1; the AUPRC is that of 1
     prob,   # (n,) scores
-    weights # (draws, n) how often each image counts
+    weights # (n, draws) how often each image counts
 ): # (draws,)
-    "Average precision under many weightings at once."
-    order = np.argsort(-prob, kind="stable")
-    w, p = weights[:, order], prob[order]
-    ends = np.r_[np.flatnonzero(np.diff(p)), len(p) - 1]   # the last of each tie
-    hits, all_ = np.cumsum(w * label[order], axis=1)[:, ends], np.cumsum(w, axis=1)[:, ends]
-    precision = hits / np.maximum(all_, 1e-12)
-    return (np.diff(hits, axis=1, prepend=0) * precision).sum(1) / np.maximum(hits[:, -1], 1e-12)
+    "Average precision under many weightings at once: the mean precision at the images of class 1."
+    def falling(side):  # scores from the highest on (negated, so that they rise), and their weights
+        i = np.flatnonzero(label == side)
+        i = i[np.argsort(-prob[i], kind="stable")]
+        return -prob[i], weights[i]
+    (p, w), (q, v) = falling(1), falling(0)
+    hits = w.cumsum(0)[np.searchsorted(p, p, "right") - 1]                               # ties are one step
+    alarms = np.concatenate([np.zeros_like(v[:1]), v.cumsum(0)])[np.searchsorted(q, p, "right")]
+    return (w * hits / np.maximum(hits + alarms, 1e-12)).sum(0) / np.maximum(w.sum(0), 1e-12)
 
 # %% ../nbs/09b_contrasts.ipynb #ac30eeff
 CALLS = [f"{m}@{r}" for r in RULES for m in ("sensitivity", "specificity", "balanced_accuracy")]
@@ -238,13 +244,12 @@ def drawn_ap(
 ) -> dict: # {auprc, auprc_normal: (values (K, S), draws (draws,))}
     "AUPRC of both classes: of each run, and its mean over runs in each draw."
     (a, b), = scores.pairs.counts(draws, seed, chunk=draws)
-    weights = np.empty((draws + 1, len(scores.labels)), np.float32)
-    weights[0] = 1                                              # the first row: every image once
-    for c, (idx, _, m) in zip((a, b), scores.pairs.sides): weights[1:, idx] = np.repeat(c, m, axis=1)
-    out = {}
+    weights, once = np.empty((len(scores.labels), draws), np.float32), np.ones((len(scores.labels), 1))
+    for c, (idx, _, m) in zip((a, b), scores.pairs.sides): weights[idx] = np.repeat(c.T, m, axis=0)
+    out, runs = {}, scores.probs.reshape(-1, len(scores.labels))
     for name, label, sign in (("auprc", scores.labels, 1), ("auprc_normal", 1 - scores.labels, -1)):
-        found = np.stack([weighted_ap(label, sign * p, weights) for p in scores.probs.reshape(-1, len(scores.labels))])
-        out[name] = found[:, 0].reshape(scores.probs.shape[:2]), found[:, 1:].mean(0)
+        values = np.concatenate([weighted_ap(label, sign * p, once) for p in runs])
+        out[name] = values.reshape(scores.probs.shape[:2]), np.mean([weighted_ap(label, sign * p, weights) for p in runs], axis=0)
     return out
 
 # %% ../nbs/09b_contrasts.ipynb #5e74c0cb
@@ -271,11 +276,11 @@ def run_cuts(
     runs             # (replicate, seed) pairs
 ) -> list[dict]:     # thresholds of each run
     "Thresholds of an arm's runs, from their own val predictions."
-    out = []
     for key in runs:
+        if (arm, fraction, key) in ev.cuts: continue
         val = ev.run(ev.rows(arm, fraction)[key], "val")
-        out.append(thresholds(val.label, val.prob) if val is not None and val.label.nunique() == 2 else {r: 0.5 for r in RULES})
-    return out
+        ev.cuts[arm, fraction, key] = thresholds(val.label, val.prob) if val is not None and val.label.nunique() == 2 else {r: 0.5 for r in RULES}
+    return [ev.cuts[arm, fraction, key] for key in runs]
 
 def summary_of(ev, arm, fraction, split, scores, draws):
     "`arm_summary`, computed once per block of runs; the draws of a split are the same for all arms."
