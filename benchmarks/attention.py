@@ -14,7 +14,7 @@ def seconds(unet, x, t, words, precision):
 
 x, t, words = torch.randn(64, 4, 16, 16), torch.randint(0, 1000, (64,)), torch.randn(64, 32, 64)
 for precision in ("no", "bf16"):
-    networks = dict(fused=tiny_unet(16), plain=to_device(tiny_unet(16), "cpu"))
+    networks = dict(fused=tiny_unet(16), plain=to_device(tiny_unet(16), "cpu", "bf16"))
     times = {name: [] for name in networks}
     for _ in range(7):
         for name, unet in networks.items(): times[name].append(seconds(unet, x, t, words, precision))

@@ -12,10 +12,10 @@ from statistics import median
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
-from cxr_synth.core import PROMPTS, DataConfig, GenerateConfig, Study, TrainConfig, autocast, open_stage
+from cxr_synth.core import PROMPTS, DataConfig, GenerateConfig, Study, TrainConfig, autocast, open_stage, pick_precision
 from cxr_synth.data import stage_data
 from cxr_synth.generate import stage_generate
-from cxr_synth.sampling import Painter, even, find_batch_size, load_finetuned_model, pick_precision, start_noise
+from cxr_synth.sampling import Painter, even, find_batch_size, load_finetuned_model, start_noise
 from cxr_synth.tiny import tiny_pipeline
 
 NAME, PROMPT, STEPS, SCALE = "real100-rep0", PROMPTS["normal"], GenerateConfig().num_inference_steps, GenerateConfig().guidance_scale

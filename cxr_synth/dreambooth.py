@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'read_image_folder', 'read_prompts', 'Task', 'class_task', 'model_key', 'check_class_images',
-           'make_class_images', 'generate_class_images', 'choose_weights', 'latent_task', 'observe', 'make_trainer',
-           'settle_weights', 'put_weights', 'model_facts', 'model_card', 'save_model', 'say_needs', 'fine_tune',
-           'GuideFlags', 'guide_prior', 'guide_task', 'is_finished', 'guide_flags', 'train_dreambooth', 'tidy',
-           'parse_command', 'scratch_vae', 'train_base', 'study_images', 'StudyTasks', 'train_generator',
+           'make_class_images', 'generate_class_images', 'settled', 'choose_weights', 'latent_task', 'observe',
+           'make_trainer', 'settle_weights', 'put_weights', 'model_facts', 'model_card', 'save_model', 'say_needs',
+           'fine_tune', 'GuideFlags', 'guide_prior', 'guide_task', 'is_finished', 'guide_flags', 'train_dreambooth',
+           'tidy', 'parse_command', 'scratch_vae', 'train_base', 'study_images', 'StudyTasks', 'train_generator',
            'collect_logs', 'stage_train']
 
 # %% ../nbs/04_dreambooth.ipynb #d8d81c56
@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 # %% ../nbs/04_dreambooth.ipynb #f39f0409
 from .core import (BASE_MODELS, CLASSES, PROMPTS, CxrError, Study, TrainConfig, atomic_path, differences, digest_file, digest_json, generator_name,
-                            library_versions, one_of, open_stage, parse_generator, pick_device, progress, read_csv, read_json, seed_for, write_csv, write_json, write_text)
+                            library_versions, one_of, open_stage, parse_generator, pick_device, pick_precision, progress, read_csv, read_json, seed_for, write_csv, write_json, write_text)
 from .data import load_images, prepare_image, training_rows, val_rows
 from .loop import Loop, Mirror, Part, fit_batch, steps_for
 from .models import add_lora, check_source, device_memory, load_pipeline, preflight, preflight_text, save_lora, save_pipeline
@@ -143,6 +143,13 @@ def generate_class_images(
     return output_dir
 
 # %% ../nbs/04_dreambooth.ipynb #56e45178
+def settled(
+    cfg: TrainConfig # settings
+) -> tuple[str, TrainConfig]: # device; the settings with the precision that `auto` means there
+    "What `auto` means here."
+    device = pick_device(cfg.device)
+    return device, dataclasses.replace(cfg, mixed_precision=pick_precision(device, cfg.mixed_precision))
+
 def choose_weights(
     pipe,             # the base in float32; changed in place
     cfg: TrainConfig, # settings
@@ -206,7 +213,8 @@ def make_trainer(
     views: int = 0      # most times an image is seen, and let the batch shrink to a small set; 0: steps and batch as set
 ) -> Trainer:
     "A trainer with all that the settings ask for; raises `CxrError` for a batch larger than the data, and a checkpoint of another run."
-    device, config = pick_device(cfg.device), cfg.settings() | dict(model=model_key(pipe), data=task.key(), seed=seed, views=views)
+    device, cfg = settled(cfg)
+    config = cfg.settings() | dict(model=model_key(pipe), data=task.key(), seed=seed, views=views)
     data, prior, heldout = latent_task(pipe, task, cfg, device, cache)
     batch = fit_batch(cfg.train_batch_size, min(len(data), len(prior or data))) if views else cfg.train_batch_size
     total = steps_for(len(data), batch * cfg.gradient_accumulation_steps, cfg.max_train_steps, views) if views else cfg.max_train_steps
@@ -475,7 +483,7 @@ def scratch_vae(
     **loop              # for `Loop`: config, mirror
 ):                      # the autoencoder, trained
     "Train a small autoencoder from nothing."
-    device, batch = pick_device(cfg.device), fit_batch(cfg.vae_batch_size, len(images))
+    (device, cfg), batch = settled(cfg), fit_batch(cfg.vae_batch_size, len(images))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = tiny_vae(vae_channels(images.shape[-1])).to(device)
@@ -494,7 +502,7 @@ def train_base(
     mirror=None         # `Mirror`
 ):                      # the pipeline
     "Train a small pipeline from nothing on images of both classes."
-    work, device, batch = Path(work), pick_device(cfg.device), fit_batch(cfg.base_batch_size, len(task.images))
+    (device, cfg), work, batch = settled(cfg), Path(work), fit_batch(cfg.base_batch_size, len(task.images))
     loop = dict(config=cfg.settings() | dict(data=task.key(), seed=seed), mirror=mirror)
     vae = scratch_vae(task.images, work, cfg, seed, **loop)
     pipe = tiny_pipeline(work/"tokenizer", [*PROMPTS.values(), cfg.class_prompt, *task.prompts], task.images.shape[-1], seed, vae)
@@ -557,6 +565,7 @@ def train_generator(
     "Train one generator: the base (CPU presets only), then DreamBooth per class or for both."
     stage = open_stage(study, "train", f"models/{name}", cfg, ["data/manifest.csv", "data/fractions.csv", "data/images"], redo)
     if stage.done: return
+    cfg = dataclasses.replace(cfg, mixed_precision=stage.record.setdefault("precision", settled(cfg)[1].mixed_precision))  # another one on another machine would be another model
     stage.compute_on(cfg.device)
     tasks, work, shots, base = StudyTasks(study, name, cfg), stage.path/"checkpoints", stage.path/"previews", cfg.base
     mirror = Mirror(Path(cfg.mirror)/study.root.name, study.root, cfg.mirror_gb) if cfg.mirror else None

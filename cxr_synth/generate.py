@@ -16,10 +16,10 @@ from PIL import Image
 
 # %% ../nbs/05_generate.ipynb #11dc8140
 from .core import (CLASSES, PROMPTS, CxrError, GenerateConfig, Study, digest_file, move_aside, open_stage, parse_generator,
-                            pick_device, read_json)
+                            pick_device, pick_precision, read_json)
 from .data import load_images, training_rows
 from .sampling import (Painter, check_settings, draw_all, even, find_batch_size, generate_synthetic_dataset, image_seed, load_finetuned_model,
-                                out_of_memory, pick_precision, set_scheduler, set_slicing, to_image)
+                                out_of_memory, set_scheduler, set_slicing, to_image)
 from .worktable import Worktable, check_room, complete, grey_limits, load_metadata, look, my_share, settle, strangers
 
 # %% ../nbs/05_generate.ipynb #f13271be

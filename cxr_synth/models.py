@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 # %% ../nbs/03a_models.ipynb #a1e1de4f
-from .core import BASE_MODELS, PROMPTS, CxrError, atomic_path, digest_file, library_versions, read_json, seed_for, write_json
+from .core import BASE_MODELS, PROMPTS, CxrError, atomic_path, digest_file, library_versions, pick_device, pick_precision, read_json, seed_for, write_json
 from .tiny import load_dtype, tiny_pipeline, to_device
 
 # %% ../nbs/03a_models.ipynb #bc0bc07c
@@ -465,7 +465,8 @@ def activation_bytes(
     "What one forward pass of training keeps for the backward pass."
     unet, text, side = parts["unet"], parts["text_encoder"], resolution // shrink
     if cfg.gradient_checkpointing: unet.train().enable_gradient_checkpointing()
-    batch, half = cfg.train_batch_size * (2 if cfg.prior_loss_weight else 1), cfg.mixed_precision != "no"
+    precision = pick_precision(pick_device(cfg.device)) if cfg.mixed_precision == "auto" else cfg.mixed_precision
+    batch, half = cfg.train_batch_size * (2 if cfg.prior_loss_weight else 1), precision != "no"
     with torch.random.fork_rng(devices=[]), FakeTensorMode():
         hollow(unet); hollow(text)
         words = torch.empty(batch, text.config.max_position_embeddings, text.config.hidden_size)

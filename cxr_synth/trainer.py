@@ -161,7 +161,7 @@ class Denoiser:
     "A pipeline on its device, asked for the noise in a batch."
     def __init__(self, pipe, device: str = "cpu", precision: str = "no"): # precision: no, bf16 or fp16
         self.pipe, self.device, self.precision, self.words = pipe, device, precision, Words(pipe)
-        to_device(pipe.unet, device).train(); pipe.text_encoder.to(device).train(); pipe.vae.to(device).requires_grad_(False)
+        to_device(pipe.unet, device, precision).train(); pipe.text_encoder.to(device).train(); pipe.vae.to(device).requires_grad_(False)
         self.times, self.none = pipe.scheduler.config.num_train_timesteps, self.words.add([""])
     def errors(self, x0, noise, t, words, learning: bool) -> torch.Tensor: # (B,)
         "Each item's mean squared error of the U-Net's answer (Ho et al. 2020, eq. 14); `learning`: run the text encoder."
