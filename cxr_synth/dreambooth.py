@@ -148,7 +148,7 @@ def settled(
 ) -> tuple[str, TrainConfig]: # device; the settings with the precision that `auto` means there
     "What `auto` means here."
     device = pick_device(cfg.device)
-    return device, dataclasses.replace(cfg, mixed_precision=pick_precision(device, cfg.mixed_precision))
+    return device, dataclasses.replace(cfg, mixed_precision=pick_precision(device)) if cfg.mixed_precision == "auto" else cfg
 
 def choose_weights(
     pipe,             # the base in float32; changed in place
