@@ -63,12 +63,12 @@ def guide_pipeline(folder):
     return pipe
 
 def compare(study, n, rounds):
-    plain, ours = guide_pipeline(study/f"models/{NAME}/normal"), load_finetuned_model(study/f"models/{NAME}/normal", "cpu")
-    batch_size = even(n // 2, find_batch_size(ours, 64, GenerateConfig())[0])   # as the stage chooses it
+    plain = guide_pipeline(study/f"models/{NAME}/normal")
+    batch_size = even(n // 2, find_batch_size(plain, 64, GenerateConfig())[0])   # as the stage chooses it
     jobs = {"guide, float32": lambda m: guide(plain, m, study/"guide")}
     for name, precision in (("float32", "no"), ("bf16", "bf16")):
-        cfg = GenerateConfig(mixed_precision=precision, device="cpu")
-        jobs[f"bare, {name}"] = lambda m, cfg=cfg: bare(ours, m, cfg, batch_size)
+        cfg, ours = GenerateConfig(mixed_precision=precision, device="cpu"), load_finetuned_model(study/f"models/{NAME}/normal", "cpu")
+        jobs[f"bare, {name}"] = lambda m, cfg=cfg, ours=ours: bare(ours, m, cfg, batch_size)
         jobs[f"stage, {name}"] = lambda m, cfg=cfg: whole_stage(study, m, cfg)
     times = {k: [] for k in jobs}
     for f in jobs.values(): f(8)                      # warm up
