@@ -9,7 +9,7 @@ __all__ = ['CLASSES', 'PROMPTS', 'STAGES', 'CONFIGS', 'BASE_MODELS', 'FULL', 'LO
            'DataConfig', 'PlanConfig', 'ScratchConfig', 'TrainConfig', 'GenerateConfig', 'QualityConfig',
            'ExperimentsConfig', 'GuideConfig', 'ReportConfig', 'gpu_preset', 'resolve', 'Study', 'library_versions',
            'now', 'Stage', 'differences', 'move_aside', 'input_digests', 'open_stage', 'refusal', 'stale_stages',
-           'not_here', 'pick_device', 'pick_precision', 'autocast', 'progress']
+           'not_here', 'pick_device', 'autocast', 'pick_precision', 'progress']
 
 # %% ../nbs/00_core.ipynb #f7410be3
 import csv, dataclasses, hashlib, io, json, os, platform, re, shutil, sys, threading
@@ -543,6 +543,16 @@ def pick_device(
     there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     return there[0] if name == "auto" else one_of(name, there, "or absent device")
 
+def autocast(
+    device: str,   # from `pick_device`
+    precision: str # no, bf16 or fp16
+):
+    "Mixed precision for the forward pass; the weights themselves stay float32."
+    import torch
+    dtypes = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return torch.autocast(device, dtypes[one_of(precision, dtypes, "mixed_precision")] or torch.bfloat16, enabled=precision != "no")
+
+# %% ../nbs/00_core.ipynb #d8ae4242
 def pick_precision(
     device: str,         # from `pick_device`
     wanted: str = "auto" # auto, no, bf16 or fp16
@@ -554,15 +564,6 @@ def pick_precision(
     if wanted != "auto": return wanted
     if device == "cuda": return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "bf16" if device == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", bool)() else "no"
-
-def autocast(
-    device: str,   # from `pick_device`
-    precision: str # no, bf16 or fp16
-):
-    "Mixed precision for the forward pass; the weights themselves stay float32."
-    import torch
-    dtypes = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return torch.autocast(device, dtypes[one_of(precision, dtypes, "mixed_precision")] or torch.bfloat16, enabled=precision != "no")
 
 # %% ../nbs/00_core.ipynb #3860b98b
 def progress(

@@ -543,7 +543,7 @@ td{border-bottom:1px solid var(--rule)}.group{font-weight:600;padding-top:1.1rem
 td:first-child{min-width:10.5rem}.n{text-align:right;white-space:nowrap}.contrasts td:nth-child(3),.contrasts th:nth-child(3){text-align:left;white-space:normal;min-width:8rem;padding-left:.8rem}td>strong{white-space:nowrap}td:nth-child(2):not(.n){min-width:5.5rem}td:nth-child(3):not(.n){min-width:9rem}tr>:last-child{padding-right:.1rem}
 footer{margin-top:3.5rem;padding-top:1rem;border-top:1px solid var(--rule)}
 @media (max-width:34rem){main{padding-top:2rem}dl{grid-template-columns:1fr;gap:.15rem}dd{margin-bottom:.8rem}.box{padding:1.1rem 1.1rem .4rem}}
-@media print{:root{--paper:#fff;--ink:#000;--soft:#444;--rule:#bbb;--box:#f5f5f5}main{max-width:none;padding:0}body{font-size:10.5pt}
+@media print{figure img{max-width:23rem}figure.grid img{max-width:27rem}figcaption,figure.grid figcaption{max-width:27rem}:root{--paper:#fff;--ink:#000;--soft:#444;--rule:#bbb;--box:#f5f5f5}main{max-width:none;padding:0}body{font-size:10.5pt}
 figure,.box,tr{break-inside:avoid}h2{break-after:avoid}.scroll{overflow:visible}.wide{width:auto;margin-left:0}table{font-size:7.5pt}.n{white-space:normal}}
 """
 

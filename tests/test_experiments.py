@@ -41,13 +41,18 @@ def test_executors_agree(serial, copy, executor):
     assert (copy/"results.csv").read_bytes() == (serial/"results.csv").read_bytes()
     for r in plan_runs(load_plan(copy)): assert (copy/r.folder/"predictions.csv").read_bytes() == (serial/r.folder/"predictions.csv").read_bytes()
 
-def test_killed_and_started_again(serial, copy):
-    command = [sys.executable, "-c", "import sys; from cxr_synth.app import main; sys.exit(main())", "experiments", str(copy.root), *FLAGS]
+def kill_after(runs, study, flags):
+    "Start the grid, and kill it without warning when so many runs are done; the command."
+    command = [sys.executable, "-c", "import sys; from cxr_synth.app import main; sys.exit(main())", "experiments", str(study.root), *flags]
     p = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while p.poll() is None and len(list(copy.root.glob("runs/*/*/run.json"))) < 12: time.sleep(.01)
+    while p.poll() is None and len(list(study.root.glob("runs/*/*/run.json"))) < runs: time.sleep(.01)
     assert p.poll() is None, p.communicate()[1]
     os.kill(p.pid, signal.SIGKILL)
     p.wait()
+    return command
+
+def test_killed_and_started_again(serial, copy):
+    command = kill_after(12, copy, FLAGS)
     before = {f: f.stat().st_mtime_ns for f in copy.root.glob("runs/*/*/run.json")}
     assert 12 <= len(before) < len(plan_runs(load_plan(copy)))
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -59,12 +64,7 @@ TUNE = dict(method="finetune", network="small_cnn", size=32, steps=6, batch_size
 def test_all_arms_are_fine_tuned(copy):
     "Every arm of the plan through the grid with a network that learns from end to end: killed halfway, and gone on with by two processes."
     flags = " ".join(f"--experiments.{k.replace('_', '-')} {v}" for k, v in TUNE.items()).split()
-    command = [sys.executable, "-c", "import sys; from cxr_synth.app import main; sys.exit(main())", "experiments", str(copy.root), *flags]
-    p = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while p.poll() is None and len(list(copy.root.glob("runs/*/*/run.json"))) < 20: time.sleep(.01)
-    assert p.poll() is None, p.communicate()[1]
-    os.kill(p.pid, signal.SIGKILL)
-    p.wait()
+    kill_after(20, copy, flags)
     stage_experiments(copy, ExperimentsConfig(**TUNE, executor="processes", workers=2))
     rows, runs = read_csv(copy/"results.csv"), plan_runs(load_plan(copy))
     assert [r["status"] for r in rows] == ["done"] * len(runs)
