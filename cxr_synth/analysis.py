@@ -208,7 +208,7 @@ def stage_report(
     study.record_path("report").unlink(missing_ok=True)
     stage = open_stage(study, "report", "report", cfg, inputs)
     analysis = analyse(study, cfg.draws, ev)
-    analysis["problems"] += unfinished(study)
+    analysis["unfinished"] = unfinished(study)
     write_json(study/"analysis.json", analysis)
     write_text(study/"report/index.html", page(study, analysis, draw_figures(ev, analysis, cfg.poster), stage.record["started"]))
     write_texts(ev, analysis)

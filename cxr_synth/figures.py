@@ -313,7 +313,7 @@ def figure_blocks(
     ax.errorbar(range(1, len(y) + 1), y, yerr=[y - low, high - y], fmt="o", color=colour("real"), ms=6, capsize=3)
     ax.axhline(val, color="#222222", lw=1, ls=":")
     ax.text(len(y) + 0.4, val, "val", fontsize=9, va="bottom", ha="right")
-    ax.set(xlabel="official test: healthy children in order of their number, six blocks", ylabel="specificity at 0.5", ylim=(0, 1.03), xlim=(0.4, len(y) + 0.6))
+    ax.set(xlabel="official test: healthy children by number, six blocks", ylabel="specificity at 0.5", ylim=(0, 1.03), xlim=(0.4, len(y) + 0.6))
     return ax
 
 # %% ../nbs/09c_figures.ipynb #bc5f42aa

@@ -203,7 +203,8 @@ def missing_html(
 ) -> Html:
     "Runs that are pending, failed or refused; nothing if all are there."
     gone = analysis["missing"]
-    parts = [("planned runs are not there yet", gone["pending"]), ("runs failed", gone["failed"]), ("files of predictions were refused and left out", analysis["problems"])]
+    parts = [("planned runs are not there yet", gone["pending"]), ("runs failed", gone["failed"]), ("files of predictions were refused and left out", analysis["problems"]),
+             ("stages have begun and not finished", analysis.get("unfinished", []))]
     lists = [join([tag("p", f"{len(items)} {what}:"), tag("ul", *(tag("li", i) for i in first_of(items)), cls="small")]) for what, items in parts if items]
     return tag("section", tag("h2", "What is missing"), *lists) if lists else Html("")
 
