@@ -203,9 +203,9 @@ def missing_html(
 ) -> Html:
     "Runs that are pending, failed or refused; nothing if all are there."
     gone = analysis["missing"]
-    parts = [("planned runs are not there yet", gone["pending"]), ("runs failed", gone["failed"]), ("files of predictions were refused and left out", analysis["problems"]),
-             ("stages have begun and not finished", analysis.get("unfinished", []))]
-    lists = [join([tag("p", f"{len(items)} {what}:"), tag("ul", *(tag("li", i) for i in first_of(items)), cls="small")]) for what, items in parts if items]
+    parts = [("Planned runs that are not there yet", gone["pending"]), ("Runs that failed", gone["failed"]), ("Files of predictions that were refused and left out", analysis["problems"]),
+             ("Stages that have begun and not finished", analysis.get("unfinished", []))]
+    lists = [join([tag("p", f"{what}: {len(items)}"), tag("ul", *(tag("li", i) for i in first_of(items)), cls="small")]) for what, items in parts if items]
     return tag("section", tag("h2", "What is missing"), *lists) if lists else Html("")
 
 # %% ../nbs/09d_page.ipynb #8452181a
