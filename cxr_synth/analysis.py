@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 import numpy as np, pandas as pd
 from scipy import stats
-from .core import CxrError, ReportConfig, Study, generator_name, move_aside, open_stage, read_json, stale_stages, write_json, write_text
+from .core import CxrError, ReportConfig, Study, generator_name, move_aside, null_for_nan, open_stage, read_json, stale_stages, write_json, write_text
 from .contrasts import Evidence, analyse, limits, num, percent, pp
 from .figures import arm_label, canvas, colour, draw_figures, save_figure
 from .intervals import holm
@@ -209,7 +209,7 @@ def stage_report(
     stage = open_stage(study, "report", "report", cfg, inputs)
     analysis = analyse(study, cfg.draws, ev)
     analysis["unfinished"] = unfinished(study)
-    write_json(study/"analysis.json", analysis)
+    write_json(study/"analysis.json", null_for_nan(analysis))
     write_text(study/"report/index.html", page(study, analysis, draw_figures(ev, analysis, cfg.poster), stage.record["started"]))
     write_texts(ev, analysis)
     stage.finish(word=analysis["verdict"]["word"], contrasts=len(analysis["contrasts"]))

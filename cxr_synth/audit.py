@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FOLDS', 'KEEP', 'HOW', 'FAINT', 'CLEAR', 'SMALL_VAL', 'LEVELS', 'COLOURS', 'AUDIT_CSS', 'WORDS', 'READ_ME', 'CAPTION',
-           'PAGE_CSS', 'class_names', 'deal_folds', 'bent_line', 'one_column_each', 'logistic', 'held_out',
-           'placements', 'fold_auc', 'cluster_error', 'several_folds', 'told_apart', 'roughness', 'traits', 'shortcuts',
-           'directions', 'random_patients', 'shifts', 'crosses', 'copies', 'rank_vectors', 'copy_limit', 'block_pairs',
-           'near_copies', 'near_report', 'counts', 'crossing', 'shapes', 'names_report', 'finding', 'many', 'shown',
-           'level_of', 'about_files', 'about_names', 'about_splits', 'about_balance', 'about_copies', 'about_near',
+           'PAGE_CSS', 'class_names', 'deal_folds', 'bent_line', 'one_column_each', 'logistic', 'held_out', 'fold_auc',
+           'cluster_error', 'several_folds', 'told_apart', 'roughness', 'traits', 'shortcuts', 'directions',
+           'random_patients', 'shifts', 'crosses', 'copies', 'rank_vectors', 'copy_limit', 'block_pairs', 'near_copies',
+           'near_report', 'counts', 'crossing', 'shapes', 'names_report', 'finding', 'many', 'shown', 'level_of',
+           'about_files', 'about_names', 'about_splits', 'about_balance', 'about_copies', 'about_near',
            'about_shortcuts', 'about_prepared', 'about_shift', 'check_table', 'audit', 'panel', 'draw_counts',
            'draw_sizes', 'draw_bytes', 'draw_aucs', 'draw_per_patient', 'draw_pairs', 'draw_pair', 'audit_figure',
            'tag', 'rows_html', 'finding_html', 'tables_html', 'audit_html', 'write_audit']
@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from scipy.special import expit
 from scipy.stats import norm, rankdata
 from sklearn.decomposition import PCA
+from .auc import auroc, placements
 from .core import CxrError, seed_for, write_text
 
 # %% ../nbs/01b_audit.ipynb #5832139f
@@ -97,17 +98,6 @@ def held_out(
         score[fold == k] = x[fold == k] @ w[:-1] + w[-1]
     return score
 
-# %% ../nbs/01b_audit.ipynb #5eded1ab
-def placements(
-    y: np.ndarray,    # class, bool
-    score: np.ndarray # higher should mean True
-) -> np.ndarray:      # 0-1
-    "For each image, the share of the other class's images that it is ranked rightly against; a tie counts half."
-    own = np.zeros(len(y))
-    for c in (False, True): own[y == c] = rankdata(score[y == c])
-    beaten = rankdata(score) - own
-    return np.where(y, beaten/max(1, (~y).sum()), 1 - beaten/max(1, y.sum()))
-
 # %% ../nbs/01b_audit.ipynb #f1f54637
 def fold_auc(
     y: np.ndarray,     # class, bool
@@ -120,8 +110,9 @@ def fold_auc(
     for m, a, b in n:
         if not a*b: continue
         v, w = placements(y[m], score[m]), a*b/pairs
-        auc += w*v[y[m]].mean()
-        pull[m] = w*(v - v[y[m]].mean())/np.where(y[m], a, b)
+        own = auroc(y[m], score[m])
+        auc += w*own
+        pull[m] = w*(v - own)/np.where(y[m], a, b)
     return float(auc), pull
 
 def cluster_error(

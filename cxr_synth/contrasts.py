@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'TEXT', 'RULES', 'CALLS', 'OTHER', 'SIZES', 'sealed_plan', 'planned_runs', 'load_results', 'test_state',
-           'read_run', 'largest_block', 'Evidence', 'valid_runs', 'fast_auroc', 'pair_scores', 'thresholds',
-           'weighted_ap', 'image_values', 'run_means', 'drawn_means', 'drawn_ap', 'arm_summary', 'run_cuts',
-           'summary_of', 'draw_seed', 'travel', 'contrasts', 'arms_found', 'measure', 'planned_size', 'other_metrics',
-           'delong', 'mcnemar', 'ensemble_tests', 'detectable', 'detectable_table', 'summarise_arms', 'missing_runs',
-           'error_of', 'is_pending', 'percent', 'num', 'pp', 'limits', 'verdict', 'give_words', 'extras', 'analyse']
+           'read_run', 'largest_block', 'Evidence', 'valid_runs', 'pair_scores', 'thresholds', 'weighted_ap',
+           'image_values', 'run_means', 'drawn_means', 'drawn_ap', 'arm_summary', 'run_cuts', 'summary_of', 'draw_seed',
+           'travel', 'contrasts', 'arms_found', 'measure', 'planned_size', 'other_metrics', 'delong', 'mcnemar',
+           'ensemble_tests', 'detectable', 'detectable_table', 'summarise_arms', 'missing_runs', 'error_of',
+           'is_pending', 'percent', 'num', 'pp', 'limits', 'verdict', 'give_words', 'extras', 'analyse']
 
 # %% ../nbs/09b_contrasts.ipynb #0d81476c
 from itertools import combinations
 import numpy as np, pandas as pd
 from scipy import stats
-from sklearn.metrics import roc_curve
+from .auc import auroc, placements, sensitivity_threshold, youden_threshold
 from .core import CxrError, Study, digest_json, generator_name, one_of, read_csv, read_json, seed_for
 from .intervals import Scores, assert_paired, crossed_interval, holm, inside, interval, remarks, summarise, word
 
@@ -143,15 +143,10 @@ def valid_runs(
     out = {}
     for key, row in ev.rows(arm, fraction).items():
         if not ev.expects(row, split) or (table := ev.run(row, split)) is None: continue
-        found, said = fast_auroc(table.label.to_numpy(), table.prob.to_numpy()), getattr(row, f"{split}_auroc")
+        found, said = auroc(table.label.to_numpy(), table.prob.to_numpy()), getattr(row, f"{split}_auroc")
         if abs(found - said) > 1e-4: ev.problems[f"{arm}, {fraction:.0%}, replicate {key[0]}, seed {key[1]}: results.csv says {split} AUROC {said:.4f}, its predictions give {found:.4f}"] = arm
         else: out[key] = table.prob.to_numpy()
     return out
-
-def fast_auroc(label, prob):
-    "AUROC from ranks (Mann-Whitney); ties count half."
-    ranks, sick = stats.rankdata(prob), label == 1
-    return float((ranks[sick].sum() - sick.sum() * (sick.sum() + 1) / 2) / (sick.sum() * (~sick).sum()))
 
 # %% ../nbs/09b_contrasts.ipynb #6d3001c6
 def pair_scores(
@@ -180,8 +175,7 @@ def thresholds(
     prob   # (n,) P(pneumonia)
 ) -> dict: # rule -> threshold; an image is called sick from there on
     "The three thresholds of one run."
-    fpr, tpr, cut = roc_curve(label, prob, drop_intermediate=False)
-    return {"0.5": 0.5, "youden": float(cut[np.argmax(tpr - fpr)]), "sens95": float(cut[np.argmax(tpr >= 0.95)])}
+    return {"0.5": 0.5, "youden": youden_threshold(label, prob), "sens95": sensitivity_threshold(label, prob, 0.95)}
 
 # %% ../nbs/09b_contrasts.ipynb #e5f3e3a2
 def weighted_ap(
@@ -369,11 +363,8 @@ def delong(
     second      # (n,) scores of the same images
 ) -> dict:      # difference (first - second, 0-1), se, p (two-sided)
     "Paired test of two AUROCs (DeLong, DeLong and Clarke-Pearson, 1988)."
-    sick, places = labels == 1, []
-    for p in (first, second):
-        won = (np.sign(p[sick][:, None] - p[~sick]) + 1) / 2
-        places.append((won.mean(1), won.mean(0)))
-    d = [places[0][i] - places[1][i] for i in (0, 1)]
+    better = placements(labels, first) - placements(labels, second)
+    d = [better[labels == c] for c in (1, 0)]
     difference, se = float(d[0].mean()), float(np.sqrt(sum(x.var(ddof=1) / len(x) for x in d)))
     return dict(difference=difference, se=se, p=float(2 * stats.norm.sf(abs(difference / se))) if se else 1.0)
 
@@ -461,8 +452,11 @@ def is_pending(
 
 # %% ../nbs/09b_contrasts.ipynb #57161478
 def percent(fraction): return f"{100 * fraction:g} %"
-def num(x, digits=2, sign=False): return f"{x:{'+' if sign else ''}.{digits}f}".replace("-", "−")
-def pp(x): return num(0.0 if abs(x) < 0.005 else x, 2, abs(x) >= 0.005)   # a difference in pp: +1.23, and 0.00 without a sign
+def num(x, digits=2, sign=False): # "–" for None and NaN: not measured
+    return "–" if x is None or np.isnan(x) else f"{x:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+def pp(x): # a difference in pp: +1.23, and 0.00 without a sign
+    small = x is not None and abs(x) < 0.005
+    return num(0.0 if small else x, 2, sign=not small)
 def limits(r): return f"{pp(r['low'])} to {pp(r['high'])}"
 
 def verdict(

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'PROMPTS', 'STAGES', 'CONFIGS', 'BASE_MODELS', 'FULL', 'LORA', 'PRESETS', 'CxrError', 'one_of',
-           'generator_name', 'parse_generator', 'seed_for', 'atomic_path', 'write_text', 'write_json', 'read_json',
-           'write_csv', 'read_csv', 'digest_file', 'digest_folder', 'digest_table', 'digest_json', 'runtime', 'Config',
+           'generator_name', 'parse_generator', 'seed_for', 'atomic_path', 'write_text', 'write_json', 'not_finite',
+           'null_for_nan', 'read_json', 'write_csv', 'read_csv', 'digest_file', 'digest_folder', 'digest_table',
+           'digest_json', 'digest_array', 'weights_key', 'read_or_none', 'cached', 'recorded', 'runtime', 'Config',
            'DataConfig', 'PlanConfig', 'ScratchConfig', 'TrainConfig', 'GenerateConfig', 'QualityConfig',
            'ExperimentsConfig', 'GuideConfig', 'ReportConfig', 'gpu_preset', 'resolve', 'Study', 'library_versions',
            'now', 'Stage', 'differences', 'move_aside', 'input_digests', 'open_stage', 'refusal', 'stale_stages',
            'not_here', 'pick_device', 'autocast', 'pick_precision', 'progress']
 
 # %% ../nbs/00_core.ipynb #f7410be3
-import csv, dataclasses, hashlib, io, json, os, platform, re, shutil, sys, threading
+import csv, dataclasses, hashlib, io, json, math, os, platform, re, shutil, sys, threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -90,8 +91,30 @@ def write_json(
     path, # where to
     obj   # what: dicts, lists, numbers, strings
 ):
-    "Write `obj` as indented JSON, in the order given."
-    write_text(path, json.dumps(obj, indent=1, ensure_ascii=False) + "\n")
+    "Write `obj` as indented JSON, in the order given; raises `CxrError` for NaN and infinity, which JSON has not."
+    try: text = json.dumps(obj, indent=1, ensure_ascii=False, allow_nan=False)
+    except ValueError as e:
+        raise CxrError(f"{path} was not written, because of {not_finite(obj)}: {e}.\nAllowed: finite numbers and null. "
+                       "A training that has diverged leaves such numbers; lower its learning rate.") from e
+    write_text(path, text + "\n")
+
+def not_finite(
+    obj,          # dicts, lists, numbers, strings
+    name: str=""  # where it stands
+) -> str:         # such as ["rows"][0]["value"]; empty when all numbers are finite
+    "Where in `obj` the first NaN or infinity stands."
+    if isinstance(obj, float): return "" if math.isfinite(obj) else name or "the value"
+    items = obj.items() if isinstance(obj, dict) else enumerate(obj) if isinstance(obj, (list, tuple)) else ()
+    return next((found for key, value in items if (found := not_finite(value, f"{name}[{key!r}]"))), "")
+
+def null_for_nan(
+    obj # dicts, lists, numbers, strings
+):      # the same, with None for every NaN and infinity
+    "What could not be measured, as JSON says it."
+    if isinstance(obj, float): return obj if math.isfinite(obj) else None
+    if isinstance(obj, dict): return {key: null_for_nan(value) for key, value in obj.items()}
+    if isinstance(obj, (list, tuple)): return [null_for_nan(value) for value in obj]
+    return obj
 
 def read_json(
     path # which file
@@ -149,6 +172,75 @@ def digest_json(
 ) -> str:
     "SHA-256 of `obj` as JSON with sorted keys."
     return hashlib.sha256(json.dumps(obj, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+# %% ../nbs/00_core.ipynb #0f6d4158
+def digest_array(
+    array # NumPy array
+) -> str: # 64 hex digits
+    "SHA-256 of an array: its shape, type and bytes."
+    import numpy as np
+    h = hashlib.sha256(f"{array.shape} {array.dtype.str} ".encode())
+    h.update(np.ascontiguousarray(array))
+    return h.hexdigest()
+
+def weights_key(
+    *modules # PyTorch modules
+) -> str:    # 64 hex digits
+    "SHA-256 of the weights of some networks: names, shapes, types and bytes."
+    import torch
+    h = hashlib.sha256()
+    named = [(f"{k}.{name}", w) for k, module in enumerate(modules) for name, w in module.state_dict().items()]
+    for name, w in sorted(named, key=lambda item: item[0]):
+        h.update(f"{name}{tuple(w.shape)}{w.dtype}".encode())
+        h.update(w.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return h.hexdigest()
+
+def read_or_none(
+    path, # which file
+    read  # path -> what it holds
+):        # None if there is no such file, or, with one line said, if it cannot be read
+    "What a file holds that can be made again."
+    if not Path(path).exists(): return None
+    try: return read(path)
+    except (OSError, ValueError, EOFError, CxrError) as e:
+        print(f"{path} cannot be read ({type(e).__name__}) and is made anew.", file=sys.stderr)
+        return None
+
+# %% ../nbs/00_core.ipynb #51509f9a
+def cached(
+    folder,         # of the cache; None computes afresh
+    what: str,      # first part of the file name
+    key,            # all that the result depends on, as JSON: settings, digests of arrays and files, versions of formulas
+    compute,        # () -> NumPy array
+    mmap: bool=False # give a memory map, read from the disk as it is used
+):                  # the array
+    "The result of `compute`, from a file if it was computed before; an unreadable file is made anew."
+    if folder is None: return compute()
+    import numpy as np
+    path = Path(folder)/f"{what}-{digest_json(key)[:32]}.npy"
+    def read(path): return np.load(path, mmap_mode="r" if mmap else None)
+    found = read_or_none(path, read)
+    if found is not None: return found
+    array = compute()
+    try:
+        with atomic_path(path) as tmp, open(tmp, "wb") as f: np.save(f, array)
+    except PermissionError:             # on Windows a file that another process has open cannot be replaced
+        if not path.exists(): raise
+    return read(path)
+
+# %% ../nbs/00_core.ipynb #5fe19c52
+def recorded(
+    path,   # of the record, JSON
+    key,    # all that it depends on, see `cached`
+    compute # () -> dict
+) -> dict:  # what `compute` gave, and the key's digest as `about`
+    "The record at `path` if it was made from the same key; otherwise it is computed and written."
+    about = digest_json(key)
+    found = read_or_none(path, read_json)
+    if isinstance(found, dict) and found.get("about") == about: return found
+    record = dict(about=about) | compute()
+    write_json(path, record)
+    return record
 
 # %% ../nbs/00_core.ipynb #9826903e
 def runtime(default):

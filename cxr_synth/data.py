@@ -25,7 +25,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 # %% ../nbs/02_data.ipynb #1af077ed
-from .core import (CLASSES, CxrError, DataConfig, Study, atomic_path, digest_file, digest_json, move_aside, now, one_of, open_stage,
+from .core import (CLASSES, CxrError, DataConfig, Study, atomic_path, digest_file, digest_json, move_aside, now, null_for_nan, one_of, open_stage,
                             read_json, seed_for, write_csv, write_json)
 from .phantom import DRAWING, STRENGTH, write_phantoms
 from .images import SUFFIXES, each, look, naming, pixel_cache, prepare_file, prepare_image
@@ -635,7 +635,7 @@ def write_audits(
     "data/audit.json, its figure data/audit.png, and the page data/audit.html."
     report = audit(t, small, notes, bad, seed)
     figure = audit_figure(report, t, small)
-    write_json(study/"data"/"audit.json", report)
+    write_json(study/"data"/"audit.json", null_for_nan(report))
     with atomic_path(study/"data"/"audit.png") as tmp: figure.savefig(tmp, format="png", dpi=110, facecolor="white", metadata={"Software": None})
     write_audit(study/"data"/"audit.html", report, figure)
 

@@ -21,12 +21,13 @@ from safetensors.torch import load_file, save_file
 
 # %% ../nbs/04_dreambooth.ipynb #f39f0409
 from .core import (BASE_MODELS, CLASSES, PROMPTS, CxrError, Study, TrainConfig, atomic_path, differences, digest_file, digest_json, generator_name,
-                            library_versions, one_of, open_stage, parse_generator, pick_device, pick_precision, progress, read_csv, read_json, seed_for, write_csv, write_json, write_text)
+                            library_versions, one_of, open_stage, parse_generator, pick_device, pick_precision, progress, read_csv, read_json, seed_for, weights_key, write_csv, write_json,
+                            write_text)
 from .data import load_images, prepare_image, training_rows, val_rows
 from .loop import Loop, Mirror, Part, fit_batch, steps_for
 from .models import add_lora, check_source, device_memory, load_pipeline, preflight, preflight_text, save_lora, save_pipeline
 from .tiny import tiny_pipeline, tiny_vae, train_vae, vae_channels
-from .trainer import HeldOut, LatentSet, Previews, Trainer, Watch, draw_images, tensorboard_reader, training_figure, weights_key
+from .trainer import HeldOut, LatentSet, Previews, Trainer, Watch, draw_images, tensorboard_reader, training_figure
 
 # %% ../nbs/04_dreambooth.ipynb #378ba3f1
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")

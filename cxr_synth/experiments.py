@@ -18,7 +18,8 @@ import numpy as np, pandas as pd, torch
 from threadpoolctl import threadpool_limits
 
 # %% ../nbs/08a_experiments.ipynb #bb6deb1c
-from .classifier import METRICS, best_threshold, choose_C, fit_probe, fit_towards, predict, score
+from .auc import youden_threshold
+from .classifier import CHOICE_VERSION, GRID, METRICS, choose_C, fit_probe, fit_towards, predict, score
 from .core import (CLASSES, CxrError, ExperimentsConfig, Study, digest_file, digest_json, move_aside, now, one_of, open_stage,
                             pick_device, progress, read_csv, read_json, seed_for, write_csv, write_json)
 from .data import assert_disjoint, split_rows, training_rows, val_rows
@@ -88,7 +89,7 @@ class Workshop:
         if self.cfg.C: return self.cfg.C
         rows, seed = self.training(fraction, replicate), seed_for(self.plan["seed"], "C", fraction)
         def make(): return np.array(choose_C(self.material.view(0)[[self.material.at[i] for i in rows.image_id]], rows.label, rows.patient_id, seed, folds=5 if len(rows) < 1000 else 3))
-        return float(self.material.kept("C", [digest_json(rows.image_id.tolist()), seed], make))
+        return float(self.material.kept("C", [digest_json(rows.image_id.tolist()), seed, GRID, CHOICE_VERSION], make))
 
 # %% ../nbs/08a_experiments.ipynb #3ab7318c
 def copies(
@@ -215,7 +216,7 @@ def at_threshold(
     "The threshold that is best on val, and what it gives elsewhere; nothing when val lacks a class."
     parts = {s: t for s, t in table.groupby("split") if t.label.nunique() == 2}
     if "val" not in parts: return {}
-    cut = best_threshold(parts["val"].label, parts["val"].prob)
+    cut = youden_threshold(parts["val"].label, parts["val"].prob)
     return dict(threshold=cut, at_threshold={s: {k: score(t.label, t.prob, cut)[k] for k in ("sensitivity", "specificity")} for s, t in parts.items()})
 
 # %% ../nbs/08a_experiments.ipynb #f99cc959

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Callable, Iterator
 import numpy as np
 from PIL import Image, ImageChops, ImageFile, ImageOps, UnidentifiedImageError
-from .core import CxrError, atomic_path, digest_file, digest_json, one_of, progress, read_json, write_json
+from .core import CxrError, atomic_path, digest_file, digest_json, one_of, progress, read_json, read_or_none, write_json
 
 # %% ../nbs/01a_images.ipynb #bebb2ab0
 def from_16_bits(
@@ -305,7 +305,7 @@ class PixelCache:
         "The map, uint8 (N, size, size), opened when first used; raises `CxrError` if the file is damaged."
         if self._map is None:
             try: self._map = np.load(self.path, mmap_mode="r")
-            except (OSError, ValueError) as e: raise CxrError(f"the pixel cache {self.path} is damaged ({e}).\nDelete it; it will be built again.") from e
+            except (OSError, ValueError) as e: raise CxrError(f"the pixel cache {self.path} is damaged ({e}).\nRepeat the command; it will be built again.") from e
         return self._map
     def __getitem__(self, names) -> np.ndarray:
         "Copies: uint8 (size, size) for one name, (n, size, size) for several; raises `CxrError` for an unknown one."
@@ -359,7 +359,7 @@ def pixel_cache(
     if len(set(names)) != len(paths): raise CxrError(f"{len(set(names))} different names for {len(paths)} files: each file needs a name of its own.")
     about = digest_json(dict(names=names, size=size, settings=settings, path=IMAGE_PATH))
     index = Path(folder)/f"pixels-{size}-{about[:16]}.json"
-    old = read_json(index) if index.exists() else {}
+    old = read_or_none(index, read_json) or {}
     files = dict(zip(names, each(lambda job: fingerprint(job[1], old.get(job[0])), list(zip(names, paths)), workers, "checking files")))
     out = index.with_name(f"pixels-{size}-{digest_json([about, [f[2] for f in files.values()]])[:16]}.npy")
     def pixels(job):
@@ -367,6 +367,6 @@ def pixel_cache(
         if hashlib.sha256(raw).hexdigest() != files[job[0]][2]: raise CxrError(f"{job[1]} changed while it was being read.\nRepeat the command.")
         return np.asarray(prepare_image(decode(raw, str(job[1])), size, settings.get("fit", "pad")))
     with BUILDING:
-        if not out.exists(): write_pixels(out, stream(pixels, list(zip(names, paths)), workers, f"pixels at {size} px"), (len(names), size, size))
+        if read_or_none(out, lambda path: np.load(path, mmap_mode="r")) is None: write_pixels(out, stream(pixels, list(zip(names, paths)), workers, f"pixels at {size} px"), (len(names), size, size))
         if files != old: write_json(index, files)
     return PixelCache(out, names)

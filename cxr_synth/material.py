@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BUILTINS', 'MARKS', 'encoded_again', 'drawing', 'fresh', 'drawn_from', 'filmed_again', 'copied', 'builtin_images',
-           'write_images', 'stage_builtin', 'round_trip', 'Store', 'synthetic_set', 'marked', 'Material']
+           'write_images', 'stage_builtin', 'round_trip', 'Store', 'synthetic_set', 'marked', 'autoencoder_key',
+           'Material']
 
 # %% ../nbs/07b_material.ipynb #d602016f
 import io, json
@@ -14,14 +15,14 @@ import numpy as np, torch
 from PIL import Image
 
 # %% ../nbs/07b_material.ipynb #aab4016c
-from .classifier import augment
-from .core import (CLASSES, PROMPTS, CxrError, ExperimentsConfig, GenerateConfig, Study, atomic_path, digest_file, digest_json,
-                            generator_name, one_of, open_stage, progress, read_csv, read_json, seed_for, write_text)
+from .classifier import ALTERATIONS, AUGMENT_VERSION, augment
+from .core import (CLASSES, PROMPTS, CxrError, ExperimentsConfig, GenerateConfig, Study, atomic_path, cached, digest_file, digest_folder, digest_json,
+                            generator_name, one_of, open_stage, progress, read_csv, seed_for, write_text)
 from .data import load_images, split_rows, training_rows, val_rows
-from .features import BACKBONES, extract, load_backbone
+from .features import BACKBONES, extract, features_key
 from .generate import model_of
-from .images import pixel_cache, prepare_image
-from .models import load_pipeline
+from .images import IMAGE_PATH, pixel_cache, prepare_image
+from .models import load_pipeline, lora_base
 from .phantom import STRENGTH, draw_phantom, phantom_files
 
 # %% ../nbs/07b_material.ipynb #13c2980a
@@ -153,14 +154,12 @@ class Store:
         self.ids = training_rows(study, 1.0, 0).image_id.tolist()
         self.at = {i: k for k, i in enumerate(self.ids)}
         made = study.records()["data"]["settings"]
-        net = (self.network, load_backbone(self.network, device, cfg.weights or None).sha256, torch.__version__, torch.get_num_threads(), device) if self.probe else ()
-        self.about = [study.digest("data/manifest.csv"), made["resolution"], made["fit"], cfg.method, cfg.size, *net]
+        self.resolution = made["resolution"]
+        seen_by = features_key(self.network, cfg.size, device, cfg.weights or None) if self.probe else dict(size=cfg.size)
+        self.about = dict(manifest=study.digest("data/manifest.csv"), resolution=self.resolution, fit=made["fit"], path=IMAGE_PATH, method=cfg.method, seen_by=seen_by)
     def kept(self, name: str, about, make) -> np.ndarray: # memory map
         "The array of that name; made by `make` if nobody has made it."
-        path = self.study/"cache"/"material"/f"{name}-{digest_json([*self.about, *about])[:24]}.npy"
-        if not path.exists():
-            with atomic_path(path) as tmp, open(tmp, "wb") as f: np.save(f, make())
-        return np.load(path, mmap_mode="r")
+        return cached(self.study/"cache"/"material", name, [self.about, about], make, mmap=True)
     def look(self, images, desc: str):
         "Features of images (probe), or the images themselves."
         return extract(images, self.network, self.cfg.size, self.device, desc=desc, weights=self.cfg.weights or None) if self.probe else images
@@ -172,7 +171,8 @@ class Store:
         def make():
             x = load_images(self.study, ids, self.side)
             return self.look(augment(x, [seed_for(self.seed, "view", how, i, v) for i in ids], how) if v else x, f"features, view {v}")
-        return self.kept(f"view{v}", [how, self.seed if v else 0, digest_json(ids)], make)
+        changes = [how, ALTERATIONS[one_of(how, ALTERATIONS, "augmentation")], AUGMENT_VERSION, self.seed] if v else []
+        return self.kept(f"view{v}", [changes, digest_json(ids)], make)
     def held(self, split: str): # image_id -> row, array
         "Images of val or test, unaltered."
         ids = split_rows(self.study, split).image_id.tolist()
@@ -202,6 +202,13 @@ def marked(
     return {r["file_name"] for m in MARKS if (study/m.format(generator)).is_file() for r in read_csv(study/m.format(generator))}
 
 # %% ../nbs/07b_material.ipynb #24b5ad1f
+def autoencoder_key(
+    model # folder of a pipeline, or of a LoRA
+):        # a part of the key of a cache, see `cached`
+    "Which autoencoder a model decodes with: the digest of its files, or name and commit on the Hub."
+    source, revision = lora_base(model) if (Path(model)/"lora.json").is_file() else (model, None)
+    return digest_folder(Path(source)/"vae") if Path(source).is_dir() else [str(source), revision]
+
 class Material(Store):
     "The store, with what generators made."
     def synthetic(self, generator: str): # array, labels (M,), file names
@@ -209,7 +216,7 @@ class Material(Store):
         lines, folder = synthetic_set(self.study, generator), self.study/"synthetic"/generator
         names = [m["file_name"] for m in lines]
         def make():
-            size = self.side or self.about[1]
+            size = self.side or self.resolution
             x = pixel_cache(self.study/"cache"/"pixels", [f"{generator}/{n}" for n in names], [folder/n for n in names], size)
             return self.look(x[[f"{generator}/{n}" for n in names]], f"features, {generator}")
         return self.kept(generator, [digest_file(folder/"metadata.jsonl")], make), np.array([m["label"] for m in lines]), names
@@ -223,8 +230,7 @@ class Material(Store):
             x = round_trip(load_pipeline(model, device=self.device).vae, x, f"round trip, {name}")
             if self.side: x = np.stack([np.asarray(prepare_image(Image.fromarray(im), self.side)) for im in x])
             return self.look(x, f"features, round trip {name}")
-        trained = read_json(model.parent/"stage.json")["inputs"] if (model.parent/"stage.json").exists() else {}
-        return self.kept(f"roundtrip-{name}", [trained], make)
+        return self.kept(f"roundtrip-{name}", [autoencoder_key(model), rows.image_id.tolist()], make)
     def unaltered(self, rows, split: str):
         "The images of some manifest rows of one split, to predict."
         if split == "internal": return self.view(0)[[self.at[i] for i in rows.image_id]]

@@ -23,15 +23,16 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 # %% ../nbs/06c_quality.ipynb #68648dbc
-from .core import (CLASSES, CxrError, QualityConfig, Study, atomic_path, digest_file, open_stage, pick_device, progress, read_json, seed_for,
-                            write_csv, write_json)
-from .copies import (CopyReport, feature_space, look, pixel_space, plant, plot_copies, plot_pairs, report_copies)
+from .core import (CLASSES, CxrError, QualityConfig, Study, atomic_path, cached, digest_array, digest_file, null_for_nan, open_stage, pick_device,
+                            progress, read_json, seed_for, weights_key, write_csv, write_json)
+from .copies import (SEARCH_VERSION, CopyReport, feature_space, look, pixel_space, plant, plot_copies, plot_pairs, report_copies)
 from .data import load_images, parse_name, split_rows, training_rows
-from .features import (BACKBONES, Loaded, compute_features, extract, image_files, inception_fid, kept, load_backbone, read_folder, read_image,
-                                resize_rule, to_input, unused_files)
+from .features import (BACKBONES, Loaded, compute_features, extract, features_key, image_files, inception_fid, load_backbone, read_folder,
+                                read_image, resize_rule, to_input, unused_files)
 from .generate import load_synthetic
 from .images import prepare_image
-from .metrics import (apply_head, auroc, bandwidth, compare, draw_pairs, expected_coverage, frechet_distance, frechet_moments, halvings,
+from .auc import auroc
+from .metrics import (FORMULAS, apply_head, bandwidth, compare, draw_pairs, expected_coverage, frechet_distance, frechet_moments, halvings,
                                inception_score, kernel_metrics, ms_ssim, real_floor, real_pairs, room, top_mean, verdict)
 
 # %% ../nbs/06c_quality.ipynb #7e9f60b1
@@ -58,9 +59,10 @@ class Ruler:
             if self.metrics == ["kid", "mmd"]: m = kernel_metrics(self.x[a], (self.x if y is None else y)[b], self.width)
             else: m = compare(self.x[a], (self.x if y is None else y)[b], self.width, self.patients[a], self.patients[b] if y is None else None)
             return [m[k] for k in self.metrics]
-        about = what, n, count, self.seed, self.width, [p[0][:n].tolist() for p in self.pairs], [p[1][:n].tolist() for p in self.pairs]
-        return kept(self.cache, "distances", about, [self.x, *([] if y is None else [np.asarray(y)])],
-                    lambda: np.array([one(k) for k in progress(range(count), f"distances, {what}")]))
+        key = dict(metrics={m: FORMULAS[m] for m in self.metrics}, what=what, n=n, count=count, seed=self.seed, width=self.width,
+                   pairs=[[side[:n].tolist() for side in pair] for pair in self.pairs], patients=self.patients.tolist(),
+                   real=digest_array(self.x), other=None if y is None else digest_array(np.asarray(y)))
+        return cached(self.cache, "distances", key, lambda: np.array([one(k) for k in progress(range(count), f"distances, {what}")]))
     def floor(self, n):
         "Floor and control at this n."
         if n not in self.known:
@@ -99,7 +101,9 @@ def likeness(
     "How alike the images of one set are."
     order = np.random.default_rng(seed_for(seed, "likeness")).permutation(len(images))[:n]
     first, second = draw_pairs(n, pairs, seed)
-    values = kept(cache, "ms-ssim", (first.tolist(), second.tolist()), [images[order]], lambda: ms_ssim(images[order], first, second))
+    key = dict(version=FORMULAS["ms_ssim"], first=first.tolist(), second=second.tolist(), images=digest_array(images[order]),
+               torch=torch.__version__, threads=torch.get_num_threads())
+    values = cached(cache, "ms-ssim", key, lambda: ms_ssim(images[order], first, second))
     halves = []
     for a, b in halvings((np.arange(len(images)) if groups is None else np.asarray(groups))[order], count, seed):
         half = values[np.isin(first, a) & np.isin(second, a)]
@@ -211,7 +215,7 @@ def make_row(
     "One row of quality/GENERATOR.json."
     given = dict(class_name=class_name, metric=metric, reference="train", extractor="", weights_sha256="", resize="", n_real=s["n"], n_synthetic=s["n"], verdict=s["verdict"], unused_files=0,
                  low=s["value_low"], high=s["value_high"], **{k: s[k] for k in ("value", "floor", "floor_low", "floor_high")}) | about
-    given = {k: round(v, 6) if isinstance(v, float) else v for k, v in given.items()}
+    given = null_for_nan({k: round(v, 6) if isinstance(v, float) else v for k, v in given.items()})
     return {k: given.get(k) for k in COLUMNS[:-1]} | dict(sentence=given.get("sentence") or sentence(given))
 
 # %% ../nbs/06c_quality.ipynb #e53c2954
@@ -302,6 +306,13 @@ class Eye:
         self.loaded = Loaded(None, None) if extractor else load_backbone(cfg.extractor, device, cfg.weights or None)
         name = getattr(extractor, "__name__", "a callable") if extractor else cfg.extractor
         self.about = dict(extractor=name, weights_sha256=self.loaded.sha256, resize=resize_rule(self.extractor, cfg.size))  # what every row says
+    @property
+    def layout_size(self): return min(128, max(32, self.cfg.size // 32 * 32))
+    @property
+    def key(self) -> list: # a part of the key of a cache, see `cached`
+        "Both ways to look, with everything on which they depend; there is none for a callable, which has no version."
+        looks = (self.extractor, self.cfg.size, self.cfg.weights or None), ("efficientnet-lite0-layout", self.layout_size, None)
+        return [features_key(extractor, size, self.device, weights) for extractor, size, weights in looks]
     def recall(self, extractor, images, size, desc, weights=None):
         "Features, computed for new images alone."
         keys = [str(extractor) + hashlib.sha256(np.ascontiguousarray(im)).hexdigest() for im in images]
@@ -310,7 +321,7 @@ class Eye:
         return np.stack([self.known[k] for k in keys])
     def __call__(self, images, desc=""): return self.recall(self.extractor, images, self.cfg.size, desc, self.cfg.weights or None)
     def layout(self, images, desc="layout"):
-        return self.recall("efficientnet-lite0-layout", images, min(128, max(32, self.cfg.size // 32 * 32)), desc)
+        return self.recall("efficientnet-lite0-layout", images, self.layout_size, desc)
 
 # %% ../nbs/06c_quality.ipynb #e23d97d3
 class Suite:
@@ -446,8 +457,10 @@ class Search:
         self.columns = [f"{k}{s}" for k in self.spaces for s in ("", " ratio", " index")]
     def __call__(self, images, patients=None) -> pd.DataFrame: # as from `look`; with patients: among the images of others
         apart = None if patients is None else patients[:, None] == self.patient
-        about = self.suite.eye.about, self.suite.eye.device, None if patients is None else (patients.tolist(), self.patient.tolist())
-        found = kept(self.suite.cache, "copies", about, [images, self.images], lambda: look(self.spaces, self.references, images, apart).to_numpy())
+        whose = None if patients is None else [patients.tolist(), self.patient.tolist()]
+        key = dict(version=SEARCH_VERSION, looks=self.suite.eye.key, columns=self.columns, patients=whose,
+                   images=digest_array(images), seen=digest_array(self.images))
+        found = cached(self.suite.cache, "copies", key, lambda: look(self.spaces, self.references, images, apart).to_numpy())
         return pd.DataFrame(found, columns=self.columns).astype({c: int for c in self.columns if c.endswith("index")})
 
 # %% ../nbs/06c_quality.ipynb #bc3d9112
@@ -495,8 +508,8 @@ def copy_facts(
     "What the record says about the search."
     if r is None: return {}
     return dict(flagged=len(r.flagged), of=r.n, unseen=r.n_unseen, seen=r.n_seen, rate=round(r.rate, 4), threshold=round(r.threshold, 4), interval=[round(v, 4) for v in r.interval],
-                share_at_interval=[round(v, 4) for v in r.range], p_nearer_than_unseen=round(r.p, 6), recall=r.recall,
-                seen_among_themselves=round(r.among, 4), seen_with_duplicates=doubles)
+                share_at_interval=[round(v, 4) for v in r.range], p_nearer_than_unseen=round(r.p, 6), recall=null_for_nan(r.recall),
+                seen_among_themselves=null_for_nan(round(r.among, 4)), seen_with_duplicates=doubles)
 
 # %% ../nbs/06c_quality.ipynb #e8e40588
 def synthetic_sets(
@@ -628,7 +641,9 @@ def folder_activations(
         batches = progress(range(0, len(images), batch_size), f"activations, {Path(folder).name}", unit="batch")
         inputs = (torch.from_numpy(images[i:i + batch_size]).permute(0, 3, 1, 2).float() / 255 for i in batches)  # (B, 3, H, W)
         return np.concatenate([model(x.to(device))[0].flatten(1).cpu().numpy() for x in inputs])
-    return kept(cache, "activations", (type(model).__name__, [float(p.double().sum()) for p in model.parameters()], batch_size, device, torch.__version__), [images], see)
+    if cache is None: return see()
+    key = dict(network=str(model), weights=weights_key(model), batch=batch_size, device=device, torch=torch.__version__, threads=torch.get_num_threads())
+    return cached(cache, "activations", key | dict(images=digest_array(images)), see)
 
 def same_files(
     real, synthetic # folders

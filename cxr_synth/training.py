@@ -224,7 +224,7 @@ def predict_images(
         part[:len(images[i:i + batch])] = images[i:i + batch]
         z = torch.from_numpy(part).to(device).float()[:, None] / 127.5 - 1
         with autocast(device, precision): z = model(z.contiguous(memory_format=torch.channels_last))
-        out.append(z.double().sigmoid().cpu().numpy())
+        out.append(z.cpu().double().sigmoid().numpy())   # on the CPU: Apple's GPUs have no float64
     return np.concatenate(out)[:len(images)]
 
 # %% ../nbs/07a_training.ipynb #e70ff131
