@@ -16,14 +16,17 @@ def two_classes(
     labels, # 0 or 1, or bool (N,)
     scores  # (N,)
 ):          # labels as bool, scores as float64
-    "Labels and scores that can be ranked; raises `CxrError` for a missing class, other labels, or scores that are not finite."
+    "Labels and scores that can be ranked; raises `CxrError` for a missing class and for scores that are not finite."
     y, s = np.asarray(labels), np.asarray(scores, np.float64)
     if y.shape != s.shape or y.ndim != 1:
-        raise CxrError(f"cannot rank {s.shape} scores with {y.shape} labels.\nExpected one score and one label for each image.")
+        raise CxrError(f"cannot rank {s.shape} scores with {y.shape} labels.\n"
+                       "Expected one score and one label for each image.")
     if set(np.unique(y).tolist()) != {0, 1}:
-        raise CxrError(f"cannot rank {len(y)} images whose labels are {np.unique(y).tolist()[:5]}.\nExpected images of both classes, 0 and 1.")
+        raise CxrError(f"cannot rank {len(y)} images whose labels are {np.unique(y).tolist()[:5]}.\n"
+                       "Expected images of both classes, 0 and 1.")
     if not np.isfinite(s).all():
-        raise CxrError(f"cannot rank: {int((~np.isfinite(s)).sum())} of {len(s)} scores are not finite.\nA model that has diverged gives such scores; lower its learning rate.")
+        raise CxrError(f"cannot rank: {int((~np.isfinite(s)).sum())} of {len(s)} scores are not finite.\n"
+                       "A model that has diverged gives such scores; lower its learning rate.")
     return y.astype(bool), s
 
 # %% ../nbs/00a_auc.ipynb #68518134
@@ -43,9 +46,10 @@ def weighted_auroc(
     s: np.ndarray, # (N,)
     w: np.ndarray  # (N,)
 ) -> float:
-    "`auroc` where an image counts as often as its weight says; what is beaten is read from sums along the distinct scores."
+    "`auroc` where an image counts as often as its weight says, from sums along the distinct scores."
     if w.shape != s.shape or not (w >= 0).all() or not (w[y].sum() and w[~y].sum()):
-        raise CxrError("cannot weight the images of both classes.\nExpected one weight for each image, 0 or more, and some weight on either class.")
+        raise CxrError("cannot weight the images of both classes.\n"
+                       "Expected one weight for each image, 0 or more, and some weight on either class.")
     where = np.unique(s, return_inverse=True)[1]
     positive, negative = (np.bincount(where, w * side) for side in (y, ~y))
     below = negative.cumsum() - negative                   # weight of the negatives with a lower score
@@ -56,7 +60,7 @@ def placements(
     labels, # 0 or 1, or bool (N,), both present
     scores  # (N,), finite
 ):          # (N,), 0 to 1; raises `CxrError`, see `two_classes`
-    "For each image, the share of the other class's images that it is ranked rightly against; a tie counts half."
+    "For each image, the share of the other class that it is ranked rightly against; a tie counts half."
     y, s = two_classes(labels, scores)
     own = np.zeros(len(y))
     for c in (False, True): own[y == c] = rankdata(s[y == c])
@@ -67,7 +71,7 @@ def placements(
 def operating_points(
     labels, # 0 or 1, or bool (N,), both present
     scores  # (N,), finite
-):          # thresholds, falling; sensitivity and specificity at and above each; raises `CxrError`, see `two_classes`
+):          # thresholds, falling; sensitivity and specificity at each; raises `CxrError`, see `two_classes`
     "What every threshold that can matter gives."
     y, s = two_classes(labels, scores)
     cuts, where = np.unique(-s, return_inverse=True)       # rising, so that the scores fall
@@ -78,7 +82,7 @@ def youden_threshold(
     labels, # 0 or 1, or bool (N,), both present
     scores  # (N,), finite
 ) -> float: # one of the scores, always finite; of equally good ones the one nearest 0.5, then the lower
-    "The threshold with the greatest sensitivity + specificity (Youden, 1950), which is the one with the best balanced accuracy."
+    "The threshold with the greatest sensitivity + specificity (Youden, 1950), so the best balanced accuracy."
     cuts, sensitivity, specificity = operating_points(labels, scores)
     gain = sensitivity + specificity
     best = cuts[gain >= gain.max() - 1e-12]

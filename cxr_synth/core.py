@@ -91,11 +91,11 @@ def write_json(
     path, # where to
     obj   # what: dicts, lists, numbers, strings
 ):
-    "Write `obj` as indented JSON, in the order given; raises `CxrError` for NaN and infinity, which JSON has not."
+    "Write `obj` as indented JSON, in the order given; raises `CxrError` for NaN and infinity."
     try: text = json.dumps(obj, indent=1, ensure_ascii=False, allow_nan=False)
     except ValueError as e:
-        raise CxrError(f"{path} was not written, because of {not_finite(obj)}: {e}.\nAllowed: finite numbers and null. "
-                       "A training that has diverged leaves such numbers; lower its learning rate.") from e
+        raise CxrError(f"{path} was not written, because of {not_finite(obj)}: {e}.\n"
+                       "Allowed: finite numbers and null. A training that has diverged leaves such numbers; lower its learning rate.") from e
     write_text(path, text + "\n")
 
 def not_finite(
@@ -210,7 +210,7 @@ def read_or_none(
 def cached(
     folder,         # of the cache; None computes afresh
     what: str,      # first part of the file name
-    key,            # all that the result depends on, as JSON: settings, digests of arrays and files, versions of formulas
+    key,            # all that the result depends on, as JSON: settings, digests of what was read, versions
     compute,        # () -> NumPy array
     mmap: bool=False # give a memory map, read from the disk as it is used
 ):                  # the array

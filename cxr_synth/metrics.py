@@ -311,7 +311,8 @@ def verdict(
     return "not measurable at this n" if blind or n < 50 else "within the floor"
 
 # %% ../nbs/06a_metrics.ipynb #0e8fc82b
-FORMULAS = dict(fd=2, kid=1, mmd=1, density=1, coverage=1, source_auc=1, ms_ssim=1)  # versions: raise one with each change of what it returns
+# Version of each formula: raise it with each change of what it returns, and caches made before are not used.
+FORMULAS = dict(fd=2, kid=1, mmd=1, density=1, coverage=1, source_auc=1, ms_ssim=1)
 
 def kernel_metrics(
     real,  # features of one side (N, D), N at least 6

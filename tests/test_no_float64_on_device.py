@@ -37,6 +37,7 @@ class Device(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func == torch.Tensor.device.__get__: return torch.device("mps" if args[0] in self.there else "cpu")
+        if func is torch._C._nn._parse_to: return func(*args, **kwargs)      # only reads arguments
         asked = [d for x in tree_flatten((args, kwargs))[0] if (d := device_of(x))]
         if func is torch.Tensor.cpu: asked = [torch.device("cpu")]
         if func is torch.Tensor.numpy and args[0] in self.there: raise TypeError("can't convert a device's tensor to NumPy")
