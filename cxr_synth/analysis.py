@@ -14,6 +14,7 @@ import numpy as np, pandas as pd
 from scipy import stats
 from .core import CxrError, ReportConfig, Study, generator_name, move_aside, null_for_nan, open_stage, read_json, stale_stages, write_json, write_text
 from .contrasts import Evidence, analyse, limits, num, percent, pp
+from .dataset import dataset_card
 from .figures import arm_label, canvas, colour, draw_figures, save_figure
 from .intervals import holm
 from .page import STORIES, esc, figure, head_html, join, page, pairs_wrong, table, tag, two_lines
@@ -134,16 +135,16 @@ def talking_points(
 ) -> str:          # Markdown
     "The guide's four talking points (section 13), filled in."
     c, word = analysis["contrasts"][0], analysis["verdict"]["word"]
-    drawn = study.info().get("source") == "phantom"
+    card = dataset_card(study)
     counts = ""
     if c["state"] == "measured":
         wrong = {a: pairs_wrong(next(r[c["split"]]["auroc"] for r in analysis["arms"] if r["arm"] == a and np.isclose(r["fraction"], c["fraction"]))) for a in (c["control"], c["arm"])}
-        counts = f" Of 1,000 pairs of one sick and one healthy child, {wrong[c['control']]} are ranked wrong after training on real images alone, {wrong[c['arm']]} with synthetic ones."
+        counts = f" Of 1,000 pairs of one sick and one healthy patient, {wrong[c['control']]} are ranked wrong after training on real images alone, {wrong[c['arm']]} with synthetic ones."
     low = min(plan["cells"], key=lambda x: x["fraction"])["fraction"]
     points = ["**Why this matters**: labelled medical images are scarce and private. If made-up images could stand in for some of them, small hospitals could train better classifiers; if they can't, nobody should rely on them. So it must be measured, with " + f"{percent(low)} of the real patients as the case of scarcity.",
-              f"**Technical innovation**: {technique(study)} The comparison was sealed before any result ({plan['sealed'][:10]}), and the uncertainty counts other children, other generators and other training runs.",
+              f"**Technical innovation**: {technique(study)} The comparison was sealed before any result ({plan['sealed'][:10]}), and the uncertainty counts other patients, other generators and other training runs.",
               f"**Key finding**: {analysis['verdict']['sentence']}{counts} " + (STORIES[word]["title"] + "." if word else "There is no word for it yet."),
-              "**Limitation**: " + ("drawn phantoms only: this shows that the method works and says nothing about medicine." if drawn else "X-rays of children from one hospital only; nothing is known about adults or other clinics.") + " Not for clinical use."]
+              "**Limitation**: " + ("drawn phantoms only: this shows that the method works and says nothing about medicine." if card.drawn else f"X-rays of one data set only ({card.name}; population: {card.population}); nothing is known about other patients or clinics.") + " Not for clinical use."]
     return "# Talking points\n\n" + "\n".join(f"{i}. {p}" for i, p in enumerate(points, 1)) + "\n"
 
 # %% ../nbs/09e_analysis.ipynb #a797e37c
@@ -153,14 +154,16 @@ def model_card(
     plan: dict     # plan.json
 ) -> str:          # Markdown with the Hub's front matter
     "Card of the study's classifiers."
+    card = dataset_card(study)
     network = next((r["settings"].get("network") for r in study.records().values() if r["stage"] == "experiments"), None) or "not recorded"
     rows = [[arm_label(r["arm"]), percent(r["fraction"]), str(r["runs"]), *(num(r[s]["auroc"], 3) if r.get(s) else "–" for s in ("internal", "test"))] for r in analysis["arms"]]
     lines = ["---", "library_name: cxr_synth", "pipeline_tag: image-classification", "tags: [chest-xray, pneumonia, synthetic-data, research-only]", "metrics: [roc_auc]", "---",
              "# Pneumonia classifiers with and without synthetic X-rays", "", "**Not for clinical use.** These classifiers were made to answer one question, whether synthetic X-rays improve them, and are fit for no decision about a person.", "",
-             "## Answer", "", analysis["verdict"]["sentence"], "", "## What was trained", "", f"Network: {network}. Data: {study.info().get('source', 'not recorded')}. Plan sealed {plan['sealed'][:10]}, SHA-256 {plan['sha256'][:16]}.", "",
+             "## Answer", "", analysis["verdict"]["sentence"], "", "## What was trained", "", f"Network: {network}. Data: {card.name}. Plan sealed {plan['sealed'][:10]}, SHA-256 {plan['sha256'][:16]}.", "",
+             "## Data", "", f"{card.name}. Citation: {card.citation}. Licence: {card.licence}. Population: {card.population}.", "",
              "## Results", "", "AUROC, means over runs. `internal`: patients of the training kind that no run has seen; `test`: the official test" + (", still sealed." if analysis["test"]["state"] == "sealed" else "."), "",
              "| arm | real patients | runs | internal | test |", "|---|---|---|---|---|", *("| " + " | ".join(r) + " |" for r in rows), "",
-             "## Limits", "", "One data set, one source, children only. Probabilities are calibrated to the mix of classes in training. Details, intervals and deviations: report/index.html.", ""]
+             "## Limits", "", f"One data set, one source. Population: {card.population}. Probabilities are calibrated to the mix of classes in training. Details, intervals and deviations: report/index.html.", ""]
     return "\n".join(lines)
 
 # %% ../nbs/09e_analysis.ipynb #3d940d26

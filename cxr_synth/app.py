@@ -42,7 +42,9 @@ def run_stage(
 HELP = {"data": "read the images, split them by patients, prepare them", "plan": "fix and seal what will be computed",
         "train": "train the generators", "generate": "draw the synthetic images", "quality": "measure them against real ones",
         "experiments": "train and judge the classifiers", "open-test": "open the sealed test results, once",
-        "report": "intervals, verdict and the page; of several studies: side by side", "guide": "the guide's seven arms as written, after open-test", "run": "all of these, in this order", "status": "what is done, running or stale"}
+        "report": "intervals, verdict and the page; of several studies: side by side",
+        "guide": "the guide's seven arms as written, after open-test; run leaves it out",
+        "run": f"{', '.join(STAGES)}, in this order", "status": "what is done, running or stale"}
 
 def arguments(
     command: str,         # one of `HELP`

@@ -10,8 +10,8 @@ __all__ = ['NAMES', 'SPLITS', 'LAYOUT', 'FRACTIONS', 'REPLICATES', 'COLUMNS', 'F
            'try_look', 'scan', 'image_ids', 'describe', 'add_groups', 'strata', 'fair_order', 'share', 'add_splits',
            'smallest_fraction', 'draw_fractions', 'training_patients', 'too_small', 'shared', 'assert_disjoint',
            'survey', 'make_manifest', 'write_images', 'load_manifest', 'load_fractions', 'other_source', 'other_folder',
-           'data_done', 'restore_images', 'stage_data', 'write_audits', 'begin', 'split_rows', 'fraction_rows',
-           'training_rows', 'val_rows', 'load_images', 'prepare_training_data']
+           'data_done', 'card_of', 'correct_card', 'restore_images', 'stage_data', 'write_audits', 'begin',
+           'split_rows', 'fraction_rows', 'training_rows', 'val_rows', 'load_images', 'prepare_training_data']
 
 # %% ../nbs/02_data.ipynb #29ce0747
 import hashlib, json, math, os, re, shutil
@@ -27,6 +27,7 @@ from scipy.sparse.csgraph import connected_components
 # %% ../nbs/02_data.ipynb #1af077ed
 from .core import (CLASSES, CxrError, DataConfig, Study, atomic_path, digest_file, digest_json, move_aside, now, null_for_nan, one_of, open_stage,
                             read_json, seed_for, write_csv, write_json)
+from .dataset import DatasetCard, dataset_card, find_card, read_card, write_card_file
 from .phantom import DRAWING, STRENGTH, write_phantoms
 from .images import SUFFIXES, each, look, naming, pixel_cache, prepare_file, prepare_image
 from .audit import audit, audit_figure, write_audit
@@ -582,6 +583,32 @@ def data_done(
     if differs: move_aside(study, "data")
     return not differs
 
+# %% ../nbs/02_data.ipynb #da7a0202
+def card_of(
+    cfg: DataConfig, # source, card, hub_id, patient_rule
+    source: Source   # the source
+) -> DatasetCard:    # raises `CxrError` for a card that can't be read
+    "Whose images these are: as the user says, or as far as it can be told."
+    if cfg.card and cfg.source != "phantom": return read_card(cfg.card)
+    kind = cfg.settings()["source"]
+    card = find_card(kind, cfg.hub_id, [PurePosixPath(r["path"]).stem for r in source.rows])
+    rule = cfg.settings().get("patient_rule")
+    return replace(card, patient_rule=f"--data.patient-rule {rule}") if rule else card
+
+def correct_card(
+    study: Study,   # with a finished data stage
+    cfg: DataConfig # as given now
+):
+    "Take over what `--data.card` says now; raises `CxrError` if it can't be read, unless it is the one of the first run."
+    record = read_json(study.record_path("data"))
+    if not cfg.card or cfg.source == "phantom": return
+    if cfg.card == record["runtime"].get("card") and not Path(cfg.card).is_file(): return   # the study has it
+    card = read_card(cfg.card)
+    if card == dataset_card(study): return
+    write_card_file(study, card)
+    record["runtime"]["card"] = cfg.card
+    write_json(study.record_path("data"), record)
+
 # %% ../nbs/02_data.ipynb #6013932d
 def restore_images(
     study: Study,   # with a finished data stage
@@ -605,9 +632,12 @@ def stage_data(
     preset: str = "tiny", # name of the preset, noted in study.json
     redo: bool = False    # move an output with other settings or of other data aside
 ):
-    "Write data/ (manifest.csv, fractions.csv, audit.json, audit.html, images/) and study.json; raises `CxrError` for bad input."
-    if data_done(study, cfg, redo): return restore_images(study, cfg)
+    "Write data/ (manifest.csv, fractions.csv, dataset.json, audit.json, audit.html, images/) and study.json; raises `CxrError` for bad input."
+    if data_done(study, cfg, redo):
+        correct_card(study, cfg)
+        return restore_images(study, cfg)
     source = open_source(study, cfg)
+    card = card_of(cfg, source)
     t, small, bad = survey(source, cfg)
     stage = open_stage(study, "data", "data", cfg, redo=redo)
     begin(stage, digest_json(t[["image_id", "sha256"]].values.tolist()))
@@ -618,6 +648,7 @@ def stage_data(
     write_audits(study, t.assign(prepared_bytes=sizes), small, source.notes + too_small(t), bad, cfg.seed)
     write_csv(study/"data"/"fractions.csv", ["image_id", "replicate", "min_fraction"], draw_fractions(t, cfg.seed))
     write_csv(study/"data"/"manifest.csv", COLUMNS, t.to_dict("records"))
+    write_card_file(study, card)
     if not (study/"study.json").exists():
         write_json(study/"study.json", dict(name=study.root.resolve().name, preset=preset, source=cfg.settings()["source"], created=now()))
     rule = dict(patients_sha256=digest_file(cfg.patient_rule)) if cfg.settings().get("patient_rule") == "csv" else {}

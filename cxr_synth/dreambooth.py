@@ -20,10 +20,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 # %% ../nbs/04_dreambooth.ipynb #f39f0409
-from .core import (BASE_MODELS, CLASSES, PROMPTS, CxrError, Study, TrainConfig, atomic_path, differences, digest_file, digest_json, generator_name,
-                            library_versions, one_of, open_stage, parse_generator, pick_device, pick_precision, progress, read_csv, read_json, seed_for, weights_key, write_csv, write_json,
-                            write_text)
+from .core import (CLASSES, PROMPTS, CxrError, Study, TrainConfig, atomic_path, differences, digest_file, digest_json, generator_name,
+                            is_scratch, known_base, library_versions, one_of, open_stage, parse_generator, pick_device, pick_precision, progress, read_csv, read_json, seed_for, weights_key,
+                            write_csv, write_json, write_text)
 from .data import load_images, prepare_image, training_rows, val_rows
+from .dataset import DatasetCard, dataset_card, find_card, hub_licence, lineage
 from .loop import Loop, Mirror, Part, fit_batch, steps_for
 from .models import add_lora, check_source, device_memory, load_pipeline, preflight, preflight_text, save_lora, save_pipeline
 from .tiny import tiny_pipeline, tiny_vae, train_vae, vae_channels
@@ -256,12 +257,15 @@ def model_facts(
     cfg: TrainConfig, # settings
     seed: int,        # of the run
     base: str,        # as the user named it
-    source=None       # `Source` of the base
+    source=None,      # `Source` of the base
+    card=DatasetCard()# of the images
 ) -> dict:
     "What a model was made from and with."
     loop = trainer.loop
     rows, used = loop.log.table(), [task.prompts[k] for k in np.unique(task.which)]
-    return dict(base=Path(base).name if Path(base).is_dir() else BASE_MODELS.get(base, base), revision=getattr(source, "revision", None), model=loop.keeper.config["model"], settings=cfg.settings(), seed=seed, steps=loop.step, images=len(task.images), prompts=used[:20],
+    known = known_base(base)
+    name = Path(base).name if Path(base).is_dir() else known.repo if known else base
+    return dict(base=name, dataset=dataclasses.asdict(card), revision=getattr(source, "revision", None), model=loop.keeper.config["model"], settings=cfg.settings(), seed=seed, steps=loop.step, images=len(task.images), prompts=used[:20],
                 data=task.key(), prior=dict(images=len(task.prior[0]), prompt=task.prior[1]) if task.prior and cfg.prior_loss_weight else None,
                 loss=loop.log.recent(), heldout={str(r["step"]): r["heldout"] for r in rows if "heldout" in r}, best=loop.best,
                 device=trainer.device, threads=torch.get_num_threads(), versions=library_versions())
@@ -271,10 +275,14 @@ def model_card(
     facts: dict # from `model_facts`
 ) -> str:
     "README.md of a model folder, with the front matter of the Hub."
-    s = facts["settings"]
+    s, card = facts["settings"], DatasetCard(**facts["dataset"])
+    base = known_base(s["base"])
+    licence = hub_licence(card) if is_scratch(s["base"]) else dict(license=base.licence_id) if base else dict(license="unknown")
+    header = "\n".join(f"{k}: {v}" for k, v in licence.items())
     load = ('pipe = DiffusionPipeline.from_pretrained(BASE)\npipe.load_lora_weights("THIS_FOLDER")' if s["method"] == "lora" else 'pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER")')
     return f"""---
-library_name: diffusers{chr(10) + 'base_model: ' + facts['base'] if '/' in facts['base'] else ''}
+library_name: diffusers
+{header}{chr(10) + 'base_model: ' + facts['base'] if '/' in facts['base'] else ''}
 tags: [stable-diffusion, text-to-image, chest-xray, synthetic, {'lora' if s['method'] == 'lora' else 'dreambooth'}]
 ---
 # Synthetic chest X-rays ({s['method']})
@@ -288,6 +296,10 @@ from diffusers import DiffusionPipeline
 {load}
 image = pipe("{facts['prompts'][0]}").images[0]
 ```
+
+## Licence and source
+
+{lineage(card, s["base"])}
 
 Settings, versions, data and held-out losses: `provenance.json`. A model tuned on few images may repeat them: check for copies (cxr-synth quality) before sharing images or weights.
 """
@@ -320,14 +332,14 @@ def say_needs(
     resolution: int,  # px
     out               # where the model goes
 ):
-    "Print what training will take, unless CXR_QUIET is set or the pipeline is the tiny one."
-    if cfg.base == "tiny" or os.environ.get("CXR_QUIET"): return
+    "Print what training will take, unless CXR_QUIET is set or the base is trained from nothing."
+    if is_scratch(cfg.base) or os.environ.get("CXR_QUIET"): return
     folder = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if p.exists())
     print(preflight_text(preflight(cfg, resolution), device_memory(pick_device(cfg.device)), shutil.disk_usage(folder).free / 2**30))
 
 # %% ../nbs/04_dreambooth.ipynb #3b2582cc
 def fine_tune(
-    base: str,          # name in `BASE_MODELS`, folder or Hub id
+    base: str,          # name in `BASES`, folder or Hub id
     task,               # `Task`, or a function that gives it when called with the pipeline
     out,                # model folder
     path,               # checkpoint file
@@ -335,6 +347,7 @@ def fine_tune(
     seed: int = 0,      # of weights, order, noise, times
     desc: str = "DreamBooth", # for the progress bar
     watch: bool = False,# redraw a figure in the notebook
+    card: DatasetCard = DatasetCard(), # of the images
     **how               # for `make_trainer`: previews, cache, mirror, views
 ) -> list[dict]: # the log
     "Fine-tune a base on a task and save the model (Ruiz et al. 2023; guide, section 7)."
@@ -344,7 +357,7 @@ def fine_tune(
     trainer = make_trainer(pipe, task, path, cfg, seed, **how)
     if watch: trainer.loop.hooks.append(Watch(how.get("previews")))
     log = trainer.run(desc)
-    save_model(trainer, out, model_facts(trainer, task, cfg, seed, base, source), cfg, base)
+    save_model(trainer, out, model_facts(trainer, task, cfg, seed, base, source, card), cfg, base)
     return log
 
 # %% ../nbs/04_dreambooth.ipynb #de62178a
@@ -446,8 +459,9 @@ def train_dreambooth(
     if is_finished(out, cfg, run.seed): return tidy(out)
     mirror = Mirror(cfg.mirror, out, cfg.mirror_gb) if cfg.mirror else None
     say_needs(cfg, run.resolution, out)
+    card = find_card("folder", stems=[p.stem for p in Path(run.instance_data_dir).glob("*")])
     fine_tune(cfg.base, lambda pipe: guide_task(pipe, run, cfg), out, out/"checkpoints/last.pt", cfg, run.seed, out.name, run.watch,
-              previews=out/"previews", cache=out/"checkpoints/cache", mirror=mirror)
+              previews=out/"previews", cache=out/"checkpoints/cache", mirror=mirror, card=card)
     return tidy(out)
 
 def tidy(
@@ -570,13 +584,13 @@ def train_generator(
     stage.compute_on(cfg.device)
     tasks, work, shots, base = StudyTasks(study, name, cfg), stage.path/"checkpoints", stage.path/"previews", cfg.base
     mirror = Mirror(Path(cfg.mirror)/study.root.name, study.root, cfg.mirror_gb) if cfg.mirror else None
-    if cfg.base == "tiny":
+    if is_scratch(cfg.base):
         base = str(stage.path/"base")
         if not Path(base).exists(): save_pipeline(train_base(tasks.both(), work, cfg, seed_for(seed, name, "base"), f"{name} base", shots/"base", mirror), base)
     for model, label in tasks.models().items():
         if (stage.path/model/"provenance.json").exists(): continue
         fine_tune(base, lambda pipe: tasks.task(pipe, label), stage.path/model, work/f"{model}.pt", cfg, seed_for(seed, name, model), f"{name} {model}",
-                  previews=shots/model, cache=study/"cache/latents", mirror=mirror, views=cfg.max_views)
+                  previews=shots/model, cache=study/"cache/latents", mirror=mirror, views=cfg.max_views, card=dataset_card(study))
     if not (stage.path/"train.csv").exists(): collect_logs(stage.path)
     if work.exists(): shutil.rmtree(work)
     stage.finish(**tasks.facts)

@@ -266,7 +266,7 @@ def figure_calibration(
         ax.errorbar(x, y, yerr=[y - low, high - y], fmt="o-", ms=4, lw=1.4, elinewidth=0.8, color=colour(arm),
                     label=f"{arm_label(arm)}: Brier {before:.3f}\n(with temperature {after:.3f})")
         ax.plot(x, np.full(len(x), -0.04), "|", color=colour(arm), ms=8, clip_on=False)
-    ax.set(xlabel=f"predicted probability ({rows[0][-1]} images a bin)", ylabel="share of sick children", xlim=(0, 1), ylim=(-0.06, 1.02))
+    ax.set(xlabel=f"predicted probability ({rows[0][-1]} images a bin)", ylabel="share of sick patients", xlim=(0, 1), ylim=(-0.06, 1.02))
     ax.legend(frameon=False, fontsize=8, loc="lower right")
     return ax
 
@@ -313,7 +313,7 @@ def figure_blocks(
     ax.errorbar(range(1, len(y) + 1), y, yerr=[y - low, high - y], fmt="o", color=colour("real"), ms=6, capsize=3)
     ax.axhline(val, color="#222222", lw=1, ls=":")
     ax.text(len(y) + 0.4, val, "val", fontsize=9, va="bottom", ha="right")
-    ax.set(xlabel="official test: healthy children by number, six blocks", ylabel="specificity at 0.5", ylim=(0, 1.03), xlim=(0.4, len(y) + 0.6))
+    ax.set(xlabel="official test: healthy patients by number, six blocks", ylabel="specificity at 0.5", ylim=(0, 1.03), xlim=(0.4, len(y) + 0.6))
     return ax
 
 # %% ../nbs/09c_figures.ipynb #bc5f42aa

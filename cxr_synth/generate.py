@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 # %% ../nbs/05_generate.ipynb #11dc8140
-from .core import (CLASSES, PROMPTS, CxrError, GenerateConfig, Study, digest_file, move_aside, open_stage, parse_generator,
+from .core import (CLASSES, PROMPTS, CxrError, GenerateConfig, Study, digest_file, is_scratch, move_aside, open_stage, parse_generator,
                             pick_device, pick_precision, read_json)
 from .data import load_images, training_rows
 from .sampling import (Painter, check_settings, draw_all, even, find_batch_size, generate_synthetic_dataset, image_seed, load_finetuned_model,
@@ -63,7 +63,7 @@ def model_of(
 ) -> tuple: # source and revision for `load_finetuned_model`, and what of the study it is made from
     "The model that draws one class, and the inputs to record."
     folder, trained = study/f"models/{name}", trained_record(study, name)
-    how, own = trained["settings"], trained["settings"]["base"] == "tiny"
+    how, own = trained["settings"], is_scratch(trained["settings"]["base"])
     part = "joint" if how["joint"] else cls
     if base and own: return folder/"base", None, [f"models/{name}/base"]
     if base: return trained["runtime"]["base"], (read_json(seen)["revision"] if (seen := folder/part/"provenance.json").exists() else how["revision"]), []

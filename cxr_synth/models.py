@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 # %% ../nbs/03a_models.ipynb #a1e1de4f
-from .core import BASE_MODELS, PROMPTS, CxrError, atomic_path, digest_file, library_versions, pick_device, pick_precision, read_json, seed_for, write_json
+from .core import BASES, PROMPTS, CxrError, atomic_path, digest_file, is_scratch, library_versions, one_of, pick_device, pick_precision, read_json, seed_for, write_json
 from .tiny import load_dtype, tiny_pipeline, to_device
 
 # %% ../nbs/03a_models.ipynb #bc0bc07c
@@ -37,7 +37,8 @@ FAMILIES = {"StableDiffusionXL": "Stable Diffusion XL", "StableDiffusion3": "Sta
 
 def allowed_sources() -> str:
     "The line with which an error about a model's source ends."
-    return f"Allowed: {', '.join(BASE_MODELS)}, a folder made by save_pretrained, or a Hub id of the Stable Diffusion 1 or 2 family."
+    names = [name for name, base in BASES.items() if not base.scratch]
+    return f"Allowed: {', '.join(names)}, a folder made by save_pretrained, or a Hub id of the Stable Diffusion 1 or 2 family."
 
 def check_family(
     index: dict, # content of model_index.json
@@ -78,7 +79,7 @@ def check_fit(
         if not fits: raise CxrError(f"{folder}: {what}.\nTake all five parts from one model.")
 
 # %% ../nbs/03a_models.ipynb #21298183
-MOVED = {f"stabilityai/stable-diffusion-2{end}": "sd21-base" for end in ("", "-base", "-1", "-1-base")} | {"runwayml/stable-diffusion-v1-5": "sd15"}
+MOVED = {gone: name for name, base in BASES.items() for gone in base.former}
 
 def hub_reason(
     error # what huggingface_hub raised
@@ -111,17 +112,19 @@ def hub_configs(
 
 # %% ../nbs/03a_models.ipynb #bd3db043
 def check_source(
-    source,               # folder, Hub id, name in `BASE_MODELS`, or LoRA folder
+    source,               # folder, Hub id, name in `BASES`, or LoRA folder
     revision=None,        # Hub only: branch, tag or commit; None for main
     local_files_only=None # True: only what was downloaded before
 ) -> Source:
     "Check a pipeline before its weights are read or downloaded; raises `CxrError` that says what is wrong."
     name, folder = str(source), Path(source)
-    if name in MOVED: raise CxrError(f"{name} left the Hub.\nUse {MOVED[name]}, its public mirror {BASE_MODELS[MOVED[name]]}.")
+    if name in MOVED: raise CxrError(f"{name} left the Hub.\nUse {MOVED[name]}, its public mirror {BASES[MOVED[name]].repo}.")
     if (folder/"lora.json").is_file():
         base = check_source(*lora_base(folder), local_files_only)
         return Source(base.where, base.revision, base.folder, folder)
-    is_folder, repo = folder.is_dir(), BASE_MODELS.get(name, name)
+    if is_scratch(name) and not folder.is_dir():
+        raise CxrError(f"{name} is no model to load: the train stage trains it from nothing, inside a study.\n{allowed_sources()}")
+    is_folder, repo = folder.is_dir(), BASES[name].repo if name in BASES else name
     if not is_folder:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo): raise CxrError(f"{name} is neither a folder that exists nor a Hub id.\n{allowed_sources()}")
         folder = hub_configs(repo, revision, local_files_only)
@@ -164,7 +167,7 @@ def check_words(
 
 # %% ../nbs/03a_models.ipynb #87ebf878
 def load_pipeline(
-    source,               # folder, Hub id, name in `BASE_MODELS`, or LoRA folder (its base is loaded and the LoRA applied)
+    source,               # folder, Hub id, name in `BASES`, or LoRA folder (its base is loaded and the LoRA applied)
     dtype=None,           # torch dtype of the weights; None for float32
     device=None,          # cuda, mps or cpu; None leaves it on the CPU, as diffusers made it
     revision=None,        # Hub only: branch, tag or commit; None for main
@@ -272,13 +275,14 @@ def clip_text(
     return CLIPTextConfig(vocab_size=49408, hidden_size=width, intermediate_size=4*width, num_hidden_layers=layers, num_attention_heads=heads, hidden_act=act)
 
 def known_parts(
-    name: str # sd21-base or sd15
-) -> dict:    # unet, text_encoder, vae
-    "The networks of a model in the table with their published configuration; made under `torch.device('meta')` they take no memory."
-    attention = dict(attention_head_dim=[5, 10, 20, 20], use_linear_projection=True, cross_attention_dim=1024) if name == "sd21-base" else dict(attention_head_dim=8, cross_attention_dim=768)
-    text = clip_text(1024, 23, 16, "gelu") if name == "sd21-base" else clip_text(768, 12, 12, "quick_gelu")
-    vae = AutoencoderKL(block_out_channels=[128, 256, 512, 512], layers_per_block=2, down_block_types=["DownEncoderBlock2D"]*4, up_block_types=["UpDecoderBlock2D"]*4)
-    return dict(unet=UNet2DConditionModel(sample_size=64, **attention), text_encoder=CLIPTextModel(text), vae=vae)
+    name: str # of a base in `BASES` that is downloaded
+) -> dict:    # unet, text_encoder, vae; raises `CxrError` for any other name
+    "The networks of a base in the table with their published configuration; made under `torch.device('meta')` they take no memory."
+    base = BASES[one_of(name, [n for n, b in BASES.items() if not b.scratch], "base")]
+    vae = AutoencoderKL(block_out_channels=[128, 256, 512, 512], layers_per_block=2,
+                        down_block_types=["DownEncoderBlock2D"]*4, up_block_types=["UpDecoderBlock2D"]*4)
+    unet = UNet2DConditionModel(sample_size=base.resolution // 8, **base.unet)
+    return dict(unet=unet, text_encoder=CLIPTextModel(clip_text(*base.text)), vae=vae)
 
 def millions(
     parameters # iterable of parameters
@@ -439,17 +443,17 @@ def kept_bytes(
 
 # %% ../nbs/03a_models.ipynb #fec9d00a
 def base_parts(
-    base,                 # as `check_source` takes it; tiny and laptop are the small pipelines
+    base,                 # a name in `BASES`, or as `check_source` takes it
     resolution: int,      # side of the images, px
     revision=None,        # Hub only: branch, tag or commit; None for main
     local_files_only=None # True: only what was downloaded before
 ) -> dict: # unet, text_encoder, vae
     "A base's networks without its weights, from its configuration alone."
-    if base in ("tiny", "laptop"):
+    if is_scratch(base):
         with tempfile.TemporaryDirectory() as folder: pipe = tiny_pipeline(folder, PROMPTS.values(), resolution)
         return dict(unet=pipe.unet, text_encoder=pipe.text_encoder, vae=pipe.vae)
     with torch.device("meta"):
-        if base in BASE_MODELS: return known_parts(base)
+        if base in BASES: return known_parts(base)
         folder = check_source(base, revision, local_files_only).folder
         vae = read_json(folder/"vae/config.json")
         return dict(unet=UNet2DConditionModel.from_config(read_json(folder/"unet/config.json")), text_encoder=CLIPTextModel(CLIPTextConfig.from_pretrained(folder/"text_encoder")),
@@ -492,7 +496,7 @@ def preflight(
     kept = activation_bytes(parts, cfg, resolution, shrink) / 2**30
     gib, average, models = 1e6 / 2**30, 4 * bool(cfg.ema_decay), 1 if cfg.joint else 2
     memory = dict(weights=4*(all_M + lora_M)*gib, gradients=4*M*gib, optimizer=moments*M*gib, average=average*M*gib, activations=kept, reserve=1 + 0.1*kept)
-    on_hub = cfg.base in BASE_MODELS or not (Path(cfg.base).exists() or cfg.base in ("tiny", "laptop"))
+    on_hub = not (is_scratch(cfg.base) or Path(cfg.base).exists())
     saved = lora_M or all_M
     disk = dict(download=4*all_M*gib*on_hub, models=4*(saved + M)*models*gib, checkpoints=2*(4 + moments + average)*M*gib)
     return dict(trained=M, total=all_M + lora_M, memory=memory, disk=disk)

@@ -8,15 +8,16 @@ __all__ = ['STORIES', 'TRAINED', 'ROLES', 'CSS', 'Html', 'esc', 'auroc', 'p_valu
            'test_line', 'story_html', 'answer_html', 'verdict_html', 'first_of', 'missing_html', 'guess_html',
            'question', 'arm_cells', 'arms_html', 'contrasts_html', 'variance_html', 'metric_label', 'other_html',
            'travel_html', 'questions_html', 'headroom_html', 'guide_html', 'quality_html', 'grids', 'sentences_html',
-           'audit_html', 'counts', 'shared_patients', 'data_method', 'generator_method', 'classifier_method',
-           'interval_method', 'methods_html', 'claim_items', 'claim_html', 'provenance_html', 'deviations',
-           'limits_html', 'head_html', 'results_html', 'shift_html', 'heat_html', 'page']
+           'audit_html', 'counts', 'shared_patients', 'preparation', 'data_method', 'generator_method',
+           'classifier_method', 'interval_method', 'methods_html', 'claim_items', 'claim_html', 'provenance_html',
+           'deviations', 'limits_html', 'head_html', 'results_html', 'shift_html', 'heat_html', 'page']
 
 # %% ../nbs/09d_page.ipynb #ac71f917
 import base64, html, re
 import numpy as np, pandas as pd
 from .core import Study, generator_name, read_csv, read_json
 from .contrasts import OTHER, RULES, SPLITS, limits, num, percent, pp
+from .dataset import UNKNOWN, dataset_card
 from .figures import arm_label, distances, fd_name, guess_of, load_quality
 from .intervals import WORDS, remarks
 
@@ -83,22 +84,22 @@ def figure(
 # %% ../nbs/09d_page.ipynb #6db36616
 STORIES = {
     "improves": dict(title="The synthetic images helped",
-        story="The same classifier was trained with and without synthetic X-rays, on the same children and for the same number of steps. With them it ranked sick children above healthy ones more often, and the whole 95 % interval lies above zero. No difference at all would be a surprising explanation of these data.",
+        story="The same classifier was trained with and without synthetic X-rays, on the same patients and for the same number of steps. With them it ranked sick patients above healthy ones more often, and the whole 95 % interval lies above zero. No difference at all would be a surprising explanation of these data.",
         good="It is a good result because the comparison was fixed before anyone knew it, and could have come out otherwise. It speaks of this data set and this kind of classifier, and of ranking, not of any clinic."),
     "worsens": dict(title="The synthetic images did harm",
-        story="The same classifier was trained with and without synthetic X-rays, on the same children and for the same number of steps. With them it ranked sick children above healthy ones less often, and the whole 95 % interval lies below zero. No difference at all would be a surprising explanation of these data.",
+        story="The same classifier was trained with and without synthetic X-rays, on the same patients and for the same number of steps. With them it ranked sick patients above healthy ones less often, and the whole 95 % interval lies below zero. No difference at all would be a surprising explanation of these data.",
         good="It is a good result because harm is what nobody looks for: most reports of synthetic data compare too little to see it. It tells the next person what not to do, and how to find out."),
     "no meaningful difference": dict(title="The synthetic images changed nothing that matters",
-        story="The same classifier was trained with and without synthetic X-rays, on the same children and for the same number of steps. Neither gain nor loss was found. The 90 % interval lies inside the margin that was set beforehand, so a difference large enough to matter is unlikely here.",
+        story="The same classifier was trained with and without synthetic X-rays, on the same patients and for the same number of steps. Neither gain nor loss was found. The 90 % interval lies inside the margin that was set beforehand, so a difference large enough to matter is unlikely here.",
         good="It is a good result because it is more than failing to find something: the study was precise enough to rule a useful gain out. Real images, or a better generator, are then the thing to invest in."),
     "inconclusive": dict(title="The question stays open",
-        story="The same classifier was trained with and without synthetic X-rays, on the same children and for the same number of steps. The interval holds zero and reaches beyond the margin, or the study is too small for a word. That is not evidence that synthetic images make no difference.",
+        story="The same classifier was trained with and without synthetic X-rays, on the same patients and for the same number of steps. The interval holds zero and reaches beyond the margin, or the study is too small for a word. That is not evidence that synthetic images make no difference.",
         good="It is a good result because it is honest: with fewer seeds and the wrong test this study could easily have claimed a gain. Its variances say how large the next one must be.")}
 
 def pairs_wrong(
     auroc: float # 0-1
 ) -> str:
-    "1,000 x (1 - AUROC), rounded: of 1,000 pairs of one sick and one healthy child, those ranked wrong."
+    "1,000 x (1 - AUROC), rounded: of 1,000 pairs of one sick and one healthy patient, those ranked wrong."
     return f"{round(1000 * (1 - auroc)):,}"
 
 def arm_mean(
@@ -125,8 +126,8 @@ def counts_line(
     c: dict,        # the primary contrast
     drawn: bool     # the images are phantoms
 ) -> Html:
-    "What two AUROCs mean in pairs of children."
-    who = "one sick and one healthy child" if not drawn else "one sick and one healthy drawn patient"
+    "What two AUROCs mean in pairs of patients."
+    who = "one sick and one healthy patient" if not drawn else "one sick and one healthy drawn patient"
     (a, x), (b, y) = ((pairs_wrong(arm_mean(analysis, arm, c)), TRAINED.get(arm, f"the images of {arm_label(arm)}")) for arm in (c["control"], c["arm"]))
     return tag("p", f"In other words: of 1,000 pairs of {who}, the classifier ranks ", tag("strong", a), f" wrong after training on {x}, and ", tag("strong", b), f" after training on {y}.")
 
@@ -153,7 +154,7 @@ def caveats(
         out.append(join([f"Judged on {c['split']}: {c['images']:,} images of {c['patients']:,} patients; {c['replicates']} replicates × {c['seeds']} seeds per arm."]))
         said = [r for r in c.get("remarks", []) if "replicates allow" not in r]
         if said: out.append(join(["Remarks: ", "; ".join(said), "."]))
-    if drawn: out.append(join(["The images are ", tag("strong", "drawn phantoms"), ", not X-rays of children: this study shows whether the instrument works and says nothing about medicine."]))
+    if drawn: out.append(join(["The images are ", tag("strong", "drawn phantoms"), ", not X-rays of anybody: this study shows whether the instrument works and says nothing about medicine."]))
     return out + [test_line(analysis["test"])]
 
 def test_line(
@@ -250,7 +251,7 @@ def arms_html(
         rows += [[two_lines(arm_label(r["arm"]), question(plan, r["arm"])), f"{r['replicates']} × {r['seeds']}", whole(r["n_real"]), whole(r["n_synthetic"])]
                  + [x for s in splits for x in arm_cells(r, s, analysis["test"]["state"])] for r in analysis["arms"] if r["fraction"] == f]
     return table(head, rows, "Arms: images for training, and means over runs (replicates × seeds), with the least and the greatest AUROC below. "
-                 "Pairs wrong: of 1,000 pairs of one sick and one healthy child, how many are ranked wrong. Sensitivity, then specificity, at threshold 0.5. A dash: these runs may not predict that split.")
+                 "Pairs wrong: of 1,000 pairs of one sick and one healthy patient, how many are ranked wrong. Sensitivity, then specificity, at threshold 0.5. A dash: these runs may not predict that split.")
 
 # %% ../nbs/09d_page.ipynb #a8650a9d
 ROLES = dict(primary="Primary: stands alone at 5 %", secondary="Secondary: share 5 % by Holm's method", estimate="Estimates: no word rests on them")
@@ -397,15 +398,23 @@ def shared_patients(
     return len(pairs) - len({p for p, _ in pairs})
 
 # %% ../nbs/09d_page.ipynb #e1bd029d
+def preparation(
+    done: dict # {stage: settings}
+) -> str:
+    "How the images were prepared; empty if that is not recorded."
+    d = done.get("data", {})
+    return f"prepared as {d['resolution']} × {d['resolution']} px grey images" if "resolution" in d else ""
+
 def data_method(
     study: Study, # the study
     done: dict    # {stage: settings}
 ) -> str:
     "The sentence about data and splits."
     parts = ", ".join(f"{s} {n:,} images of {p:,} patients" for s, (n, p) in counts(study).items() if n)
-    d = done.get("data", {})
-    size = f", prepared as {d['resolution']} × {d['resolution']} px grey images" if "resolution" in d else ""
-    return f"Data source: {study.info().get('source', 'not recorded')}{size}. Split by patients: {parts}. Patients in more than one of them: {shared_patients(study)}. A run at 100 % trains on train and internal together."
+    size = f", {preparation(done)}" if preparation(done) else ""
+    card = dataset_card(study)
+    about = f"Data: {card.name} (citation: {card.citation}; licence: {card.licence}; population: {card.population}){size}."
+    return f"{about} Split by patients: {parts}. Patients in more than one of them: {shared_patients(study)}. A run at 100 % trains on train and internal together."
 
 def generator_method(
     plan: dict, # plan.json
@@ -460,8 +469,9 @@ def claim_items(
     "The checklist, as far as software can fill it."
     n, done, t = counts(study), {r["stage"]: r for r in study.records().values()}, analysis["test"]
     split = ", ".join(f"{s} {i:,} images of {p:,} patients" for s, (i, p) in n.items() if i)
-    gone = analysis["missing"]
-    return [("7 Data sources", study.info().get("source", "")), ("8 Eligibility criteria", ""), ("9 Preprocessing", data_method(study, {k: r["settings"] for k, r in done.items()}).split(". ")[0]),
+    gone, card = analysis["missing"], dataset_card(study)
+    return [("7 Data sources", card.citation if card.citation != UNKNOWN else ""), ("8 Eligibility criteria", card.population if card.population != UNKNOWN else ""),
+            ("9 Preprocessing", preparation({k: r["settings"] for k, r in done.items()})),
             ("12 De-identification", ""), ("13 Missing data", f"{len(gone['failed'])} failed and {len(gone['pending'])} pending runs, {len(analysis['problems'])} files of predictions refused"),
             ("14 Ground truth", ""), ("19 Sample size", f"detectable difference {num(x, 2)} pp" if (x := (analysis["beside"].get("detectable") or [{}])[0].get("detectable")) else ""),
             ("20 Partitions", split), ("21 Level of partition", f"patients; {shared_patients(study)} patients are in more than one part"), ("22 Model", classifier_method(plan, {k: r["settings"] for k, r in done.items()}).split(" Classifier: ")[-1].split(".")[0] if "experiments" in done else ""),
@@ -513,7 +523,7 @@ def limits_html(
     "What this study cannot tell, and where it left its plan."
     items = ["Not for clinical use. Neither the classifiers nor the synthetic images are fit for any decision about a person."]
     if analysis["tier"] == "pilot": items.append("This is a pilot: few replicates, few seeds, a small generator. It is made to test the path from images to verdict.")
-    items += ["One data set from one source, of children: nothing here says how it would be elsewhere, or in adults.", "Sensitivity and specificity at 0.5 depend on the mix of classes in training; the thresholds chosen on val are beside them."]
+    items += [f"One data set from one source. Population: {dataset_card(study).population}. Nothing here says how it would be elsewhere.", "Sensitivity and specificity at 0.5 depend on the mix of classes in training; the thresholds chosen on val are beside them."]
     strayed = deviations(study, analysis)
     return tag("section", tag("h2", "Limits and deviations"), tag("ul", *(tag("li", i) for i in items)), tag("p", "Deviations from the plan:" if strayed else "Deviations from the plan: none recorded."), tag("ul", *(tag("li", d) for d in strayed)) if strayed else "")
 
@@ -611,9 +621,9 @@ def page(
     "The whole report as one self-contained HTML page."
     plan, info, title = read_json(study/"plan.json"), study.info(), "Do synthetic chest X-rays improve a pneumonia classifier?"
     c, made = analysis["contrasts"][0], made[:10]
-    meta = f"Study {info.get('name', study.root.name)} · preset {info.get('preset', 'not recorded')} · source {info.get('source', 'not recorded')} · tier {analysis['tier']} · {made}"
+    meta = f"Study {info.get('name', study.root.name)} · preset {info.get('preset', 'not recorded')} · data {dataset_card(study).name} · tier {analysis['tier']} · {made}"
     training = [tag("section", tag("h2", "Training of the generators"), figure(figures["training"], "Loss by step, smoothed."))] if "training" in figures else []
-    body = [tag("h1", title), tag("p", meta, cls="meta"), verdict_html(analysis, plan, info.get("source") == "phantom"), missing_html(analysis), guess_html(plan, c, figures.get("guess")),
+    body = [tag("h1", title), tag("p", meta, cls="meta"), verdict_html(analysis, plan, dataset_card(study).drawn), missing_html(analysis), guess_html(plan, c, figures.get("guess")),
             results_html(analysis, plan, figures), heat_html(study, plan, figures.get("cam")), quality_html(study, figures), *training, audit_html(study), shift_html(figures), guide_html(study, figures.get("selection")),
             methods_html(study, analysis, plan), limits_html(study, analysis), claim_html(study, analysis, plan), provenance_html(study, plan),
             tag("footer", tag("p", "Written by cxr_synth from the files of the study; all numbers are in analysis.json, results.csv and quality/. Figures for a poster are in report/figures. Not for clinical use.", cls="small"))]

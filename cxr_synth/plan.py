@@ -18,7 +18,7 @@ from scipy import stats
 # %% ../nbs/08_plan.ipynb #d868174c
 from .audit import cluster_error, fold_auc
 from .classifier import balanced, choose_C, fit_probe, predict
-from .core import (CLASSES, CxrError, ExperimentsConfig, PlanConfig, Study, digest_json, generator_name, now, one_of,
+from .core import (CLASSES, CxrError, ExperimentsConfig, PlanConfig, Study, digest_json, generator_name, is_scratch, now, one_of,
                             open_stage, parse_generator, read_json, resolve, seed_for, write_json)
 from .data import FRACTIONS, assert_disjoint, split_rows, training_rows
 from .material import BUILTINS, Material
@@ -245,7 +245,7 @@ def cost(
 ) -> dict:          # gpu_hours, pc_hours, gigabytes, generators, images, runs
     "Hours and gigabytes of a plan, roughly."
     train, exp, res = resolve("train", preset), resolve("experiments", preset), resolve("data", preset).resolution
-    small, n_gen, runs = train.base in ("tiny", "laptop"), len(plan["generators"]) * (not plan["builtin"]), len(plan_runs(plan))
+    small, n_gen, runs = is_scratch(train.base), len(plan["generators"]) * (not plan["builtin"]), len(plan_runs(plan))
     made, c = sum(sum(g["images"].values()) for g in plan["generators"]), COSTS
     making = 2 * n_gen * c["cpu_train" if small else "gpu_train"] * (res / 64 if small else 1) + made * c["cpu_image" if small else "gpu_image"]
     judging = runs * c[exp.method] + (images * exp.views + made) * c["feature"] * (exp.method == "probe")

@@ -23,7 +23,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 # %% ../nbs/06c_quality.ipynb #68648dbc
-from .core import (CLASSES, CxrError, QualityConfig, Study, atomic_path, cached, digest_array, digest_file, null_for_nan, open_stage, pick_device,
+from .core import (CLASSES, CxrError, QualityConfig, Study, atomic_path, cached, digest_array, digest_file, is_scratch, null_for_nan, open_stage, pick_device,
                             progress, read_json, seed_for, weights_key, write_csv, write_json)
 from .copies import (SEARCH_VERSION, CopyReport, feature_space, look, pixel_space, plant, plot_copies, plot_pairs, report_copies)
 from .data import load_images, parse_name, split_rows, training_rows
@@ -543,7 +543,7 @@ def save_figures(
         save(fig, folder/path)
     figure((8, 6.4), (1, 1), f"{pile.name}-grid.png", lambda ax: comparison_grid(
         (suite.images[t], suite.label[t]), (pile.images, pile.labels), ax, nearest=nearest).set_title(f"{pile.name}: drawn by lot", fontsize=9))
-    note = "; the base was itself trained on X-rays" if before and pile.base in ("tiny", "laptop") else ""
+    note = "; the base was itself trained on X-rays" if before and is_scratch(pile.base) else ""
     figure((7.5, 2.8), (1, 3), f"{pile.name}/distances.png", lambda ax: plot_bars(rows, before, ax, note))
     figure((4.4, 3.6), (1, 1), f"{pile.name}/map.png", lambda ax: plot_map((suite.x[t], suite.label[t]), (pile.x, pile.labels), ax))
 

@@ -40,6 +40,12 @@ def test_help_names_every_command():
     status, out, _ = cxr("--help")
     assert status == 0 and all(f"  {c}" in out for c in ("data", "plan", "train", "generate", "quality", "experiments", "open-test", "report", "run", "status"))
 
+def test_help_says_what_run_does():
+    from cxr_synth.core import STAGES
+    _, out, _ = cxr("--help")
+    line = next(x for x in out.splitlines() if x.split()[:1] == ["run"])
+    assert line.split(maxsplit=1)[1] == ", ".join(STAGES) + ", in this order" and "guide" not in line
+
 def test_help_of_a_stage_explains_its_settings():
     status, out, _ = cxr("train", "--help")
     assert status == 0 and "--train.learning-rate" in out and "DreamBooth" in out

@@ -8,7 +8,7 @@ import pytest
 import cxr_synth
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ["00_core", "00a_auc", "01_phantom", "01a_images", "01b_audit", "02_data", "02a_loop", "03_tiny", "03a_models", "03b_trainer", "04_dreambooth",
+NAMES = ["00_core", "00a_auc", "00b_dataset", "01_phantom", "01a_images", "01b_audit", "02_data", "02a_loop", "03_tiny", "03a_models", "03b_trainer", "04_dreambooth",
          "04a_sampling", "04b_worktable", "05_generate", "05a_share", "05b_curate",
          "06_features", "06a_metrics", "06b_copies", "06c_quality", "07_classifier", "07a_training", "07b_material", "07c_explain",
          "08_plan", "08a_experiments", "08b_guide", "09_intervals", "09a_rehearsal", "09b_contrasts", "09c_figures", "09d_page", "09e_analysis", "10_app"]

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from cxr_synth import share
 from cxr_synth.core import CxrError, GenerateConfig, Study, TrainConfig, digest_file, open_stage, stale_stages, write_csv, write_json
+from cxr_synth.dataset import CARDS, FILE, dataset_card, write_card_file
 from cxr_synth.share import SUMS, cli_pack, cli_unpack, mirror, pack, push, unpack, write_card
 
 NAME, TOKEN = "real010-rep0", "hf_standInTokenThatMustNotLeak"
@@ -18,6 +19,7 @@ def make_study(root, n=3):
     folder = study/"synthetic"/NAME
     write_json(study/"study.json", dict(name="demo", preset="tiny", source="hub"))
     write_csv(study/"data/manifest.csv", ["image_id"], [dict(image_id="a")])
+    write_card_file(study, CARDS["kermany"])
     write_json(study/"plan.json", dict(sha256="0"))
     open_stage(study, "train", f"models/{NAME}", TrainConfig()).finish(n_real=31, n_patients=19)
     for label, cls in enumerate(("normal", "pneumonia")):
@@ -242,8 +244,22 @@ def test_card_facts_and_header(study, tmp_path):
     copy = Study(shutil.copytree(study.root, tmp_path/"copy"))
     card = DatasetCard.load(write_card(copy, NAME))
     assert card.data.license == "cc-by-4.0" and "not-for-clinical-use" in card.data.tags
-    for fact in ("Not for clinical use", "10 % of the training patients, replicate 0: 19 patients, 31 images", "doi:10.17632/rscbjbr9sj", "quality gate: 1 marked (constant: 1)",
+    for fact in ("Not for clinical use", "10 % of the training patients, replicate 0: 19 patients, 31 images", "doi.org/10.17632/rscbjbr9sj", "quality gate: 1 marked (constant: 1)",
                  "copy report: not made"): assert fact in card.text, fact
+
+def test_card_of_unknown_images_claims_nothing(study, tmp_path):
+    from huggingface_hub import DatasetCard
+    copy = Study(shutil.copytree(study.root, tmp_path/"copy"))
+    (copy/FILE).unlink()
+    write_json(copy/"study.json", dict(name="demo", preset="tiny", source="folder"))
+    card = DatasetCard.load(write_card(copy, NAME))
+    assert card.data.license == "unknown" and "unknown, ask the owner" in card.text
+    for claim in ("Kermany", "CC BY", "hospital", "children"): assert claim not in card.text, claim
+
+def test_facts_travel_in_the_pack(study, tmp_path):
+    home = Study(tmp_path/"home")
+    unpack(pack(study, tmp_path/"p.zip"), home)
+    assert dataset_card(home) == CARDS["kermany"]
 
 def test_card_makes_no_later_stage_stale(study, tmp_path):
     "README.md is documentation: `digest_folder` leaves it out."
@@ -254,9 +270,9 @@ def test_card_makes_no_later_stage_stale(study, tmp_path):
     assert stale_stages(copy) == []
 
 def test_command_line_texts(study, tmp_path):
-    assert cli_pack(str(study.root), str(tmp_path/"a.zip")).startswith("14 files")
-    assert cli_unpack(str(tmp_path/"a.zip"), str(tmp_path/"s")).startswith("14 files verified")
-    assert "14 were there already" in cli_unpack(str(tmp_path/"a.zip"), str(tmp_path/"s"))
+    assert cli_pack(str(study.root), str(tmp_path/"a.zip")).startswith("15 files")
+    assert cli_unpack(str(tmp_path/"a.zip"), str(tmp_path/"s")).startswith("15 files verified")
+    assert "15 were there already" in cli_unpack(str(tmp_path/"a.zip"), str(tmp_path/"s"))
 
 # ---- the Hub's stand-in
 
@@ -360,6 +376,25 @@ def test_push_refused(study, tmp_path, hub):
     assert "such as normal/000099.png" in send(copy, tmp_path, hub.url, public=True)
     assert list(hub.files) == ["normal/000099.png"] and not hub.blobs
     assert "cannot be reached" in send(copy, tmp_path, "http://127.0.0.1:9")
+
+def test_push_of_unknown_images_needs_a_licence(study, tmp_path, hub):
+    copy = Study(shutil.copytree(study.root, tmp_path/"copy"))
+    write_card_file(copy, CARDS["unknown"])
+    write_card(copy, NAME)
+    for dry in (True, False):
+        with pytest.raises(CxrError, match="repeat with --licence"): push(copy, NAME, "anna/lungs", dry_run=dry)
+    assert not hub.seen
+    with pytest.raises(CxrError, match="names no licence"): push(copy, NAME, "anna/lungs", licence="unknown")
+    told = push(copy, NAME, "anna/lungs", licence="CC BY-NC 4.0")
+    assert "license: cc-by-nc-4.0" in told and "Licence of the real images: CC BY-NC 4.0." in told
+    card = copy/"synthetic"/NAME/"README.md"
+    card.write_text(card.read_text(encoding="utf-8").replace("## Use", "Thanks to Anna.\n\n## Use"), encoding="utf-8")
+    told = push(copy, NAME, "anna/lungs", licence="by permission of the clinic")
+    assert "license: other\nlicense_name: by-permission-of-the-clinic" in told
+    assert "Licence of the real images: by permission of the clinic." in told and "Thanks to Anna." in told
+
+def test_a_known_licence_is_not_contradicted(study):
+    with pytest.raises(CxrError, match="contradicts data/dataset.json: CC BY 4.0"): push(study, NAME, "anna/lungs", licence="MIT")
 
 def test_push_offline_and_unfinished(study, tmp_path):
     copy = Study(shutil.copytree(study.root, tmp_path/"copy"))
