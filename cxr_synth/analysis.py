@@ -208,8 +208,9 @@ def stage_report(
     assert_fresh(study)
     inputs = ["data/manifest.csv", "plan.json", "runs"] + [n for n in ("results.csv", "opened.json", "quality") if (study/n).exists()]
     if redo and (study/"report").exists(): move_aside(study, "report")
-    study.record_path("report").unlink(missing_ok=True)
-    stage = open_stage(study, "report", "report", cfg, inputs)
+    known = study.record_path("report").exists()      # then the files that are there are an older report's
+    stage = open_stage(study, "report", "report", cfg, inputs, adopt=known)
+    if not known and (study/"analysis.json").exists(): move_aside(study, "analysis.json")
     analysis = analyse(study, cfg.draws, ev)
     analysis["unfinished"] = unfinished(study)
     write_json(study/"analysis.json", null_for_nan(analysis))

@@ -396,7 +396,7 @@ def about_files(
     if n: out.append(finding("bad files", "warning", f"{many(n, 'file')} could not be read, such as {r['bad'][0]['path']}: {r['bad'][0]['reason']}",
                              "They were skipped and are in no split and no number. All are listed below; mend them and make the data stage again, or leave it so."))
     else: out.append(finding("bad files", "ok", f"All {many(r['n_images'], 'image')} could be read.", "Nothing was skipped."))
-    if r["blank"]: out.append(finding("blank", "warning", f"{many(r['blank'], 'image is', 'images are')} of one grey all over.", "They are used as they are; look at them and remove what is no X-ray."))
+    if r["blank"]: out.append(finding("blank", "warning", f"{many(r['blank'], 'image is', 'images are')} of one grey all over.", "They are used as they are; look at them and move what is no X-ray out of the folder."))
     kinds = {m for c in r["modes"].values() for m in c}
     if len(kinds) > 1: out.append(finding("colour modes", "note", "Images are stored in several ways: " + "; ".join(f"{name}: " + ", ".join(f"{n:,} {m}" for m, n in c.items()) for name, c in r["modes"].items()) + ".",
                                           "All become 8-bit grey before anything looks at them."))
@@ -456,7 +456,7 @@ def about_copies(
     if not d["groups"]: return [finding("exact copies", "ok", "No picture is there twice, neither by its bytes nor by its pixels.", "Nothing is to be done.")]
     where = ", ".join(f"{across[k]:,} across {what}" for k, what in (("patients", "patients"), ("classes", "classes"), ("official", "official test and training")) if across[k]) or "none across patients, classes or splits"
     found = f"{many(d['groups'], 'picture is', 'pictures are')} there more than once ({d['images']:,} images; {where})."
-    if across["splits"]: return [finding("exact copies", "warning", found, f"{many(across['splits'], 'group stands', 'groups stand')} on two sides of the study's splits: equal pixels in files that differ. Remove the copies and make the data stage again.")]
+    if across["splits"]: return [finding("exact copies", "warning", found, f"{many(across['splits'], 'group stands', 'groups stand')} on two sides of the study's splits: equal pixels in files that differ. Move the copies out of the folder and make the data stage again.")]
     done = "Copies stand on one side of every split." + (f" {many(r['left_out'], 'training image')} with a tie to the official test took no part." if r["left_out"] else "")
     if across["classes"]: done += " The same picture under both classes is a wrong label: look at these."
     return [finding("exact copies", "warning" if across["classes"] or across["official"] else "note", found, done)]
@@ -471,7 +471,7 @@ def about_near(
     same = f" {many(d['pairs'] - across['patients'], 'pair')} of one patient {'does' if d['pairs'] - across['patients'] == 1 else 'do'}." if d["pairs"] > across["patients"] else ""
     if not across["patients"]: return [finding("near copies", "ok", f"No images of different patients show nearly the same picture {how}.{same}", "The closest pairs are listed below.")]
     found = f"{many(across['patients'], 'pair')} of images of different patients look nearly the same {how}, {across['official']:,} across official test and training.{same}"
-    if across["splits"]: return [finding("near copies", "warning", found, f"{many(across['splits'], 'pair stands', 'pairs stand')} on two sides of the study's splits. Look at them below; if they are copies, remove one of each or give both the same patient, and make the data stage again.")]
+    if across["splits"]: return [finding("near copies", "warning", found, f"{many(across['splits'], 'pair stands', 'pairs stand')} on two sides of the study's splits. Look at them below; if they are copies, move one of each out of the folder or give both the same patient, and make the data stage again.")]
     return [finding("near copies", "note", found, "None of these pairs stands on two sides of the study's splits.")]
 
 # %% ../nbs/01b_audit.ipynb #077f5cfe

@@ -62,7 +62,7 @@ def read_weights(
     "Read weights without unpickling anything."
     try: return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as e:
-        raise CxrError(f"{path} cannot be read as weights ({type(e).__name__}).\nThe file is damaged or no PyTorch file; delete it and get it again.") from e
+        raise CxrError(f"{path} cannot be read as weights ({type(e).__name__}).\nThe file is damaged or no PyTorch file; move it away and get it again.") from e
 
 def fill(
     net: nn.Module, # gets the weights

@@ -433,7 +433,7 @@ def small_pictures(
     out = np.empty((len(paths), 1024), np.float32)
     for n, p in enumerate(paths):
         try: x = np.asarray(Image.open(p).convert("L").resize((32, 32), Image.Resampling.BOX), np.float32).ravel()
-        except OSError as e: raise CxrError(f"{p} can't be read: {e}.\nMake it again, or remove it from the study.") from None
+        except OSError as e: raise CxrError(f"{p} can't be read: {e}.\nMake it again, or move it out of the study.") from None
         out[n] = (x - x.mean()) / (x.std() + 1e-6)
     return out
 

@@ -263,7 +263,7 @@ def load_synthetic(
 ) -> tuple[np.ndarray, np.ndarray]: # (N, R, R) uint8, (N,) labels; raises `CxrError` naming an image that is lost, damaged or a stranger
     "The synthetic images of one generator and their labels."
     folder, meta = study/"synthetic"/generator, load_metadata(study, generator)
-    again = f"Bring it from a copy, or delete it and run: cxr-synth generate {study.root}"
+    again = f"Bring it from a copy; or move it away, to have it made again by: cxr-synth generate {study.root}"
     def read(m):
         path = folder/m["file_name"]
         if not path.exists(): raise CxrError(f"{path} is missing, but metadata.jsonl has a line for it.\n{again}")

@@ -20,8 +20,8 @@ from torchvision import transforms
 
 # %% ../nbs/08b_guide.ipynb #edc6da25
 from .auc import auroc
-from .core import (CLASSES, CxrError, GuideConfig, Study, atomic_path, digest_file, null_for_nan, one_of, open_stage, pick_device, progress,
-                            read_csv, read_json, recorded, seed_for, weights_key, write_csv, write_json)
+from .core import (CLASSES, CxrError, GuideConfig, Study, atomic_path, check_apart, claim, digest_file, null_for_nan, one_of, open_stage,
+                            pick_device, progress, read_csv, read_json, recorded, seed_for, weights_key, write_csv, write_json)
 from .data import load_manifest, parse_name
 from .material import synthetic_set
 from .training import Classifier, count_parameters, torchvision_net
@@ -62,7 +62,7 @@ class ChestXrayDataset(Dataset):
     def __getitem__(self, idx):
         path, label, _ = self.samples[idx]
         try: image = Image.open(path).convert("RGB")
-        except OSError as e: raise CxrError(f"cannot read the image {path} ({type(e).__name__}).\nReplace it, or remove it.") from e
+        except OSError as e: raise CxrError(f"cannot read the image {path} ({type(e).__name__}).\nReplace it, or move it out of the folder.") from e
         return (self.transform(image) if self.transform else image), label
 
 # %% ../nbs/08b_guide.ipynb #3bf2fe1e
@@ -250,6 +250,8 @@ def run_all_experiments(
 ) -> dict:                # experiment -> `summary`; raises `CxrError` for seeds repeated and for a leak
     "The guide's seven experiments. Biased by design: each picks its best epoch on the test images. What is finished is not done again."
     if len(set(seeds)) < len(seeds): raise CxrError(f"seeds repeated: {list(seeds)}.\nEach seed once; the same training twice is no evidence.")
+    for source in (*real_dirs.values(), *synthetic_dirs.values(), *test_dirs.values()): check_apart(source, [output_dir])
+    claim(output_dir, ".experiments.json", dict(experiments=list(EXPERIMENTS)))
     test = ChestXrayDataset(real_dirs=test_dirs, transform=get_transforms(False, size))
     loader, results, digest = DataLoader(test, batch_size=64, num_workers=num_workers), {}, cache(digest_file)
     for name, config in EXPERIMENTS.items():

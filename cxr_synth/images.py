@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Callable, Iterator
 import numpy as np
 from PIL import Image, ImageChops, ImageFile, ImageOps, UnidentifiedImageError
-from .core import CxrError, atomic_path, digest_file, digest_json, one_of, progress, read_json, read_or_none, write_json
+from .core import (CxrError, TEMPORARY, atomic_path, digest_file, digest_json, one_of, progress, read_json, read_or_none,
+                            remove_temporary, write_json)
 
 # %% ../nbs/01a_images.ipynb #bebb2ab0
 def from_16_bits(
@@ -67,7 +68,7 @@ def naming(
     except Exception as e:   # decoders raise nearly every kind on damaged files
         why, *more = str(e).splitlines() or [type(e).__name__]
         raise CxrError(f"cannot read the image {name}: {textwrap.shorten(why, 160, placeholder=' ...')}\n" +
-                       ("\n".join(more[:3]) if isinstance(e, CxrError) and more else "Replace the file or remove it, then repeat the command.")) from e
+                       ("\n".join(more[:3]) if isinstance(e, CxrError) and more else "Replace the file or move it out of the folder, then repeat the command.")) from e
 
 # %% ../nbs/01a_images.ipynb #440ee0da
 def open_image(
@@ -337,7 +338,7 @@ def write_pixels(
     "Write an array image by image, completely or not at all."
     for p in Path(out).parent.glob(".pixels-*.tmp"):     # left by killed processes
         with suppress(FileNotFoundError):                # gone meanwhile: another process has finished
-            if time.time() - p.stat().st_mtime > 3600: p.unlink()
+            if TEMPORARY.fullmatch(p.name) and time.time() - p.stat().st_mtime > 3600: remove_temporary(p)
     try:
         with atomic_path(out) as tmp, open(tmp, "wb") as f:
             np.lib.format.write_array_header_1_0(f, dict(descr="|u1", fortran_order=False, shape=shape))

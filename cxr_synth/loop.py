@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['batch_at', 'generator_for', 'lr_at', 'steps_for', 'fit_batch', 'Part', 'Average', 'make_optimizer', 'Stepper', 'Log',
-           'Mirror', 'Keeper', 'tensors', 'Run', 'Loop']
+           'Mirror', 'checkpoint_files', 'Keeper', 'tensors', 'Run', 'Loop']
 
 # %% ../nbs/02a_loop.ipynb #0ff051c3
 import json, math, os, shutil, warnings
@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 # %% ../nbs/02a_loop.ipynb #bd28ddf1
-from .core import CxrError, atomic_path, differences, one_of, progress, seed_for, write_csv
+from .core import CxrError, atomic_path, differences, one_of, progress, read_json, seed_for, write_csv, write_json
 
 # %% ../nbs/02a_loop.ipynb #9ee75526
 def batch_at(
@@ -176,27 +176,46 @@ class Log:
 
 # %% ../nbs/02a_loop.ipynb #6e065d29
 class Mirror:
-    "Copies of a run's small files in another folder."
+    "Copies of a run's small files in another folder; `.mirrored.json` there names them, and no other file is written over."
     def __init__(self, folder, root, gb: float = 2.0): # the mirror, what it mirrors, largest file
         self.folder, self.root, self.gb, self.skipped = Path(folder), Path(root), gb, set()
-        try:
-            with atomic_path(self.folder/".writable") as tmp: tmp.write_text("")
-            (self.folder/".writable").unlink()
+        self.record, self.made = self.folder/".mirrored.json", set()
+        try: self.note()
         except OSError as e: raise CxrError(f"cannot write to the mirror {folder}: {e.strerror}.\nChoose a folder that you may write to, or leave --mirror away.") from e
+    def note(self):
+        "Write down what the mirror holds of ours."
+        if self.record.exists(): self.made |= set(read_json(self.record))
+        write_json(self.record, sorted(self.made))
+    def check(self, name: str):
+        "Raise `CxrError` if the mirror has a file of that name that is no copy of ours; note the name."
+        if name in self.made: return
+        if (self.folder/name).exists():
+            raise CxrError(f"{self.folder/name} is there and was not written by this mirror.\nIt was not replaced. Choose another folder for --train.mirror, or move the file away.")
+        self.made.add(name)
+        self.note()
     def copy(self, path):
         "Copy a file, whole or not at all; too large a file is named once."
         path, size = Path(path), Path(path).stat().st_size
         if size > self.gb * 1e9:
             if path.name not in self.skipped: warnings.warn(f"{path.name} has {size/1e9:.1f} GB and is not mirrored (limit {self.gb} GB, --train.mirror-gb).")
             return self.skipped.add(path.name)
+        name = path.relative_to(self.root).as_posix()
         try:
-            with atomic_path(self.folder/path.relative_to(self.root)) as tmp: shutil.copyfile(path, tmp)
+            self.check(name)
+            with atomic_path(self.folder/name) as tmp: shutil.copyfile(path, tmp)
         except OSError as e: warnings.warn(f"{path.name} was not mirrored: {e.strerror or e}. Training goes on.")
     def fetch(self, path):
         "Bring a file back that is missing here."
         there = self.folder/Path(path).relative_to(self.root)
         if there.exists() and not Path(path).exists():
             with atomic_path(path) as tmp: shutil.copyfile(there, tmp)
+            self.made.add(there.relative_to(self.folder).as_posix())
+
+def checkpoint_files(
+    stem: str # of the checkpoint
+) -> list[str]:
+    "What a run leaves in its folder: checkpoint, log, best weights."
+    return [f"{stem}.pt", f"{stem}.csv", f"{stem}-best.safetensors"]
 
 # %% ../nbs/02a_loop.ipynb #15e8b6c3
 class Keeper:
@@ -208,9 +227,9 @@ class Keeper:
         if self.mirror: self.mirror.fetch(self.path)
         if not self.path.exists(): return None
         try: s = torch.load(self.path, map_location="cpu", weights_only=True)
-        except Exception as e: raise CxrError(f"{self.path} is damaged ({type(e).__name__}).\nDelete it to start again, or put a good copy there.") from e
+        except Exception as e: raise CxrError(f"{self.path} is damaged ({type(e).__name__}).\nPut a good copy there, or move it away to start again.") from e
         changed = differences(s["config"], self.config)
-        if changed: raise CxrError(f"{self.path} belongs to a run with other settings:\n  {'; '.join(changed[:3])}\nGo on with the recorded ones, use another folder, or delete the checkpoint to start again.")
+        if changed: raise CxrError(f"{self.path} belongs to a run with other settings:\n  {'; '.join(changed[:3])}\nGo on with the recorded ones, use another folder, or move the checkpoint away to start again.")
         return s
     def save(self, state: dict):
         "Write the state; the old file stays until the new one is whole."

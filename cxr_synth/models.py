@@ -11,7 +11,7 @@ __all__ = ['FAMILIES', 'PARTS', 'MOVED', 'LORA_FILE', 'TARGETS', 'allowed_source
            'base_parts', 'activation_bytes', 'preflight', 'preflight_text', 'device_memory']
 
 # %% ../nbs/03a_models.ipynb #9eb9fa25
-import math, os, re, shutil, tempfile
+import math, os, re, tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 # %% ../nbs/03a_models.ipynb #a1e1de4f
-from .core import BASES, PROMPTS, CxrError, atomic_path, digest_file, is_scratch, library_versions, one_of, pick_device, pick_precision, read_json, seed_for, write_json
+from .core import (BASES, PROMPTS, CxrError, atomic_path, digest_file, is_scratch, library_versions, one_of, pick_device, pick_precision, read_json,
+                            remove_leftovers, seed_for, temporary_for, write_json)
 from .tiny import load_dtype, tiny_pipeline, to_device
 
 # %% ../nbs/03a_models.ipynb #bc0bc07c
@@ -194,8 +195,8 @@ def save_pipeline(
     "Save in Stable Diffusion's format under a temporary name, then rename; raises `CxrError` if the folder exists."
     folder = Path(folder)
     if folder.exists(): raise CxrError(f"{folder} exists already.\nName another folder, or move this one away.")
-    tmp = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
+    remove_leftovers(folder.parent, [folder.name])
+    tmp = temporary_for(folder)
     pipe.save_pretrained(tmp, safe_serialization=True)
     for file in (tmp/"text_encoder").glob("*.safetensors*"): file.unlink()
     words = {f"text_model.{k.removeprefix('text_model.')}": v.contiguous() for k, v in pipe.text_encoder.state_dict().items()}

@@ -10,7 +10,7 @@ __all__ = ['STRENGTH', 'DRAWING', 'QUALITY', 'TRUTH', 'STUDY_PHANTOM', 'ellipse'
            'draw_files', 'write_phantoms', 'detectability', 'ideal_auroc', 'hotelling']
 
 # %% ../nbs/01_phantom.ipynb #96fde521
-import math, os, shutil
+import math, os
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 from scipy.stats import norm
-from .core import CLASSES, CxrError, progress, seed_for, write_csv
+from .core import CLASSES, CxrError, progress, remove_leftovers, seed_for, temporary_for, write_csv
 
 # %% ../nbs/01_phantom.ipynb #414402f8
 def ellipse(
@@ -385,9 +385,9 @@ def write_phantoms(
     folder, rows = Path(folder), phantom_files(patients, seed, test_share, shift, shortcut, duplicates)
     settings = seed, within(size, 16, 4096, "size"), strength_range(strength)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CxrError(f"{folder} is in use already.\nChoose a folder that does not exist yet, or remove this one.")
-    for old in folder.parent.glob(f".{folder.name}.*.tmp"): shutil.rmtree(old, ignore_errors=True)  # left by a killed process
-    tmp = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        raise CxrError(f"{folder} is in use already.\nChoose a folder that does not exist yet, or move this one away.")
+    remove_leftovers(folder.parent, [folder.name])
+    tmp = temporary_for(folder)
     for sub in {Path(r["path"]).parent for r in rows}: (tmp/sub).mkdir(parents=True)
     write_csv(tmp/"truth.csv", TRUTH, draw_files(rows, workers, tmp, *settings))
     if folder.exists(): folder.rmdir()

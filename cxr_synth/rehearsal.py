@@ -154,7 +154,7 @@ def rehearse_records(
     "Write the records that the stages leave beside their outputs."
     for stage, out, cfg, inputs in (("data", "data", DataConfig(), []), ("plan", "plan.json", PlanConfig(), ["data/manifest.csv"]),
                                     ("quality", "quality", QualityConfig(), ["data/manifest.csv"]), ("experiments", "runs", ExperimentsConfig(), ["plan.json"])):
-        open_stage(study, stage, out, cfg, inputs).finish()
+        open_stage(study, stage, out, cfg, inputs, adopt=True).finish()
     return study
 
 # %% ../nbs/09a_rehearsal.ipynb #55daa345

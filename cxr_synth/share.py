@@ -8,8 +8,9 @@ __all__ = ['MARKS', 'CARD', 'PARTS', 'DEFAULT_PARTS', 'SUMS', 'BLOCK', 'LAYOUT',
            'untouched', 'with_licence', 'current_card', 'card_path', 'write_card', 'set_aside', 'folders_of', 'members',
            'add_member', 'need_space', 'disk_errors', 'contents', 'is_pack', 'write_zip', 'pack', 'bad_name',
            'pattern_regex', 'in_layout', 'bad_member', 'refuse', 'fold', 'check_members', 'read_sums', 'opened',
-           'missing_here', 'extract', 'force_to_disk', 'settle', 'unpack', 'copy_on', 'mirror', 'shipment', 'describe',
-           'hub_reason', 'hub_errors', 'check_target', 'push', 'cli_pack', 'cli_unpack', 'cli_push']
+           'missing_here', 'extract', 'force_to_disk', 'settle', 'clear_unpacked', 'unpack', 'copy_on', 'mirror',
+           'shipment', 'describe', 'hub_reason', 'hub_errors', 'check_target', 'push', 'cli_pack', 'cli_unpack',
+           'cli_push']
 
 # %% ../nbs/05a_share.ipynb #a15420b4
 import errno, hashlib, io, json, os, re, shutil, stat, struct, unicodedata, zipfile, zlib
@@ -23,7 +24,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 # %% ../nbs/05a_share.ipynb #bd51b14c
-from .core import CLASSES, CxrError, Study, digest_file, digest_json, is_scratch, one_of, parse_generator, progress, read_csv, read_json, write_text
+from .core import (CLASSES, CxrError, Study, atomic_path, digest_file, digest_json, is_scratch, one_of, parse_generator, progress, read_csv,
+                            read_json, remove_files, remove_leftovers, write_text)
 from .dataset import LICENCE_LINE, DatasetCard, dataset_card, hub_licence, lineage, stated
 
 # %% ../nbs/05a_share.ipynb #04cced65
@@ -43,7 +45,7 @@ def read_set(
     folder, again = study/"synthetic"/generator, f"Run: cxr-synth generate {study.root}"
     if not (folder/"metadata.jsonl").is_file(): raise CxrError(f"{folder} holds no finished synthetic set: it has no metadata.jsonl.\n{again}")
     try: lines = [json.loads(line) for line in (folder/"metadata.jsonl").read_text(encoding="utf-8").splitlines()]
-    except ValueError as e: raise CxrError(f"{folder/'metadata.jsonl'} is damaged ({e}).\nRestore it, or delete it and make it again. {again}") from e
+    except ValueError as e: raise CxrError(f"{folder/'metadata.jsonl'} is damaged ({e}).\nRestore it from a copy; or give the folder another name and make the set again. {again}") from e
     named, there = {m["file_name"] for m in lines}, set(find(folder, "**/*.png"))
     if gone := sorted(named - there): raise CxrError(f"{folder}: metadata.jsonl names {len(gone)} images that are missing, such as {gone[0]}.\n{again}")
     if stray := sorted(there - named): raise CxrError(f"{folder}: {len(stray)} images have no line in metadata.jsonl, such as {stray[0]}.\nMove them out of the folder.")
@@ -60,7 +62,7 @@ def assert_same_images(
     folder = study/"synthetic"/generator
     digest = digest or (lambda name: digest_file(folder/name))
     other = [m["file_name"] for m in lines if digest(m["file_name"]) != m["sha256"]]
-    if other: raise CxrError(f"{folder}: {len(other)} images are not those of metadata.jsonl, such as {other[0]}.\nDelete them and make them again: cxr-synth generate {study.root}")
+    if other: raise CxrError(f"{folder}: {len(other)} images are not those of metadata.jsonl, such as {other[0]}.\nMove them away and make them again: cxr-synth generate {study.root}")
 
 # %% ../nbs/05a_share.ipynb #81c98177
 def seen(
@@ -219,8 +221,8 @@ def write_card(
     study: Study,  # the study
     generator: str # whose set
 ) -> Path:
-    "Write the card beside the images, as README.md; a card that was there is replaced."
-    write_text(card_path(study, generator), card_text(study, generator))
+    "Write the card beside the images, as README.md; one that a person has edited stays."
+    write_text(card_path(study, generator), current_card(study, generator))
     return card_path(study, generator)
 
 # %% ../nbs/05a_share.ipynb #bccb3bc5
@@ -339,14 +341,12 @@ def pack(
     study.info()
     out = Path(out or study.root.resolve().parent/f"{study.root.resolve().name}.zip")
     if out.exists() and not is_pack(out): raise CxrError(f"{out} exists and is no pack of a study.\nMove it away, or choose another name with --out.")
-    (found, sets), part = contents(study, what), out.with_name(f".{out.name}.part")
+    found, sets = contents(study, what)
     need_space(out.parent, sum(os.path.getsize(c) for c in found.values() if isinstance(c, Path)))
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write_zip(study, found, sets, part)
-            os.replace(part, out)
-        finally: part.unlink(missing_ok=True)
+        remove_leftovers(out.parent, [out.name])
+        with atomic_path(out) as part: write_zip(study, found, sets, part)
     return out
 
 # %% ../nbs/05a_share.ipynb #8249fb7d
@@ -520,11 +520,20 @@ def settle(
     for p in sorted(source.iterdir(), key=lambda p: (p.is_file(), declares(p), p.name)):
         to = target/p.name
         if p.is_dir() and to.is_dir(): settle(p, to)
-        elif not to.exists(): os.replace(p, to)
+        elif not os.path.lexists(to): os.replace(p, to)
         elif p.is_dir() or not to.is_file() or digest_file(p) != digest_file(to):
             raise CxrError(f"{to} appeared while unpacking, with other content.\nIt was not replaced. Move it away and repeat the command.")
 
 # %% ../nbs/05a_share.ipynb #e0d88364
+def clear_unpacked(
+    tmp,  # folder of this zip below .unpack
+    names # of its members
+):
+    "Remove what is left of an unpacking: this zip's files and the folders that are empty then."
+    remove_files(tmp, names)
+    for folder in sorted((tmp/f for f in folders_of(names)), key=lambda f: -len(f.parts)): remove_files(folder, [])
+    for folder in (tmp, tmp.parent): remove_files(folder, [])
+
 def unpack(
     file,        # the zip
     study: Study # where to; made if need be
@@ -541,7 +550,7 @@ def unpack(
             if todo:
                 force_to_disk(tmp)
                 settle(tmp, study.root)
-            if (study/".unpack").exists(): shutil.rmtree(study/".unpack")
+            clear_unpacked(tmp, sums)
     return dict(new=len(todo), kept=len(sums) - len(todo))
 
 # %% ../nbs/05a_share.ipynb #b10df29e
@@ -576,7 +585,7 @@ def mirror(
     file, folder = Path(file), Path(folder)
     if not file.is_file(): raise CxrError(f"{file} is missing: there is nothing to copy.\nMake it with: cxr-synth pack STUDY --out {file}")
     if not folder.is_dir(): raise CxrError(f"{folder} is no folder.\nMount the Drive or make the folder first, and repeat the command.")
-    target, part = folder/file.name, folder/f"{file.name}.part"
+    target, part = folder/file.name, folder/f".{file.name}.cxr-part"
     if target.exists():
         if target.is_file() and digest_file(target) == digest_file(file): return target
         raise CxrError(f"{target} is there with other content and was not replaced.\nMove it away or choose another name, and repeat the command.")
@@ -657,7 +666,7 @@ def check_target(
     if private and not api.repo_info(repo_id, repo_type="dataset").private:
         raise CxrError(f"{ship['url']} is public.\nRepeat with --public if the set may be seen by everybody, or choose another name.")
     other = sorted(f for f in api.list_repo_files(repo_id, repo_type="dataset") if f.endswith(".png") and f not in ship["files"])
-    if other: raise CxrError(f"{ship['url']} holds {len(other)} images that are not of this set, such as {other[0]}.\nChoose another name, or delete them there.")
+    if other: raise CxrError(f"{ship['url']} holds {len(other)} images that are not of this set, such as {other[0]}.\nChoose another name.")
 
 # %% ../nbs/05a_share.ipynb #a1bbf1b4
 def push(

@@ -57,7 +57,7 @@ def test_tensorboard_and_mirror(base, task, tmp_path):
                 train_batch_size=4, num_validation_images=1, device="cpu", checkpoint_steps=1)
     out = train_dreambooth(**args, output_dir=str(tmp_path/"out"), tensorboard=True, mirror=str(tmp_path/"drive"))
     assert list(out.rglob("events.out.tfevents*"))
-    assert {p.relative_to(tmp_path/"drive").as_posix() for p in (tmp_path/"drive").rglob("*.*")} == {"checkpoints/last.pt", "checkpoints/last.csv", "previews/000000.png", "previews/000002.png"}
+    assert {p.relative_to(tmp_path/"drive").as_posix() for p in (tmp_path/"drive").rglob("*.*")} == {".mirrored.json", "checkpoints/last.pt", "checkpoints/last.csv", "previews/000000.png", "previews/000002.png"}
     assert (out/"train.csv").exists() and not (out/"checkpoints").exists()
     again = train_dreambooth(**args, output_dir=str(tmp_path/"new"), mirror=str(tmp_path/"drive"))   # another machine, the same drive
     assert (again/"unet/diffusion_pytorch_model.safetensors").read_bytes() == (out/"unet/diffusion_pytorch_model.safetensors").read_bytes()
