@@ -393,6 +393,13 @@ def test_push_of_unknown_images_needs_a_licence(study, tmp_path, hub):
     assert "license: other\nlicense_name: by-permission-of-the-clinic" in told
     assert "Licence of the real images: by permission of the clinic." in told and "Thanks to Anna." in told
 
+def test_a_card_of_an_older_version_is_not_published_with_its_claim(study, tmp_path):
+    copy = Study(shutil.copytree(study.root, tmp_path/"copy"))
+    write_card_file(copy, CARDS["unknown"])
+    old = "---\nlicense: cc-by-4.0\n---\nTrained on Kermany. These images are changed material in the sense of that licence: name the source.\n"
+    (copy/"synthetic"/NAME/"README.md").write_text(old, encoding="utf-8")
+    with pytest.raises(CxrError, match="written by an older version"): push(copy, NAME, "anna/lungs", licence="MIT")
+
 def test_a_known_licence_is_not_contradicted(study):
     with pytest.raises(CxrError, match="contradicts data/dataset.json: CC BY 4.0"): push(study, NAME, "anna/lungs", licence="MIT")
 
