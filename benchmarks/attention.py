@@ -3,7 +3,7 @@ import time
 from statistics import median
 
 import torch
-from cxr_synth.tiny import tiny_unet, to_device
+from cxr_synth.diffusion.small_pipeline import tiny_unet, to_device
 
 def seconds(unet, x, t, words, precision):
     start = time.perf_counter()

@@ -4,10 +4,10 @@ from pathlib import Path
 os.environ["CXR_QUIET"] = "1"
 import numpy as np, torch
 from torch.utils.data import DataLoader
-from cxr_synth.core import ExperimentsConfig
+from cxr_synth.base.settings import ExperimentsConfig
 from cxr_synth.guide import ChestXrayDataset, get_transforms
-from cxr_synth.images import pixel_cache
-from cxr_synth.training import Classifier, Finetune, by_class, finetune
+from cxr_synth.images.images import pixel_cache
+from cxr_synth.classify.finetune import Classifier, FinetuneStep, finetune, strata_by_class
 
 def best(f, repeats):
     "Median seconds."
@@ -27,7 +27,7 @@ def loaders(args):
         names = [f"{p.parent.name}/{p.name}" for p in paths]
         cache = pixel_cache(d, names, paths, args.size)
         x = cache[names]
-        work = Finetune(torch.nn.Identity(), [by_class(x, y, 1.)], ExperimentsConfig(method="finetune", size=args.size, batch_size=64), 100, "cpu", "gentle", 0)
+        work = FinetuneStep(torch.nn.Identity(), [strata_by_class(x, y, 1.)], ExperimentsConfig(method="finetune", size=args.size, batch_size=64), 100, "cpu", "gentle", 0)
         b = 64 * 20 / best(lambda: [work.batch(k) for k in range(20)], 3)
         cache.close()
     print(f"loader, images/s: guide {a:.0f}, ours {b:.0f} at {args.size} px, ratio {b/a:.1f} (expected: at least 20)")
@@ -44,7 +44,7 @@ def loops(args):
             loss = torch.nn.functional.binary_cross_entropy_with_logits(model(fixed), target)
             loss.backward(); opt.step(); opt.zero_grad(set_to_none=True)
     def ours(steps):
-        with tempfile.TemporaryDirectory() as d: finetune([by_class(x, y, 1.)], cfg, "cpu", Path(d)/"checkpoint.pt", 0, steps=steps)
+        with tempfile.TemporaryDirectory() as d: finetune([strata_by_class(x, y, 1.)], cfg, "cpu", Path(d)/"checkpoint.pt", 0, steps=steps)
     bare(); ours(2)                                                                  # warm up
     def once():
         a, short, long = best(bare, 1), best(lambda: ours(args.steps), 1), best(lambda: ours(2 * args.steps), 1)

@@ -1,8 +1,10 @@
 "Does the interval keep its promise? 20,000 studies by the linear model in six scenarios, the crossed bootstrap beside it, and 500 studies with simulated scores. Minutes on one core."
 import argparse, time
 import numpy as np
-from cxr_synth.core import seed_for
-from cxr_synth.intervals import METHODS, SCENARIOS, Scores, interval, linear_coverage, make_patients, mu_of, simulate
+from cxr_synth.base.compute import seed_for
+from cxr_synth.stats.intervals import RunScores, auroc_difference
+from cxr_synth.stats.simulate import (INTERVAL_METHODS, SCENARIOS, linear_coverage, make_patients,
+                                      separation_for, simulate)
 from scipy import stats
 
 def scored(n, K=3, S=4, sd_rep=0.08, sd_seed=0.04):
@@ -10,8 +12,8 @@ def scored(n, K=3, S=4, sd_rep=0.08, sd_seed=0.04):
     rng = np.random.default_rng(seed_for("benchmark", n))
     patients, labels = make_patients(120, rng)
     p = simulate(patients, labels, dict(real=0.85, mixed=0.87), K, S, rng, sd_rep, sd_seed)
-    a, b = (Scores(np.arange(len(labels)), patients, labels, p[x], [(k, s) for k in range(K) for s in range(S)]) for x in ("mixed", "real"))
-    iv, auc = interval(a, b, 500, seed=n), lambda x, sd2=0: 100 * stats.norm.cdf(mu_of(x) / np.sqrt(2 + sd2))
+    a, b = (RunScores(np.arange(len(labels)), patients, labels, p[x], [(k, s) for k in range(K) for s in range(S)]) for x in ("mixed", "real"))
+    iv, auc = auroc_difference(a, b, 500, seed=n), lambda x, sd2=0: 100 * stats.norm.cdf(separation_for(x) / np.sqrt(2 + sd2))
     true = auc(0.87, sd_rep**2 + sd_seed**2) - auc(0.85)
     return iv["low"] <= true <= iv["high"], iv["low"] > true
 
@@ -20,7 +22,7 @@ def main():
     arg.add_argument("--studies", type=int, default=20_000)
     arg.add_argument("--scored", type=int, default=500)
     arg, start, kept = arg.parse_args(), time.perf_counter(), True
-    print("coverage % (false 'improves' %)".ljust(32) + "".join(m.ljust(22) for m in METHODS))
+    print("coverage % (false 'improves' %)".ljust(32) + "".join(m.ljust(22) for m in INTERVAL_METHODS))
     for sc in SCENARIOS:
         found = linear_coverage(sc, arg.studies)
         covered, false = found["t, three sources"]

@@ -6,8 +6,14 @@ Without --data it draws 2,000 phantom patients. Each part is timed once, since a
 """
 import argparse, os, resource, tempfile, time
 from pathlib import Path
-from cxr_synth.core import DataConfig, Study, write_csv, write_json
-from cxr_synth.data import COLUMNS, draw_fractions, load_images, open_source, survey, too_small, write_audits, write_images
+from cxr_synth.base.files import write_csv, write_json
+from cxr_synth.base.records import Study
+from cxr_synth.base.settings import DataConfig
+from cxr_synth.data.sources import open_source
+from cxr_synth.data.splits import draw_fractions, too_small
+from cxr_synth.data.survey import MANIFEST_COLUMNS, inspect_source, write_prepared
+from cxr_synth.images.study_images import load_images
+from cxr_synth.stages.data import write_audits
 
 def timed(name, f):
     "Run one part and print what it took."
@@ -25,13 +31,13 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as tmp:
         study, cfg = Study(Path(tmp)/"study"), DataConfig(source=args.data, patients=2000, resolution=args.resolution, workers=args.workers)
         source, drawing = timed("find the files", lambda: open_source(study, cfg))
-        (t, small, bad), a = timed(f"read {len(source.rows):,} files, split", lambda: survey(source, cfg))
-        sizes, b = timed(f"prepare at {cfg.resolution} px", lambda: write_images(study, source, t, cfg))
+        (t, small, bad), a = timed(f"read {len(source.rows):,} files, split", lambda: inspect_source(source, cfg))
+        sizes, b = timed(f"prepare at {cfg.resolution} px", lambda: write_prepared(study, source, t, cfg))
         _, c = timed("audit and its page", lambda: write_audits(study, t.assign(prepared_bytes=sizes), small, source.notes + too_small(t), bad, cfg.seed))
         _, d = timed("fractions", lambda: draw_fractions(t, cfg.seed))
         done, e = Study(Path(tmp)/"done"), 0
         os.makedirs(done.root), os.replace(study/"data", done/"data")
-        write_csv(done/"data/manifest.csv", COLUMNS, t.to_dict("records"))
+        write_csv(done/"data/manifest.csv", MANIFEST_COLUMNS, t.to_dict("records"))
         write_json(done.record_path("data"), dict(settings=cfg.settings()))
         for size in (cfg.resolution, 64):
             x, s = timed(f"pixel cache at {size} px", lambda: load_images(done, t.image_id[:1], size=size))

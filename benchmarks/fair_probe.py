@@ -1,17 +1,21 @@
 "All arms of a tier with the probe on a folder of real images: seconds for the features, and for the runs. Stand-ins for synthetic images: training images, encoded again."
 import argparse, json, tempfile, time
 import pandas as pd
-from cxr_synth.core import DataConfig, ExperimentsConfig, PlanConfig, Study, write_csv, write_text
-from cxr_synth.data import stage_data
-from cxr_synth.experiments import Workshop, open_test, prepare, stage_experiments
-from cxr_synth.material import builtin_images, write_images
-from cxr_synth.plan import load_plan, plan_runs, plan_text, stage_plan
+from cxr_synth.base.files import write_csv, write_text
+from cxr_synth.base.records import Study
+from cxr_synth.base.settings import DataConfig, ExperimentsConfig, PlanConfig
+from cxr_synth.stages.data import stage_data
+from cxr_synth.classify.recipes import RunContext
+from cxr_synth.stages.classify import open_test, precompute_shared, stage_experiments
+from cxr_synth.images.known_generators import known_images, write_class_images
+from cxr_synth.protocol.plan import load_plan, plan_runs
+from cxr_synth.stages.plan import plan_text, stage_plan
 
 def stand_ins(study, plan):
     "A synthetic set for every generator of the plan."
     for g in plan["generators"]:
         folder = study/"synthetic"/g["name"]
-        lines = [line for label in (0, 1) for line in write_images(folder, g["name"], label, "copy", builtin_images(study, "copy", g, label))]
+        lines = [line for label in (0, 1) for line in write_class_images(folder, g["name"], label, "copy", known_images(study, "copy", g, label))]
         write_text(folder/"metadata.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         write_csv(study/f"quality/{g['name']}-copies.csv", ["file_name", "reason", "by"], [])
 
@@ -34,7 +38,7 @@ def main():
     arms = " ".join(x for x in plan["arms"] if x != "roundtrip")
     cfg = ExperimentsConfig(size=a.size, views=a.views, executor=a.executor, workers=a.workers, only=arms)
     todo = [r for r in plan_runs(plan) if r.arm != "roundtrip"]
-    timed(f"features of {a.views} views and {sum(sum(g['images'].values()) for g in plan['generators']):,} synthetic images, C (expected: at most 900)", lambda: prepare(Workshop(str(study.root), plan, cfg, "cpu"), todo))
+    timed(f"features of {a.views} views and {sum(sum(g['images'].values()) for g in plan['generators']):,} synthetic images, C (expected: at most 900)", lambda: precompute_shared(RunContext(str(study.root), plan, cfg, "cpu"), todo))
     timed(f"{len(todo)} runs (expected: at most 900)", lambda: stage_experiments(study, cfg))
     open_test(study)
     t = pd.read_csv(study/"results.csv")

@@ -10,10 +10,12 @@ os.environ.setdefault("CXR_QUIET", "1")
 import numpy as np, psutil, torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from safetensors import safe_open
-from cxr_synth.core import BASES, PROMPTS, TrainConfig
-from cxr_synth.models import LORA_FILE, add_lora, known_parts, millions, preflight, preflight_text, save_lora
-from cxr_synth.tiny import write_tokenizer
-from cxr_synth.trainer import LatentSet, Trainer
+from cxr_synth.base.settings import BASES, PROMPTS, TrainConfig
+from cxr_synth.diffusion.families import known_parts, millions
+from cxr_synth.diffusion.lora import LORA_FILE, add_lora, save_lora
+from cxr_synth.diffusion.preflight import preflight, preflight_text
+from cxr_synth.diffusion.small_pipeline import write_tokenizer
+from cxr_synth.diffusion.trainer import LatentSet, Trainer
 
 def peak_gib() -> float:
     "Most memory that this process has held."

@@ -12,11 +12,14 @@ from statistics import median
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
-from cxr_synth.core import PROMPTS, DataConfig, GenerateConfig, Study, TrainConfig, autocast, open_stage, pick_precision
-from cxr_synth.data import stage_data
-from cxr_synth.generate import stage_generate
-from cxr_synth.sampling import Painter, even, find_batch_size, load_finetuned_model, start_noise
-from cxr_synth.tiny import tiny_pipeline
+from cxr_synth.base.compute import autocast, pick_precision
+from cxr_synth.base.records import Study, open_stage
+from cxr_synth.base.settings import DataConfig, GenerateConfig, PROMPTS, TrainConfig
+from cxr_synth.stages.data import stage_data
+from cxr_synth.stages.generate import stage_generate
+from cxr_synth.diffusion.sampling import (Sampler, even_batch_size, find_batch_size, load_finetuned_model,
+                                          start_noise)
+from cxr_synth.diffusion.small_pipeline import tiny_pipeline
 
 NAME, PROMPT, STEPS, SCALE = "real100-rep0", PROMPTS["normal"], GenerateConfig().num_inference_steps, GenerateConfig().guidance_scale
 
@@ -41,7 +44,7 @@ def whole_stage(study, n, cfg):
 
 def bare(pipe, n, cfg, batch_size):
     "The pipeline itself, in the calls of the stage, same attention, precision and layout: model time only."
-    precision = Painter(pipe, PROMPT, 64, cfg, batch_size).precision
+    precision = Sampler(pipe, PROMPT, 64, cfg, batch_size).precision
     for _ in range(2 * -(-(n // 2) // batch_size)):
         with torch.inference_mode(), autocast("cpu", precision):
             pipe([PROMPT] * batch_size, latents=start_noise(range(batch_size), 4, 16), num_inference_steps=STEPS, guidance_scale=SCALE, output_type="pt")
@@ -64,7 +67,7 @@ def guide_pipeline(folder):
 
 def compare(study, n, rounds):
     plain = guide_pipeline(study/f"models/{NAME}/normal")
-    batch_size = even(n // 2, find_batch_size(plain, 64, GenerateConfig())[0])   # as the stage chooses it
+    batch_size = even_batch_size(n // 2, find_batch_size(plain, 64, GenerateConfig())[0])   # as the stage chooses it
     jobs = {"guide, float32": lambda m: guide(plain, m, study/"guide")}
     for name, precision in (("float32", "no"), ("bf16", "bf16")):
         cfg, ours = GenerateConfig(mixed_precision=precision, device="cpu"), load_finetuned_model(study/f"models/{NAME}/normal", "cpu")

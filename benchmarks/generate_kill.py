@@ -5,8 +5,8 @@ from pathlib import Path
 os.environ |= dict(CXR_QUIET="1", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
 sys.path.insert(0, str(Path(__file__).parents[1]/"tests"))
 import test_generate_shards as shards
-from cxr_synth.core import GenerateConfig
-from cxr_synth.generate import stage_generate
+from cxr_synth.base.settings import GenerateConfig
+from cxr_synth.stages.generate import stage_generate
 
 shards.PLAN["generators"][0]["images"] = dict(normal=50, pneumonia=50)
 with tempfile.TemporaryDirectory() as root:

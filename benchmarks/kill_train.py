@@ -10,9 +10,9 @@ METHODS = {"full": {}, "lora": dict(rank=4)}
 def prepare(root):
     "A small untrained base and a folder of drawn images."
     from PIL import Image
-    from cxr_synth.core import PROMPTS
-    from cxr_synth.phantom import draw_phantom
-    from cxr_synth.tiny import tiny_pipeline
+    from cxr_synth.base.settings import PROMPTS
+    from cxr_synth.images.phantom import draw_phantom
+    from cxr_synth.diffusion.small_pipeline import tiny_pipeline
     tiny_pipeline(root/"tokenizer", PROMPTS.values(), 32).save_pretrained(root/"base")
     (root/"images").mkdir()
     for k in range(12): Image.fromarray(draw_phantom(k, 0, 0, size=32)).save(root/f"images/{k}.png")
@@ -20,8 +20,8 @@ def prepare(root):
 def train(root, out, method):
     "The run: previews, held-out loss, average, prior and log are all on."
     import torch
-    from cxr_synth.core import PROMPTS
-    from cxr_synth.dreambooth import train_dreambooth
+    from cxr_synth.base.settings import PROMPTS
+    from cxr_synth.diffusion.command import train_dreambooth
     torch.set_num_threads(1)
     train_dreambooth(pretrained_model_name_or_path=str(root/"base"), instance_data_dir=str(root/"images"), output_dir=str(out), instance_prompt=PROMPTS["normal"],
                      resolution=32, train_batch_size=2, learning_rate=1e-3, max_train_steps=60, train_text_encoder=True, with_prior_preservation=True, class_data_dir=str(root/"images"),
@@ -30,7 +30,7 @@ def train(root, out, method):
 
 def contents(out):
     "SHA-256 of every file of a finished run; the checkpoint is gone by then."
-    from cxr_synth.core import digest_file
+    from cxr_synth.base.files import digest_file
     return {p.relative_to(out).as_posix(): digest_file(p) for p in sorted(out.rglob("*")) if p.is_file()}
 
 def context():
@@ -56,7 +56,7 @@ def kill_once(ctx, seconds, *args):
 
 def killed_and_resumed(ctx, root, method, kills, rng):
     "Kill the runs of one folder after another, up to twice each, until `kills` have died; every folder must end like the undisturbed one. Returns the steps at which they died."
-    from cxr_synth.core import read_csv
+    from cxr_synth.base.files import read_csv
     p = ctx.Process(target=contents, args=(root,)); p.start(); p.join()   # the first child also waits for the server to import the library
     duration = finish(ctx, root, root/f"{method}-calm", method)
     calm, died, folder = contents(root/f"{method}-calm"), [], 0

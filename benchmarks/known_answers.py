@@ -5,12 +5,15 @@ python benchmarks/known_answers.py [--kinds truth copy wrong leaky] [--study FOL
 import argparse, os, shutil, tempfile, time
 from pathlib import Path
 os.environ.setdefault("CXR_QUIET", "1")
-from cxr_synth.analysis import stage_report
-from cxr_synth.core import ExperimentsConfig, PlanConfig, ReportConfig, Study, read_json, resolve
-from cxr_synth.data import stage_data
-from cxr_synth.experiments import open_test, stage_experiments
-from cxr_synth.material import BUILTINS, stage_builtin
-from cxr_synth.plan import TIERS, load_plan, stage_plan
+from cxr_synth.stages.report import stage_report
+from cxr_synth.base.files import read_json
+from cxr_synth.base.records import Study
+from cxr_synth.base.settings import ExperimentsConfig, PlanConfig, ReportConfig, resolve
+from cxr_synth.stages.data import stage_data
+from cxr_synth.stages.classify import open_test, stage_experiments
+from cxr_synth.images.known_generators import KNOWN_GENERATORS, stage_known_generator
+from cxr_synth.protocol.plan import TIERS, load_plan
+from cxr_synth.stages.plan import stage_plan
 
 ARMS = ["real", "duplicate", "mixed", "oracle", "permuted"]
 TIERS["known"] = dict(primary=[.1], cells=[(.1, 5, 6, ARMS)], oracles=5)
@@ -20,7 +23,7 @@ EXPECTED = {"truth": ("mixed", "real", {"improves"}), "copy": ("mixed", "real", 
 def calibrate(study, kind):
     "A study with a known generator, from plan to report: analysis.json."
     stage_plan(study, PlanConfig(tier="known", builtin=kind))
-    stage_builtin(study, load_plan(study))
+    stage_known_generator(study, load_plan(study))
     stage_experiments(study, ExperimentsConfig(executor="processes", workers=2))
     open_test(study)
     stage_report(study, ReportConfig(poster=800))
@@ -37,7 +40,7 @@ def show(kind, analysis):
 
 def main():
     arg = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arg.add_argument("--kinds", nargs="+", default=list(BUILTINS), choices=BUILTINS)
+    arg.add_argument("--kinds", nargs="+", default=list(KNOWN_GENERATORS), choices=KNOWN_GENERATORS)
     arg.add_argument("--study")
     arg = arg.parse_args()
     root, start, good = Path(arg.study or tempfile.mkdtemp()), time.perf_counter(), True

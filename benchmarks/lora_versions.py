@@ -10,9 +10,10 @@ from pathlib import Path
 os.environ.setdefault("CXR_QUIET", "1")
 import diffusers, peft, torch, transformers
 from diffusers import StableDiffusionPipeline
-from cxr_synth.core import PROMPTS
-from cxr_synth.models import LORA_FILE, add_lora, load_pipeline, save_lora, save_pipeline
-from cxr_synth.tiny import tiny_pipeline
+from cxr_synth.base.settings import PROMPTS
+from cxr_synth.diffusion.lora import LORA_FILE, add_lora, save_lora
+from cxr_synth.diffusion.pipelines import load_pipeline, save_pipeline
+from cxr_synth.diffusion.small_pipeline import tiny_pipeline
 
 @torch.no_grad()
 def answers(pipe):

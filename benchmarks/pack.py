@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from cxr_synth import share
-from cxr_synth.core import Study, digest_file, write_json
-from cxr_synth.share import mirror, pack, unpack
+from cxr_synth.base.files import digest_file, write_json
+from cxr_synth.base.records import Study
+from cxr_synth.ship.pack import mirror_file, pack, unpack
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--images", type=int, default=5000, help="64-px PNGs of the small-file study")
@@ -60,7 +61,7 @@ def tasks(study, what, work):
             "pack": (lambda: pack(study, zipped, what), lambda: gone(zipped)),
             "unpack": (lambda: unpack(work/"kept.zip", Study(work/"home")), lambda: gone(work/"home")),
             "unpack again": (lambda: unpack(work/"kept.zip", Study(work/"there")), lambda: None),
-            "copy to a folder": (lambda: mirror(work/"kept.zip", work/"drive"), lambda: gone(work/"drive/kept.zip"))}
+            "copy to a folder": (lambda: mirror_file(work/"kept.zip", work/"drive"), lambda: gone(work/"drive/kept.zip"))}
 
 def measure(title, study, what, work):
     (work/"drive").mkdir(parents=True)

@@ -9,7 +9,7 @@ Without --strengths: the preset's own range. Strength 0 must give 0.5.
 import argparse, time
 
 import joblib, numpy as np, torch
-from cxr_synth.phantom import STUDY_PHANTOM, draw_phantom, hotelling
+from cxr_synth.images.phantom import STUDY_PHANTOM, draw_phantom, hotelling
 from sklearn.metrics import roc_auc_score
 from torch import nn
 

@@ -6,24 +6,29 @@ import argparse, os, tempfile, time
 from pathlib import Path
 
 import numpy as np
-from cxr_synth.classifier import augment, balanced, fit_probe, predict, score
-from cxr_synth.core import DataConfig, Study, seed_for
-from cxr_synth.data import load_images, split_rows, stage_data, training_rows
-from cxr_synth.phantom import STUDY_PHANTOM, write_phantoms
-from cxr_synth.quality import extract
+from cxr_synth.classify.augment import augment
+from cxr_synth.classify.probe import balanced_weights, fit_probe, predict_probe
+from cxr_synth.stats.auc import score
+from cxr_synth.base.compute import seed_for
+from cxr_synth.base.records import Study
+from cxr_synth.base.settings import DataConfig
+from cxr_synth.images.study_images import load_images, split_rows, training_rows
+from cxr_synth.stages.data import stage_data
+from cxr_synth.images.phantom import STUDY_PHANTOM, write_phantoms
+from cxr_synth.images.features import extract_features
 
 VIEWS, C = 3, .01  # as in ExperimentsConfig
 
 def features(study, rows, view=0):
     images = load_images(study, rows.image_id)
     if view: images = augment(images, [seed_for(0, "view", i, view) for i in rows.image_id])
-    return extract(images, size=128)
+    return extract_features(images, size=128)
 
 def trained(study, fraction, replicate, pool):
     "The head of the arm `real`: one view of each image, drawn as in the experiments with seed 0."
     rows, at = training_rows(study, fraction, replicate), pool["at"]
     view = np.random.default_rng(seed_for(0, "views", fraction, replicate, 0)).integers(VIEWS, size=len(rows))
-    return fit_probe(pool["views"][view, [at[i] for i in rows.image_id]], rows.label, balanced(rows.label, len(rows)), C), rows
+    return fit_probe(pool["views"][view, [at[i] for i in rows.image_id]], rows.label, balanced_weights(rows.label, len(rows)), C), rows
 
 def main(args):
     root, start = Path(tempfile.mkdtemp()), time.time()
@@ -40,7 +45,7 @@ def main(args):
         found = {s: [] for s in held if (s, fraction) != ("internal", 1.)}
         for k in range(replicates):
             head, rows = trained(study, fraction, k, pool)
-            for s in found: found[s].append(score(held[s].label, predict(head, seen[s])))
+            for s in found: found[s].append(score(held[s].label, predict_probe(head, seen[s])))
         print(f"{fraction:.0%}: {rows.patient_id.nunique()} patients, {len(rows)} images")
         for s, runs in found.items():
             a, p = [r["auroc"] for r in runs], held[s].patient_id.nunique()

@@ -9,8 +9,9 @@ from statistics import median
 os.environ["CXR_QUIET"] = "1"
 import numpy as np
 from PIL import Image
-from cxr_synth.images import each, into_square, look, open_image, pixel_cache, prepare_file, prepare_image, shrinkage, upright
-from cxr_synth.phantom import draw_phantom
+from cxr_synth.images.images import (decode_upright, decoder_reduction, inspect_file, map_threads,
+                                     open_image, pixel_cache, prepare_file, prepare_image, resize_to_square)
+from cxr_synth.images.phantom import draw_phantom
 
 DATA = Path(os.environ.get("CXR_DATA") or Path(__file__).parents[2]/"shared"/"data")
 
@@ -46,8 +47,8 @@ def ours(out, fit, job):
 def differences(fit, file):
     "Mean absolute difference in grey levels from full decoding, convert('L') and Lanczos."
     image = open_image(file.read_bytes())
-    size, shrink = image.size, shrinkage(image, 512, fit)
-    plain, fast = prepare_image(Image.open(file).convert("L"), 512, fit), into_square(upright(image, shrink), 512, fit, size, shrink)
+    size, shrink = image.size, decoder_reduction(image, 512, fit)
+    plain, fast = prepare_image(Image.open(file).convert("L"), 512, fit), resize_to_square(decode_upright(image, shrink), 512, fit, size, shrink)
     return np.abs(np.asarray(plain, float) - np.asarray(fast, float)).mean()
 
 def seconds(f):
@@ -62,9 +63,9 @@ def originals(files, rounds, workers, out):
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         list(pool.map(partial(ours, out, "pad"), jobs))           # untimed: starts the processes, fills the disk cache
         ways = {"guide": lambda: guide(Fresh(files), f"{out}/guide"),
-                **{f"ours, {fit}, {workers} threads": partial(each, partial(ours, out, fit), jobs, workers, "") for fit in ("squash", "pad", "crop")},
+                **{f"ours, {fit}, {workers} threads": partial(map_threads, partial(ours, out, fit), jobs, workers, "") for fit in ("squash", "pad", "crop")},
                 f"ours, squash, {workers} processes": lambda: list(pool.map(partial(ours, out, "squash"), jobs, chunksize=4)),
-                "ours, squash, 1 thread": lambda: each(partial(ours, out, "squash"), jobs, 1, "")}
+                "ours, squash, 1 thread": lambda: map_threads(partial(ours, out, "squash"), jobs, 1, "")}
         for _ in range(rounds):
             for name, way in ways.items(): times.setdefault(name, []).append(seconds(way))
     for name, pairs in times.items():
@@ -72,14 +73,14 @@ def originals(files, rounds, workers, out):
         ratio = median(g/o for (g, _), o in zip(times["guide"], wall))
         print(f"{name:28} {len(files)/median(wall):6.0f} images/s   ratio {ratio:5.2f}" + ("" if "processes" in name else f"   processor {1e3*median(busy)/len(files):5.1f} ms an image"))
     for fit in ("squash", "pad", "crop"):
-        d = each(partial(differences, fit), files, workers, "")
+        d = map_threads(partial(differences, fit), files, workers, "")
         print(f"difference from the plain path, {fit:6}: mean {np.mean(d):.2f}, largest of an image {max(d):.2f} grey levels")
 
 def small_set(files, workers, out):
     "All that the data stage does with the pixels of the set, step by step."
     ids = [f.stem for f in files]
-    steps = {"look": lambda: each(lambda f: look(f.read_bytes(), f.name), files, workers, ""),
-             "prepare_file 224 px": lambda: each(lambda f: prepare_file(f.read_bytes(), f.name, out/"224"/f"{f.stem}.png", 224), files, workers, "")}
+    steps = {"look": lambda: map_threads(lambda f: inspect_file(f.read_bytes(), f.name), files, workers, ""),
+             "prepare_file 224 px": lambda: map_threads(lambda f: prepare_file(f.read_bytes(), f.name, out/"224"/f"{f.stem}.png", 224), files, workers, "")}
     for size in (64, 224): steps[f"pixel cache {size} px"] = lambda size=size: pixel_cache(out/"cache", ids, [out/"224"/f"{i}.png" for i in ids], size, workers=workers).close()
     steps["both caches again"] = lambda: [steps[f"pixel cache {size} px"]() for size in (64, 224)]
     total = sum(print(f"{name:28} {(t := seconds(step))[0]:6.1f} s   processor {t[1]:5.1f} s") or t[0] for name, step in steps.items())

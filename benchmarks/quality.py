@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from cxr_synth.core import DataConfig, QualityConfig, Study
+from cxr_synth.base.records import Study
+from cxr_synth.base.settings import DataConfig, QualityConfig
 
 def timed(f, *a, **k):
     start = time.perf_counter()
@@ -22,9 +23,10 @@ def suite(folder="../shared/data/kermany-224", n=1200):
     "The synthetic set is made of real images, blurred: the time does not depend on what they show."
     import json
     from scipy.ndimage import gaussian_filter
-    from cxr_synth.core import digest_file, write_text
-    from cxr_synth.data import load_images, stage_data, training_rows
-    from cxr_synth.quality import quality_table, stage_quality
+    from cxr_synth.base.files import digest_file, write_text
+    from cxr_synth.images.study_images import load_images, training_rows
+    from cxr_synth.stages.data import stage_data
+    from cxr_synth.stages.quality import quality_table, stage_quality
     with tempfile.TemporaryDirectory() as tmp:
         study, lines = Study(Path(tmp)/"study"), []
         stage_data(study, DataConfig(source=str(folder), resolution=224))
@@ -48,10 +50,11 @@ def suite(folder="../shared/data/kermany-224", n=1200):
 
 def copies(folder="../shared/data/kermany-224", side=224):
     "Three piles of patients: seen, unseen (the alarm's), fresh. The synthetic set: the fresh pile, and 1 % disguised copies of the seen one."
-    from cxr_synth.copies import Alarm, feature_space, look, pixel_space, plant, wilson
-    from cxr_synth.data import parse_name
-    from cxr_synth.features import extract
-    from cxr_synth.images import prepare_image
+    from cxr_synth.quality.copies import (CopyTest, feature_space, nearest_in_spaces, pixel_space,
+                                          plant_copies, wilson)
+    from cxr_synth.protocol.dataset import parse_name
+    from cxr_synth.images.features import extract_features
+    from cxr_synth.images.images import prepare_image
     spaces = dict(features=feature_space(lambda x: extract(x, size=side)), layout=feature_space(lambda x: extract(x, "efficientnet-lite0-layout", size=128), flip=True), pixels=pixel_space())
     for c in ("NORMAL", "PNEUMONIA"):
         files = sorted((Path(folder)/"train"/c).glob("*.jpeg"))
@@ -69,7 +72,7 @@ def copies(folder="../shared/data/kermany-224", side=224):
 
 def frechet(n=1200, d=2048):
     from pytorch_fid.fid_score import calculate_frechet_distance
-    from cxr_synth.metrics import frechet_distance, frechet_moments
+    from cxr_synth.quality.metrics import frechet_distance, frechet_moments
     rng = np.random.default_rng(0)
     x, y = (rng.normal(size=(n, d)) * np.sqrt(1 / np.arange(1, d + 1)) + s for s in (0, .05))
     moments = x.mean(0), np.cov(x, rowvar=False), y.mean(0), np.cov(y, rowvar=False)
@@ -90,8 +93,8 @@ class StandIn(torch.nn.Module):
 
 def fid(n=300):
     from pytorch_fid import fid_score
-    from cxr_synth.phantom import draw_phantom
-    from cxr_synth.quality import calculate_fid
+    from cxr_synth.images.phantom import draw_phantom
+    from cxr_synth.quality.folders import calculate_fid
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as tmp:
         for label, c in enumerate(("normal", "pneumonia")):

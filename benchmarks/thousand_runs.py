@@ -2,10 +2,11 @@
 import argparse, resource, tempfile, time
 from pathlib import Path
 import numpy as np, pandas as pd
-from cxr_synth.core import Study, generator_name, read_json
-from cxr_synth.contrasts import analyse
-from cxr_synth.intervals import simulate
-from cxr_synth.rehearsal import RESULTS, metric_values, rehearse_images, rehearse_plan
+from cxr_synth.base.files import read_json
+from cxr_synth.base.records import Study, generator_name
+from cxr_synth.report.contrasts import analyse
+from cxr_synth.stats.simulate import simulate
+from cxr_synth.report.rehearsal import REHEARSAL_RESULTS, metric_values, rehearse_images, rehearse_plan
 
 def build(root, arms, patients):
     "A study with 5 x 6 runs an arm, written fast; val has 100 patients."
@@ -21,7 +22,7 @@ def build(root, arms, patients):
             table.to_csv(folder/"predictions.csv", index=False)
             row = dict(arm=arm, network="", real_fraction=0.1, replicate=k, seed=s, generator="", n_real=400, n_synthetic=400, status="done", plan_sha256=plan["sha256"])
             results.append(row | {f"{sp}_{m}": v for sp, t in table.groupby("split") for m, v in metric_values(t.label, t.prob).items()})
-    pd.DataFrame(results, columns=RESULTS).to_csv(study/"results.csv", index=False)
+    pd.DataFrame(results, columns=REHEARSAL_RESULTS).to_csv(study/"results.csv", index=False)
     return study, int((rows.split == "internal").sum()), len(results)
 
 def main():

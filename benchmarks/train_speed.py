@@ -8,11 +8,12 @@ from statistics import median
 
 import numpy as np, torch
 import torch.nn.functional as F
-from cxr_synth.core import PROMPTS, TrainConfig, autocast, pick_device, progress
-from cxr_synth.dreambooth import Task, choose_weights, make_trainer
-from cxr_synth.models import load_pipeline
-from cxr_synth.phantom import draw_phantom
-from cxr_synth.tiny import tiny_pipeline, to_device
+from cxr_synth.base.compute import autocast, pick_device, progress
+from cxr_synth.base.settings import PROMPTS, TrainConfig
+from cxr_synth.diffusion.dreambooth import TrainingTask, choose_weights, make_trainer
+from cxr_synth.diffusion.pipelines import load_pipeline
+from cxr_synth.images.phantom import draw_phantom
+from cxr_synth.diffusion.small_pipeline import tiny_pipeline, to_device
 
 def bare(pipe, cfg, device):
     "A step of the bare loop: everything that is not forward, backward, clipping and AdamW was done before."
@@ -40,7 +41,7 @@ def seconds(step, steps, device):
 def compare(base, root, trained, args):
     cfg = TrainConfig(train_text_encoder=trained, train_batch_size=args.batch, mixed_precision=args.precision, max_train_steps=10**6, ema_decay=0.0, checkpoint_steps=10**6)
     device, images = pick_device(cfg.device), np.stack([draw_phantom(k, 0, 0, size=64) for k in range(2 * args.batch)])
-    trainer = make_trainer(load_pipeline(base), Task(images, [PROMPTS["normal"]], np.zeros(len(images), int)), root/f"{trained}.pt", cfg)
+    trainer = make_trainer(load_pipeline(base), TrainingTask(images, [PROMPTS["normal"]], np.zeros(len(images), int)), root/f"{trained}.pt", cfg)
     plain = load_pipeline(base)
     choose_weights(plain, cfg)
     bar = progress(total=10**6 * args.batch)

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from cxr_synth.core import DataConfig, Study, digest_folder
-from cxr_synth.data import stage_data
-from cxr_synth.phantom import write_phantoms
+from cxr_synth.base.files import digest_folder
+from cxr_synth.base.records import Study
+from cxr_synth.base.settings import DataConfig
+from cxr_synth.stages.data import stage_data
+from cxr_synth.images.phantom import write_phantoms
 
 COMMAND = Path(sys.executable).with_name("cxr-synth")
 
@@ -41,7 +43,7 @@ def test_help_names_every_command():
     assert status == 0 and all(f"  {c}" in out for c in ("data", "plan", "train", "generate", "quality", "experiments", "open-test", "report", "run", "status"))
 
 def test_help_says_what_run_does():
-    from cxr_synth.core import STAGES
+    from cxr_synth.base.records import STAGES
     _, out, _ = cxr("--help")
     line = next(x for x in out.splitlines() if x.split()[:1] == ["run"])
     assert line.split(maxsplit=1)[1] == ", ".join(STAGES) + ", in this order" and "guide" not in line

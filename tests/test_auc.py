@@ -4,8 +4,8 @@ import json
 import numpy as np, pytest
 from sklearn.metrics import roc_auc_score, roc_curve
 from cxr_synth import auc, audit, classifier, contrasts, experiments, metrics
-from cxr_synth.core import CxrError, null_for_nan, read_json, write_json
-from cxr_synth.intervals import Scores
+from cxr_synth.base.files import CxrError, null_for_nan, read_json, write_json
+from cxr_synth.stats.intervals import RunScores
 
 def small_sets(n=400):
     "Small val sets: few images, scores with ties, both classes."
@@ -52,7 +52,7 @@ def test_every_auroc_is_the_same_number():
         found = {auc.auroc(labels, probs), classifier.score(labels, probs)["auroc"], metrics.auroc(labels, probs), contrasts.auroc(labels, probs),
                  audit.fold_auc(labels == 1, probs, np.zeros(len(labels), int))[0]}
         names = np.arange(len(labels)).astype(str)
-        found |= set(Scores(names, names, labels, probs[None, None], [(0, 0)]).aurocs.ravel().tolist())
+        found |= set(RunScores(names, names, labels, probs[None, None], [(0, 0)]).aurocs.ravel().tolist())
         assert len(found) == 1 and found.pop() == pytest.approx(roc_auc_score(labels, probs), abs=1e-12)
 
 def test_delong_is_the_formula_over_all_pairs():

@@ -3,10 +3,12 @@ import io, os
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image, ImageOps
-from cxr_synth.audit import audit, crosses, copy_limit, near_copies, rank_vectors
-from cxr_synth.core import DataConfig
-from cxr_synth.data import folder_source, survey
-from cxr_synth.images import decode, prepare_file
+from cxr_synth.data.audit import audit
+from cxr_synth.data.near_copies import copy_limit, near_copies, pair_crossings, rank_vectors
+from cxr_synth.base.settings import DataConfig
+from cxr_synth.data.sources import folder_source
+from cxr_synth.data.survey import inspect_source
+from cxr_synth.images.images import decode_image, prepare_file
 
 DATA = Path(os.environ.get("CXR_DATA") or Path(__file__).parents[2]/"shared"/"data")
 SQUARES, ORIGINALS = DATA/"kermany-224", DATA/"kermany-originals"
@@ -14,7 +16,7 @@ pytestmark = pytest.mark.skipif(not (SQUARES.is_dir() and ORIGINALS.is_dir()),
                                 reason=f"no real data in {DATA} (set CXR_DATA to the folder that holds kermany-224 and kermany-originals); phantoms cover the code")
 
 def read(folder):
-    t, small, bad = survey(folder_source(folder), DataConfig(source=str(folder), workers=2))
+    t, small, bad = inspect_source(folder_source(folder), DataConfig(source=str(folder), workers=2))
     assert not bad
     return t, small
 
@@ -54,14 +56,14 @@ def test_no_near_copies_but_those_that_are_planted(squares, report):
         return Image.open(out)
     disguise = [jpeg, lambda im: im.point(lambda v: .6*v + 30), lambda im: im.point(lambda v: 255*(v/255)**.6), lambda im: im.point(lambda v: 255*(v/255)**1.6),
                 ImageOps.equalize, ImageOps.mirror, ImageOps.invert, lambda im: ImageOps.invert(ImageOps.mirror(im)), lambda im: im.resize((300, 260)), lambda im: im.resize((96, 96))]
-    images = [decode((SQUARES/t.path[k]).read_bytes(), t.path[k]) for k in picked]
+    images = [decode_image((SQUARES/t.path[k]).read_bytes(), t.path[k]) for k in picked]
     more = np.stack([np.asarray(f(im).resize((32, 32), Image.Resampling.LANCZOS)) for im in images for f in disguise])
     everyone = t.iloc[[*range(len(t)), *np.repeat(picked, 10)]].reset_index(drop=True)
     n = len(everyone)
     everyone["patient_id"] = [f"new-{k}" if k >= len(t) else p for k, p in enumerate(everyone.patient_id)]
     z = rank_vectors(np.concatenate([small, more]))
     limit = copy_limit(z, everyone.patient_id, 0)
-    pairs, count = near_copies(z, np.arange(n), crosses(everyone), limit, keep=20_000)
+    pairs, count = near_copies(z, np.arange(n), pair_crossings(everyone), limit, keep=20_000)
     found = {(i, j) for i, j, c, _ in pairs if c >= limit}
     copies_of = {len(t) + 10*a + b: k for a, k in enumerate(picked) for b in range(10)}
     assert {(k, j) for j, k in copies_of.items()} <= found
@@ -99,7 +101,7 @@ def test_the_encoder_is_gone_from_prepared_images(originals, tmp_path):
     before, after = [], []
     for row in fine.itertuples():
         coarse = io.BytesIO()
-        decode((ORIGINALS/row.path).read_bytes(), row.path).save(coarse, "JPEG", quality=75)
+        decode_image((ORIGINALS/row.path).read_bytes(), row.path).save(coarse, "JPEG", quality=75)
         before.append(len(coarse.getvalue())/row.bytes)
         after.append(prepare_file(coarse.getvalue(), row.path, tmp_path/"out.png", 512, "squash")/row.prepared_bytes)
     assert np.median(before) < .45 and abs(np.median(after) - 1) < .02 and max(abs(np.array(after) - 1)) < .05

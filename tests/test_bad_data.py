@@ -3,9 +3,14 @@ import io, os, shutil
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
-from cxr_synth.core import CxrError, DataConfig, Study, read_json
-from cxr_synth.data import folder_source, hub_source, load_images, load_manifest, open_source, scan, stage_data
-from cxr_synth.phantom import draw_phantom, write_phantoms
+from cxr_synth.base.files import CxrError, read_json
+from cxr_synth.base.records import Study
+from cxr_synth.base.settings import DataConfig
+from cxr_synth.data.sources import folder_source, hub_source, open_source
+from cxr_synth.data.survey import inspect_files
+from cxr_synth.images.study_images import load_images, load_manifest
+from cxr_synth.stages.data import stage_data
+from cxr_synth.images.phantom import draw_phantom, write_phantoms
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory): return write_phantoms(tmp_path_factory.mktemp("data")/"phantoms", patients=40, size=64)
@@ -49,7 +54,7 @@ def test_a_bomb(folder):
     def chunk(kind, data): return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
     side = 60_000                                                            # 3.6 gigapixels in a few bytes
     (folder/"test/NORMAL/bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", side.to_bytes(4, "big")*2 + bytes([8, 0, 0, 0, 0])) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b""))
-    with pytest.raises(CxrError, match="bomb.png"): scan(folder_source(folder), 2)
+    with pytest.raises(CxrError, match="bomb.png"): inspect_files(folder_source(folder), 2)
 
 def test_odd_but_good(folder, tmp_path):
     "16 bits, CMYK, palette and alpha come out like the plain grey image."
@@ -66,26 +71,26 @@ def test_odd_but_good(folder, tmp_path):
 def test_link_out_of_the_folder(folder, tmp_path):
     (tmp_path/"elsewhere.png").write_bytes(saved(picture(), "PNG"))
     (folder/"train/NORMAL/IM-9000-0001.png").symlink_to(tmp_path/"elsewhere.png")
-    with pytest.raises(CxrError, match="IM-9000-0001.png: it is a link to a place outside"): scan(folder_source(folder), 2)
+    with pytest.raises(CxrError, match="IM-9000-0001.png: it is a link to a place outside"): inspect_files(folder_source(folder), 2)
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
 def test_no_permission(folder):
     path = folder/"train/NORMAL/IM-0001-0001.png"
     path.chmod(0)
-    with pytest.raises(CxrError, match="IM-0001-0001.png"): scan(folder_source(folder), 2)
+    with pytest.raises(CxrError, match="IM-0001-0001.png"): inspect_files(folder_source(folder), 2)
 
 def test_unreadable_medium(folder):
     "A read that fails for whatever reason of the system names the file."
     source = folder_source(folder)
     def read(path): raise PermissionError(13, "Permission denied", path)
     source.read = read
-    with pytest.raises(CxrError, match="Permission denied"): scan(source, 2)
+    with pytest.raises(CxrError, match="Permission denied"): inspect_files(source, 2)
 
 def test_name_that_is_not_utf8(folder, tmp_path):
     name = os.fsdecode(b"caf\xe9.png")
     try: (folder/"train/NORMAL"/name).write_bytes(saved(picture(), "PNG"))
     except (OSError, UnicodeEncodeError): pytest.skip("this file system takes UTF-8 names only")
-    with pytest.raises(CxrError, match=r"caf\\xe9.png: its name is not valid UTF-8"): scan(folder_source(folder), 2)
+    with pytest.raises(CxrError, match=r"caf\\xe9.png: its name is not valid UTF-8"): inspect_files(folder_source(folder), 2)
     study = Study(tmp_path/"study")
     stage_data(study, DataConfig(source=str(folder), on_bad="skip", workers=2))
     assert r"caf\\xe9.png" in (study/"data/audit.json").read_text()

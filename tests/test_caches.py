@@ -6,8 +6,11 @@ import numpy as np, pytest, torch
 from PIL import Image
 from torch import nn
 from cxr_synth import core, features, guide, images, material, metrics, quality, trainer
-from cxr_synth.core import DataConfig, ExperimentsConfig, Study, cached, recorded, write_csv
-from cxr_synth.data import stage_data
+from cxr_synth.base.cache import cached, recorded
+from cxr_synth.base.files import write_csv
+from cxr_synth.base.records import Study
+from cxr_synth.base.settings import DataConfig, ExperimentsConfig
+from cxr_synth.stages.data import stage_data
 
 # -- the helper
 

@@ -2,7 +2,10 @@
 from itertools import combinations
 import pandas as pd
 from hypothesis import given, settings, strategies as st
-from cxr_synth.data import FRACTIONS, REPLICATES, add_groups, add_splits, assert_disjoint, describe, draw_fractions, share, strata, training_patients
+from cxr_synth.data.splits import (add_groups, add_splits, draw_fractions, rounded_share, strata,
+                                   training_patients)
+from cxr_synth.data.survey import manifest_rows
+from cxr_synth.images.study_images import FRACTIONS, REPLICATES, assert_disjoint
 
 FOLDER = {"normal": "NORMAL", "bacteria": "PNEUMONIA", "virus": "PNEUMONIA"}
 PATIENT = st.tuples(st.sampled_from(sorted(FOLDER)), st.sampled_from(["train", "train", "train", "val", "test"]),
@@ -17,7 +20,7 @@ def files(patients):
             rows.append(dict(path=f"{split}/{FOLDER[kind]}/{stem}.jpeg", class_name=FOLDER[kind].lower(), official_split=split, pixels_sha256=copy or f"{n}-{k}"))
     return rows
 
-def manifest(rows, seed): return add_splits(add_groups(describe(rows)), .15, seed)
+def manifest(rows, seed): return add_splits(add_groups(manifest_rows(rows)), .15, seed)
 
 folders = st.lists(PATIENT, min_size=4, max_size=60).map(files)
 many = settings(max_examples=25, deadline=None)
@@ -40,8 +43,8 @@ def test_shares(rows, seed):
     g = strata(t[t.split.isin(["train", "val", "internal"])]).merge(t.drop_duplicates("group")[["group", "split"]])
     for label, of_class in g.groupby("label"):
         n, count = len(of_class), of_class.split.value_counts()
-        assert count.get("val", 0) == share(n, .15)
-        assert count.get("train", 0) == share(n - share(n, .15), .5)
+        assert count.get("val", 0) == rounded_share(n, .15)
+        assert count.get("train", 0) == rounded_share(n - rounded_share(n, .15), .5)
 
 @many
 @given(folders, st.integers(0, 3))
@@ -58,7 +61,7 @@ def test_fractions_are_nested_and_inside_their_half(rows, seed):
     for fraction in FRACTIONS:
         inside = f[(least <= fraction) & (f.split == "train")].drop_duplicates(["replicate", "group"])
         counts = inside.assign(label=inside.group.map(label_of)).groupby(["replicate", "label"]).size()
-        for (_, label), n in counts.items(): assert n == min(room[label], share(total[label], fraction))
+        for (_, label), n in counts.items(): assert n == min(room[label], rounded_share(total[label], fraction))
 
 @many
 @given(folders, st.integers(0, 3), st.randoms())

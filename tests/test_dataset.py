@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest, torch
 from cxr_synth import models
-from cxr_synth.core import BASES, BaseModel, CxrError, DataConfig, Study, TrainConfig, read_json, write_json
-from cxr_synth.data import stage_data
-from cxr_synth.dataset import CARDS, dataset_card, find_card, lineage
-from cxr_synth.dreambooth import train_generator
-from cxr_synth.phantom import write_phantoms
+from cxr_synth.base.files import CxrError, read_json, write_json
+from cxr_synth.base.records import Study
+from cxr_synth.base.settings import BASES, BaseModel, DataConfig, TrainConfig
+from cxr_synth.stages.data import stage_data
+from cxr_synth.protocol.dataset import CARDS, dataset_card, find_card, lineage
+from cxr_synth.stages.train import train_generator
+from cxr_synth.images.phantom import write_phantoms
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = Path(os.environ.get("CXR_DATA", ROOT.parent/"shared/data"))/"kermany-224"

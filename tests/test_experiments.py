@@ -4,12 +4,18 @@ import os, shutil, signal, subprocess, sys, time
 import numpy as np, pandas as pd, pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from cxr_synth.core import DataConfig, ExperimentsConfig, PlanConfig, Study, read_csv, read_json, write_csv, write_json
-from cxr_synth.data import stage_data, training_rows
-from cxr_synth.experiments import PREDICTION, Workshop, open_test, recipe, stage_experiments
-from cxr_synth.material import stage_builtin
-from cxr_synth.plan import load_plan, plan_runs, stage_plan
-from cxr_synth.training import weighted
+from cxr_synth.base.files import read_csv, read_json, write_csv, write_json
+from cxr_synth.base.records import Study
+from cxr_synth.base.settings import DataConfig, ExperimentsConfig, PlanConfig
+from cxr_synth.images.study_images import training_rows
+from cxr_synth.stages.data import stage_data
+from cxr_synth.classify.recipes import RunContext, training_recipe
+from cxr_synth.protocol.schema import PREDICTION_COLUMNS
+from cxr_synth.stages.classify import open_test, stage_experiments
+from cxr_synth.images.known_generators import stage_known_generator
+from cxr_synth.protocol.plan import load_plan, plan_runs
+from cxr_synth.stages.plan import stage_plan
+from cxr_synth.classify.finetune import weighted_rows
 
 FLAGS = "--experiments.size 32 --experiments.views 2 --experiments.device cpu".split()
 SETTINGS = dict(size=32, views=2, device="cpu")
@@ -20,7 +26,7 @@ def serial(tmp_path_factory):
     study = Study(tmp_path_factory.mktemp("serial")/"study")
     stage_data(study, DataConfig(patients=120, resolution=32))
     stage_plan(study, PlanConfig(pool=12, size=32, builtin="truth"))
-    stage_builtin(study, load_plan(study))
+    stage_known_generator(study, load_plan(study))
     for g in load_plan(study)["generators"]: write_csv(study/f"quality/{g['name']}-copies.csv", ["file_name", "reason", "by"], [])
     shutil.copytree(study.root, study.root.with_name("before"))
     stage_experiments(study, ExperimentsConfig(**SETTINGS))
@@ -82,10 +88,10 @@ def test_all_arms_are_fine_tuned(copy):
 
 def test_another_program_finds_the_same(serial):
     plan = load_plan(serial)
-    shop = Workshop(str(serial.root), plan, ExperimentsConfig(**SETTINGS), "cpu")
+    shop = RunContext(str(serial.root), plan, ExperimentsConfig(**SETTINGS), "cpu")
     rows = {(r["arm"], float(r["real_fraction"]), int(r["replicate"]), int(r["seed"])): r for r in read_csv(serial/"results.csv")}
     for run in [r for r in plan_runs(plan) if r.arm in ("real", "mixed", "rebalanced") and r.seed == 0]:
-        x, y, w = weighted(recipe(run, shop)[0][0], len(training_rows(serial, run.fraction, run.replicate)))
+        x, y, w = weighted_rows(training_recipe(run, shop)[0][0], len(training_rows(serial, run.fraction, run.replicate)))
         model = LogisticRegression(solver="newton-cholesky", C=read_json(serial/run.folder/"run.json")["C"], tol=1e-8).fit(x.astype(float), y, sample_weight=w)
         for split in run.splits:
             t = pd.read_csv(serial/run.folder/"predictions.csv").query("split == @split")
@@ -100,4 +106,4 @@ def test_the_sealed_test_opens_once(serial, copy):
     assert [e["exploratory"] for e in open_test(copy)["opened"]] == [False]
     for r in read_csv(copy/"results.csv"):
         t = pd.read_csv(copy/f"runs/{r['arm']}/real{round(100*float(r['real_fraction'])):03d}-rep{r['replicate']}-seed{r['seed']}/test.csv")
-        assert list(t.columns) == [*PREDICTION, "prob"] and float(r["test_auroc"]) == pytest.approx(roc_auc_score(t.label, t.prob), abs=1e-12)
+        assert list(t.columns) == [*PREDICTION_COLUMNS, "prob"] and float(r["test_auroc"]) == pytest.approx(roc_auc_score(t.label, t.prob), abs=1e-12)

@@ -5,11 +5,16 @@ from collections import namedtuple
 import numpy as np
 import pytest, torch
 from cxr_synth import generate, worktable
-from cxr_synth.core import CxrError, DataConfig, GenerateConfig, Study, read_json, resolve, stale_stages, write_json
-from cxr_synth.data import stage_data
-from cxr_synth.generate import load_synthetic, make_again, stage_generate
-from cxr_synth.models import add_lora, fuse, load_pipeline, save_lora
-from cxr_synth.share import pack, unpack, write_card
+from cxr_synth.base.files import CxrError, read_json, write_json
+from cxr_synth.base.records import Study, stale_stages
+from cxr_synth.base.settings import DataConfig, GenerateConfig, resolve
+from cxr_synth.stages.data import stage_data
+from cxr_synth.images.study_images import load_synthetic
+from cxr_synth.stages.generate import regenerate_image, stage_generate
+from cxr_synth.diffusion.lora import add_lora, save_lora
+from cxr_synth.diffusion.pipelines import fuse, load_pipeline
+from cxr_synth.ship.pack import pack, unpack
+from cxr_synth.ship.set_card import write_card
 from test_generate_shards import CFG, NAME, PLAN, bytes_of, clear, untrained_study
 
 FEW = dict(seed=0, generators=[dict(name=NAME, images=dict(normal=3, pneumonia=3))])
@@ -112,7 +117,7 @@ def test_lora_generator_is_its_fused_pipeline(study, other_models, tmp_path):
     assert set(study.records()[f"synthetic/{NAME}"]["inputs"]) == {f"models/{NAME}/{p}" for p in ("base", "normal", "pneumonia")}
     before, _ = load_synthetic(study, f"{NAME}-base")
     assert np.abs(images.astype(int) - before).max() > 2
-    assert np.array_equal(np.array(make_again(study, f"{NAME}-base", "normal/000002.png")), before[2])
+    assert np.array_equal(np.array(regenerate_image(study, f"{NAME}-base", "normal/000002.png")), before[2])
     clear(study)
     for c in ("normal", "pneumonia"):
         fuse(folder/c, tmp_path/c)
@@ -151,7 +156,7 @@ def test_killed_between_the_last_image_and_the_metadata(study, monkeypatch):
     stage_generate(study, FEW, GenerateConfig(**CFG))
     record = study.records()[f"synthetic/{NAME}"]
     assert (record["status"], record["batch_size"], record["threads"], record["precision"]) == ("complete", 2, 1, "no")
-    assert np.array_equal(np.array(make_again(study, NAME, "normal/000001.png")), load_synthetic(study, NAME)[0][1])
+    assert np.array_equal(np.array(regenerate_image(study, NAME, "normal/000001.png")), load_synthetic(study, NAME)[0][1])
 
 def test_there_and_back(study, tmp_path):
     "Made here with its card, packed, unpacked elsewhere without models and images: the stages go on, nothing is stale, `datasets` gives equal pixels."

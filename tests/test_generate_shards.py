@@ -4,10 +4,13 @@ from collections import Counter
 from pathlib import Path
 
 import psutil, pytest
-from cxr_synth.core import PROMPTS, DataConfig, GenerateConfig, Study, TrainConfig, move_aside, open_stage
-from cxr_synth.data import stage_data
-from cxr_synth.generate import Worktable, stage_generate, strangers
-from cxr_synth.tiny import tiny_pipeline
+from cxr_synth.base.records import Study, move_aside, open_stage
+from cxr_synth.base.settings import DataConfig, GenerateConfig, PROMPTS, TrainConfig
+from cxr_synth.stages.data import stage_data
+from cxr_synth.diffusion.image_writer import ImageSetWriter
+from cxr_synth.protocol.sets import unexpected_files
+from cxr_synth.stages.generate import stage_generate
+from cxr_synth.diffusion.small_pipeline import tiny_pipeline
 from PIL import Image
 
 NAME, N = "real100-rep0", 9
@@ -42,7 +45,7 @@ def bytes_of(study):
 
 def kill_after(study, more, processes):
     "Start, and kill all processes without warning as soon as so many more images are there."
-    there = lambda: len(strangers(study/"synthetic"/NAME, []))
+    there = lambda: len(unexpected_files(study/"synthetic"/NAME, []))
     wanted = there() + more
     p = subprocess.Popen(command(study, processes=processes), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while p.poll() is None and there() < wanted: time.sleep(.002)
@@ -105,7 +108,7 @@ def test_redo_in_two_processes(study, calm):
     assert {json.loads(line)["steps"] for line in bytes_of(study)["metadata.jsonl"].splitlines()} == {1}
 
 def test_lines_cut_by_a_kill_do_not_count(study, tmp_path):
-    table = Worktable(tmp_path, dict(normal=1, pneumonia=0))
+    table = ImageSetWriter(tmp_path, dict(normal=1, pneumonia=0))
     table.parts.mkdir()
     (table.parts/"1.jsonl").write_text('{"file_name": "normal/000000.png", "sha256": "ab"}\n{"file_name": "normal/0000')
     assert table.noted() == {"normal/000000.png": {"ab": {"file_name": "normal/000000.png", "sha256": "ab"}}}
@@ -114,6 +117,6 @@ def test_set_completed_by_a_forgotten_process(study, calm):
     "Processes that outlived their launcher finish the set under the hands of a new one, which has then nothing to do."
     clear(study)
     stage_generate(study, PLAN, GenerateConfig(**CFG))
-    table = Worktable(study/"synthetic"/NAME, PLAN["generators"][0]["images"])
+    table = ImageSetWriter(study/"synthetic"/NAME, PLAN["generators"][0]["images"])
     table.put(Image.new("L", (32, 32)), dict(file_name="normal/000000.png"))
     assert bytes_of(study) == calm

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from torch.utils.data import DataLoader
 import cxr_synth
-from cxr_synth.training import Classifier
+from cxr_synth.classify.finetune import Classifier
 
 REAL = Path(os.environ.get("CXR_DATA") or Path(__file__).parents[2]/"shared"/"data")/"kermany-224"
 pytestmark = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real data set in {REAL.parent} (set CXR_DATA to the folder that holds kermany-224); phantoms cover the code")

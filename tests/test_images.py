@@ -7,9 +7,10 @@ from unittest.mock import patch
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
-from cxr_synth.core import CxrError
-from cxr_synth.images import decode, into_square, look, open_image, pixel_cache, prepare_file, prepare_image, shrinkage, upright
-from cxr_synth.phantom import draw_phantom, write_phantoms
+from cxr_synth.base.files import CxrError
+from cxr_synth.images.images import (decode_image, decode_upright, decoder_reduction, inspect_file,
+                                     open_image, pixel_cache, prepare_file, prepare_image, resize_to_square)
+from cxr_synth.images.phantom import draw_phantom, write_phantoms
 
 REAL = Path(os.environ.get("CXR_DATA") or Path(__file__).parents[2]/"shared"/"data")/"kermany-originals"
 
@@ -105,7 +106,7 @@ def test_file_that_changes_while_it_is_read(tmp_path, drawn):
     path = tmp_path/"a.png"
     path.write_bytes(drawn[0].read_bytes())
     def fingerprint(p, old): return [1, 1, "0"*64]
-    with patch("cxr_synth.images.fingerprint", fingerprint), pytest.raises(CxrError, match="a.png changed while it was being read"):
+    with patch("cxr_synth.images.images.file_fingerprint", fingerprint), pytest.raises(CxrError, match="a.png changed while it was being read"):
         pixel_cache(tmp_path/"cache", ["a"], [path], 32)
     assert left(tmp_path/"cache") == []
 
@@ -143,7 +144,7 @@ def test_damage_is_a_sentence_or_a_picture(name, patches, end):
         k = int(at*(len(raw) - len(new)))
         raw[k:k + len(new)] = new
     raw = bytes(raw[:int(len(raw)*(end if end < .8 else 1))])
-    try: image = decode(raw, name)
+    try: image = decode_image(raw, name)
     except CxrError as e: assert str(e).startswith(f"cannot read the image {name}: ") and len(str(e).splitlines()) <= 5
     else: assert image.mode == "L" and len(image.tobytes()) == image.width*image.height
 
@@ -155,8 +156,8 @@ def test_any_size_fits(width, height, resolution, fit, seed):
     f = io.BytesIO()
     Image.fromarray(x).save(f, "JPEG", quality=95)
     image = open_image(f.getvalue())
-    size, shrink = image.size, shrinkage(image, resolution, fit)
-    fast, plain = into_square(upright(image, shrink), resolution, fit, size, shrink), prepare_image(decode(f.getvalue(), ""), resolution, fit)
+    size, shrink = image.size, decoder_reduction(image, resolution, fit)
+    fast, plain = resize_to_square(decode_upright(image, shrink), resolution, fit, size, shrink), prepare_image(decode_image(f.getvalue(), ""), resolution, fit)
     assert fast.size == plain.size == (resolution, resolution) and fast.mode == plain.mode == "L"
     assert np.abs(np.asarray(fast, float) - np.asarray(plain, float)).mean() < 1.5
     assert (np.asarray(prepare_image(plain, resolution, fit)) == np.asarray(plain)).all()
@@ -175,14 +176,14 @@ def test_fast_path_on_the_originals(fit):
     files, off = sorted(REAL.rglob("*.jpeg")), []
     for f in files:
         image = open_image(f.read_bytes())
-        size, shrink = image.size, shrinkage(image, 512, fit)
-        fast, plain = into_square(upright(image, shrink), 512, fit, size, shrink), prepare_image(Image.open(f).convert("L"), 512, fit)
+        size, shrink = image.size, decoder_reduction(image, 512, fit)
+        fast, plain = resize_to_square(decode_upright(image, shrink), 512, fit, size, shrink), prepare_image(Image.open(f).convert("L"), 512, fit)
         off.append(np.abs(np.asarray(fast, float) - np.asarray(plain, float)).mean())
     assert len(files) == 87 and max(off) < 1 and np.mean(off) > .1      # and it is another path
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no kermany-originals in {REAL.parent} (set CXR_DATA); phantoms cover the code")
 def test_two_encoders_in_the_originals():
-    facts = [look(f.read_bytes(), f.name) | dict(label=f.parent.name) for f in sorted((REAL/"train").rglob("*.jpeg"))]
+    facts = [inspect_file(f.read_bytes(), f.name) | dict(label=f.parent.name) for f in sorted((REAL/"train").rglob("*.jpeg"))]
     quality = {c: np.median([f["quality"] for f in facts if f["label"] == c]) for c in ("NORMAL", "PNEUMONIA")}
     assert quality["PNEUMONIA"] == 75 and quality["NORMAL"] > 90
     assert {f["mode"] for f in facts} == {"L", "RGB"} and len({f["pixels_sha256"] for f in facts}) == len(facts)

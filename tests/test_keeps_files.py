@@ -7,11 +7,13 @@ import pytest
 from PIL import Image
 
 import cxr_synth
-from cxr_synth.core import PROMPTS, CxrError, DataConfig, PlanConfig, ReportConfig, Study, open_stage, read_json, remove_temporary
-from cxr_synth.core import write_text
-from cxr_synth.data import prepare_training_data, stage_data
-from cxr_synth.loop import Mirror
-from cxr_synth.phantom import write_phantoms
+from cxr_synth.base.files import CxrError, read_json, remove_temporary
+from cxr_synth.base.records import Study, open_stage
+from cxr_synth.base.settings import DataConfig, PROMPTS, PlanConfig, ReportConfig
+from cxr_synth.base.files import write_text
+from cxr_synth.stages.data import prepare_training_data, stage_data
+from cxr_synth.base.loop import Mirror
+from cxr_synth.images.phantom import write_phantoms
 
 def snapshot(folder):
     "Every file below a folder with its bytes; hidden ones are ours and do not count."
@@ -87,7 +89,7 @@ def test_other_files_in_data(films, tmp_path, name):
 def unfinished(study, source, monkeypatch):
     "A data stage that dies after its images, before its tables."
     with monkeypatch.context() as m:
-        m.setattr("cxr_synth.data.write_audits", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        m.setattr("cxr_synth.stages.data.write_audits", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt): stage_data(study, DataConfig(source=str(source)))
 
 def test_other_files_beside_an_unfinished_stage(films, tmp_path, monkeypatch):
@@ -138,7 +140,7 @@ def test_no_stage_writes_over_what_no_record_knows(tmp_path):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    from cxr_synth.tiny import tiny_pipeline
+    from cxr_synth.diffusion.small_pipeline import tiny_pipeline
     root = tmp_path_factory.mktemp("base")
     tiny_pipeline(root/"tokenizer", PROMPTS.values(), 32).save_pretrained(root/"base")
     (root/"images").mkdir()
@@ -146,7 +148,7 @@ def base(tmp_path_factory):
     return root
 
 def dreambooth(base, out, **more):
-    from cxr_synth.dreambooth import train_dreambooth
+    from cxr_synth.diffusion.command import train_dreambooth
     flags = dict(pretrained_model_name_or_path=str(base/"base"), instance_data_dir=str(base/"images"), output_dir=str(out),
                  instance_prompt=PROMPTS["normal"], resolution=32, train_batch_size=2, max_train_steps=2, validation_steps=0, device="cpu")
     return train_dreambooth(**flags | more)
@@ -178,7 +180,7 @@ def test_checkpoints_of_the_user(base, tmp_path):
     assert dreambooth(base, tmp_path/"model") == out and snapshot(out) == before   # finished long ago: what is there now is not ours
 
 def test_class_images_of_the_user(base, tmp_path):
-    from cxr_synth.dreambooth import generate_class_images
+    from cxr_synth.diffusion.dreambooth import generate_class_images
     write_text(tmp_path/"class/0000.png", "mine")
     with pytest.raises(CxrError, match="nothing says that it was made here"):
         generate_class_images(1, str(tmp_path/"class"), base=str(base/"base"), steps=1, device="cpu")

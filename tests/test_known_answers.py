@@ -2,12 +2,14 @@
 import shutil
 
 import pytest
-from cxr_synth.contrasts import analyse
-from cxr_synth.core import DataConfig, ExperimentsConfig, PlanConfig, Study
-from cxr_synth.data import stage_data
-from cxr_synth.experiments import open_test, stage_experiments
-from cxr_synth.material import stage_builtin
-from cxr_synth.plan import TIERS, load_plan, stage_plan
+from cxr_synth.report.contrasts import analyse
+from cxr_synth.base.records import Study
+from cxr_synth.base.settings import DataConfig, ExperimentsConfig, PlanConfig
+from cxr_synth.stages.data import stage_data
+from cxr_synth.stages.classify import open_test, stage_experiments
+from cxr_synth.images.known_generators import stage_known_generator
+from cxr_synth.protocol.plan import TIERS, load_plan
+from cxr_synth.stages.plan import stage_plan
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
@@ -19,10 +21,10 @@ def contrasts(base, folder, kind, monkeypatch):
     "Contrasts on internal of a study with a known generator: {(arm, control): contrast}."
     arms = ["real", "duplicate", "mixed", "oracle", "permuted"]
     monkeypatch.setitem(TIERS, "known", dict(primary=[.1], cells=[(.1, 3, 3, arms)], oracles=3))
-    monkeypatch.setattr("cxr_synth.plan.tier_cells", lambda *a: [dict(fraction=.1, replicates=3, seeds=3, arms=arms)])
+    monkeypatch.setattr("cxr_synth.protocol.plan.tier_cells", lambda *a: [dict(fraction=.1, replicates=3, seeds=3, arms=arms)])
     study = Study(shutil.copytree(base.root, folder/kind))
     stage_plan(study, PlanConfig(tier="known", builtin=kind, pool=200, size=64))
-    stage_builtin(study, load_plan(study))
+    stage_known_generator(study, load_plan(study))
     stage_experiments(study, ExperimentsConfig(size=64, views=2, device="cpu"))
     open_test(study)
     return {(c["arm"], c["control"]): c for c in analyse(study, draws=500)["contrasts"] if c["split"] == "internal"}

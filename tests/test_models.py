@@ -2,9 +2,12 @@
 import json, shutil
 import huggingface_hub, pytest, torch
 from diffusers import AutoencoderTiny
-from cxr_synth.core import PROMPTS, CxrError, TrainConfig
-from cxr_synth.models import check_source, load_pipeline, preflight, save_pipeline, source_hashes
-from cxr_synth.tiny import tiny_pipeline
+from cxr_synth.base.files import CxrError
+from cxr_synth.base.settings import PROMPTS, TrainConfig
+from cxr_synth.diffusion.hub import check_source, source_hashes
+from cxr_synth.diffusion.pipelines import load_pipeline, save_pipeline
+from cxr_synth.diffusion.preflight import preflight
+from cxr_synth.diffusion.small_pipeline import tiny_pipeline
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -6,10 +6,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from cxr_synth import classifier, copies, dreambooth, features, guide, metrics, quality, sampling, trainer, training
-from cxr_synth.core import ExperimentsConfig, TrainConfig, generator_name
-from cxr_synth.loop import Loop, Part
-from cxr_synth.phantom import draw_phantom
-from cxr_synth.tiny import tiny_pipeline, tiny_vae, train_vae
+from cxr_synth.base.records import generator_name
+from cxr_synth.base.settings import ExperimentsConfig, TrainConfig
+from cxr_synth.base.loop import Loop, TrainedPart
+from cxr_synth.images.phantom import draw_phantom
+from cxr_synth.diffusion.small_pipeline import tiny_pipeline, tiny_vae, train_vae
 
 class Storages:
     "Which storages are on the device; they are kept, so that no address is used twice."
@@ -125,7 +126,7 @@ def test_diffusion_is_trained_and_draws(device, tmp_path):
     x, y = phantoms(16)
     prompts = ["normal lungs", "pneumonia"]
     vae = tiny_vae()
-    train_vae(vae, x, Loop(dict(vae=Part(vae, 1e-3)), tmp_path/"vae.pt", 2), 4, device="mps")
+    train_vae(vae, x, Loop(dict(vae=TrainedPart(vae, 1e-3)), tmp_path/"vae.pt", 2), 4, device="mps")
     pipe = tiny_pipeline(tmp_path/"tokenizer", prompts, 32, vae=vae)
     data = trainer.LatentSet(pipe.vae, x, prompts, y, "mps", tmp_path/"cache")
     t = trainer.Trainer(pipe, data, tmp_path/"run.pt", 3, 4, 1e-3, accumulate=2, prior=data, snr_gamma=5, device="mps", warmup=1, ema_decay=.9, clip=1.)

@@ -1,6 +1,6 @@
 "What the notebook of the phantoms cannot show: worker processes of a plain script, and a killed one."
 import os, subprocess, sys, time
-from cxr_synth.phantom import phantom_files, write_phantoms
+from cxr_synth.images.phantom import phantom_files, write_phantoms
 
 SCRIPT = "from cxr_synth.phantom import write_phantoms; write_phantoms({folder!r}, patients={patients}, size=64, workers=2, shift=.5, shortcut=.5)"
 

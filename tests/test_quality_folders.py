@@ -5,11 +5,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from cxr_synth.core import CxrError, QualityConfig
-from cxr_synth.features import extract, image_files, read_folder
-from cxr_synth.metrics import frechet_distance
-from cxr_synth.phantom import draw_phantom
-from cxr_synth.quality import calculate_fid, create_comparison_grid, folder_activations, measure_folders
+from cxr_synth.base.files import CxrError
+from cxr_synth.base.settings import QualityConfig
+from cxr_synth.images.features import extract_features
+from cxr_synth.images.folders import image_files, read_folder
+from cxr_synth.quality.metrics import frechet_distance
+from cxr_synth.images.phantom import draw_phantom
+from cxr_synth.quality.folders import (calculate_fid, create_comparison_grid, folder_activations,
+                                       measure_folders)
 
 class Means(torch.nn.Module):  # 16 patch means in Inception's place
     def forward(self, x): return [torch.nn.functional.adaptive_avg_pool2d(x, 4)[:, :1].reshape(len(x), 16, 1, 1)]
@@ -79,7 +82,7 @@ def test_saving_again_as_png_costs_nothing_and_as_jpeg_does(tmp_path):
     for suffix in ("png", "jpeg"):
         (tmp_path/suffix).mkdir()
         for p in a.iterdir(): Image.open(p).save(tmp_path/suffix/f"{p.stem}.{suffix}", **dict(quality=75) if suffix == "jpeg" else dict(compress_level=1))
-    f, png, jpeg = (extract(read_folder(p), size=64) for p in (a, tmp_path/"png", tmp_path/"jpeg"))
+    f, png, jpeg = (extract_features(read_folder(p), size=64) for p in (a, tmp_path/"png", tmp_path/"jpeg"))
     assert frechet_distance(f, png) == pytest.approx(0, abs=1e-3) and frechet_distance(f, jpeg) > 1
 
 def test_equal_folders_are_remarked(tmp_path):
@@ -97,7 +100,7 @@ def test_same_value_as_pytorch_fid(tmp_path):
 def test_same_activations_as_pytorch_fid_with_its_own_network(tmp_path, monkeypatch):  # random weights in a file of the right name
     inception = pytest.importorskip("pytorch_fid.inception")
     score = pytest.importorskip("pytorch_fid.fid_score")
-    from cxr_synth.features import inception_fid
+    from cxr_synth.images.networks import inception_fid
     monkeypatch.setattr(inception, "load_state_dict_from_url", lambda *a, **k: net.state_dict())
     torch.manual_seed(0)
     net = inception._inception_v3(num_classes=1008, aux_logits=False, weights=None)
@@ -109,7 +112,7 @@ def test_same_activations_as_pytorch_fid_with_its_own_network(tmp_path, monkeypa
     want = score.get_activations(sorted(a.iterdir()), inception.InceptionV3([3]), 50, 2048, "cpu", 0)
     loaded = inception_fid(tmp_path)
     assert folder_activations(a, loaded.net.net, 50, "cpu") == pytest.approx(want, rel=1e-5, abs=1e-6)
-    assert extract(read_folder(a), "inception-fid", weights=str(tmp_path)) == pytest.approx(want, rel=1e-4, abs=1e-5)
+    assert extract_features(read_folder(a), "inception-fid", weights=str(tmp_path)) == pytest.approx(want, rel=1e-4, abs=1e-5)
     assert loaded.head[0].shape == (1008, 2048)
 
 # -- the suite on folders

@@ -2,8 +2,10 @@
 import numpy as np
 import pytest
 import torch
-from cxr_synth.metrics import (auroc, balls, density_coverage, draw_pairs, enlarged, expected_coverage, frechet_distance, frechet_moments,
-                               inception_score, kid, ms_ssim, rbf_mmd, source_auc)
+from cxr_synth.quality.metrics import (density_coverage, density_coverage_from_distances, enlarge_small,
+                                       expected_coverage, frechet_distance, frechet_moments,
+                                       inception_score, kid, ms_ssim, random_pairs, rbf_mmd, source_auc)
+from cxr_synth.stats.auc import auroc
 
 def rng(seed=0): return np.random.default_rng(seed)
 def matrices(n=60, m=80, d=32, seed=0):  # correlated features
@@ -124,12 +126,12 @@ def test_ms_ssim_agrees_with_pytorch_msssim(side):
 
 def test_ms_ssim_of_small_images_is_that_of_enlarged_ones():
     x = (rng().random((4, 64, 64)) * 255).astype(np.uint8)
-    assert enlarged(x).shape == (4, 256, 256) and enlarged(np.zeros((1, 176, 176), np.uint8)).shape == (1, 176, 176)
-    assert np.array_equal(ms_ssim(x, [0, 1], [2, 3]), ms_ssim(enlarged(x), [0, 1], [2, 3]))
+    assert enlarge_small(x).shape == (4, 256, 256) and enlarge_small(np.zeros((1, 176, 176), np.uint8)).shape == (1, 176, 176)
+    assert np.array_equal(ms_ssim(x, [0, 1], [2, 3]), ms_ssim(enlarge_small(x), [0, 1], [2, 3]))
 
 def test_ms_ssim_does_not_depend_on_company():
     x = rng().random((8, 180, 180)).astype(np.float32)
-    i, j = draw_pairs(8, 24)
+    i, j = random_pairs(8, 24)
     together = ms_ssim(torch.tensor(x), i, j)
     assert together[5] == pytest.approx(float(ms_ssim(torch.tensor(x[[i[5], j[5]]]), [0], [1])[0]), abs=1e-6)
 

@@ -2,9 +2,13 @@
 import os
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
-from cxr_synth.core import DataConfig, Study
-from cxr_synth.data import assert_disjoint, draw_fractions, folder_source, make_manifest
-from cxr_synth.images import prepare_file
+from cxr_synth.base.records import Study
+from cxr_synth.base.settings import DataConfig
+from cxr_synth.data.sources import folder_source
+from cxr_synth.data.splits import draw_fractions
+from cxr_synth.data.survey import make_manifest
+from cxr_synth.images.study_images import assert_disjoint
+from cxr_synth.images.images import prepare_file
 
 REAL = Path(os.environ.get("CXR_DATA") or Path(__file__).parents[2]/"shared"/"data")/"kermany-224"
 pytestmark = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real data set in {REAL.parent} (set CXR_DATA to the folder that holds kermany-224); phantoms cover the code")

@@ -7,10 +7,12 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from cxr_synth.analysis import stage_report
-from cxr_synth.contrasts import pp
-from cxr_synth.core import ReportConfig, generator_name, read_json
-from cxr_synth.rehearsal import rehearse, rehearse_opening
+from cxr_synth.stages.report import stage_report
+from cxr_synth.report.contrasts import format_pp
+from cxr_synth.base.files import read_json
+from cxr_synth.base.records import generator_name
+from cxr_synth.base.settings import ReportConfig
+from cxr_synth.report.rehearsal import rehearse, rehearse_opening
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent/"benchmarks"))
 from report_page import browser, visit  # noqa: E402
@@ -42,7 +44,7 @@ def test_numbers_on_the_page_are_those_of_the_predictions(study):
     assert len(named) >= 3
     for r in named:
         a, b = (mean_auroc(arm, r["fraction"], r["split"]) for arm in (r["arm"], r["control"]))
-        for shown in (f"{a:.3f}", f"{b:.3f}", str(round(1000 * (1 - a))), str(round(1000 * (1 - b))), pp(100 * (a - b))): assert shown in text, (r["arm"], shown)
+        for shown in (f"{a:.3f}", f"{b:.3f}", str(round(1000 * (1 - a))), str(round(1000 * (1 - b))), format_pp(100 * (a - b))): assert shown in text, (r["arm"], shown)
 
 def test_two_studies_are_compared_on_the_command_line(study):
     done = subprocess.run([sys.executable, "-c", "import sys; from cxr_synth.app import main; sys.exit(main())", "report", str(study.root), str(study.root)], capture_output=True, text=True)

@@ -3,7 +3,8 @@ import subprocess, sys, time
 from pathlib import Path
 
 import pytest
-from cxr_synth.core import Study, read_csv
+from cxr_synth.base.files import read_csv
+from cxr_synth.base.records import Study
 
 COMMAND = Path(sys.executable).with_name("cxr-synth")
 SMALL = """--data phantom --data.patients 120 --data.resolution 32 --plan.pool 12 --train.vae-steps 6 --train.base-steps 6 --train.base-batch-size 8

@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from cxr_synth import share
-from cxr_synth.core import CxrError, GenerateConfig, Study, TrainConfig, digest_file, open_stage, stale_stages, write_csv, write_json
-from cxr_synth.dataset import CARDS, FILE, dataset_card, write_card_file
-from cxr_synth.share import SUMS, cli_pack, cli_unpack, mirror, pack, push, unpack, write_card
+from cxr_synth.base.files import CxrError, digest_file, write_csv, write_json
+from cxr_synth.base.records import Study, open_stage, stale_stages
+from cxr_synth.base.settings import GenerateConfig, TrainConfig
+from cxr_synth.protocol.dataset import CARDS, FILE, dataset_card, write_card_file
+from cxr_synth.ship.hub_push import push
+from cxr_synth.ship.pack import SUMS, cli_pack, cli_unpack, mirror_file, pack, unpack
+from cxr_synth.ship.set_card import write_card
 
 NAME, TOKEN = "real010-rep0", "hf_standInTokenThatMustNotLeak"
 
@@ -138,7 +142,7 @@ def test_no_space(good, study, tmp_path, monkeypatch):
     monkeypatch.setattr(share.shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     with pytest.raises(CxrError, match="not enough space"): unpack(good, Study(tmp_path/"s"))
     with pytest.raises(CxrError, match="not enough space"): pack(study, tmp_path/"x.zip")
-    with pytest.raises(CxrError, match="not enough space"): mirror(good, tmp_path)
+    with pytest.raises(CxrError, match="not enough space"): mirror_file(good, tmp_path)
     assert not list(tmp_path.iterdir())
 
 # ---- never over other content
@@ -215,15 +219,15 @@ def test_killed_mirror(large, tmp_path):
     kept = part.stat().st_size
     assert share.copy_on(file, part, 4096)[0] <= file.stat().st_size - kept + 2 * 8192
     with open(part, "r+b") as f: f.seek(5000); f.write(b"rotten")
-    assert digest_file(mirror(file, drive)) == digest_file(file)
+    assert digest_file(mirror_file(file, drive)) == digest_file(file)
     assert [p.name for p in drive.iterdir()] == ["large.zip"]
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 def test_mirror_to_a_full_or_read_only_folder(good, tmp_path):
     (tmp_path/".demo.zip.cxr-part").symlink_to("/dev/full")
-    with pytest.raises(CxrError, match="the disk is full"): mirror(good, tmp_path)
-    with pytest.raises(CxrError, match="may not be written to|read-only|not enough space"): mirror(good, "/sys/kernel")
-    with pytest.raises(CxrError, match="is no folder"): mirror(good, tmp_path/"not-mounted")
+    with pytest.raises(CxrError, match="the disk is full"): mirror_file(good, tmp_path)
+    with pytest.raises(CxrError, match="may not be written to|read-only|not enough space"): mirror_file(good, "/sys/kernel")
+    with pytest.raises(CxrError, match="is no folder"): mirror_file(good, tmp_path/"not-mounted")
 
 # ---- the card and the set
 
@@ -263,7 +267,7 @@ def test_facts_travel_in_the_pack(study, tmp_path):
 
 def test_card_makes_no_later_stage_stale(study, tmp_path):
     "README.md is documentation: `digest_folder` leaves it out."
-    from cxr_synth.core import QualityConfig
+    from cxr_synth.base.settings import QualityConfig
     copy = Study(shutil.copytree(study.root, tmp_path/"copy"))
     open_stage(copy, "quality", "quality", QualityConfig(), [f"synthetic/{NAME}"], adopt=True).finish()
     write_card(copy, NAME)

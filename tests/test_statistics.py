@@ -4,8 +4,8 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from cxr_synth.contrasts import delong, mcnemar
-from cxr_synth.intervals import holm, t_interval
+from cxr_synth.stats.auc import delong, mcnemar
+from cxr_synth.stats.intervals import holm, t_interval
 
 @pytest.fixture(scope="module", params=[0, 1])
 def calls(request):

@@ -1,7 +1,7 @@
 "The guide's three commands (section 7), as they stand there, become settings."
 import pytest
-from cxr_synth.core import CxrError
-from cxr_synth.dreambooth import GuideFlags, guide_flags, parse_command
+from cxr_synth.base.files import CxrError
+from cxr_synth.diffusion.command import GuideFlags, guide_flags, parse_command
 
 FULL = '''
 # Train for {upper} class - Full DreamBooth with Text Encoder
@@ -79,5 +79,5 @@ def test_every_flag_arrives():
         assert all(getattr(guide_flags(kw), k) == v for k, v in kw.items())
 
 def test_the_guides_model_is_gone(tmp_path):
-    from cxr_synth.dreambooth import train_dreambooth
+    from cxr_synth.diffusion.command import train_dreambooth
     with pytest.raises(CxrError, match="sd2-community"): train_dreambooth(**parse_command(LORA) | dict(output_dir=str(tmp_path/"x")))

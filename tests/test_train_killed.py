@@ -23,7 +23,7 @@ def fill_the_disk(root, out, size):
     import resource
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))   # a write beyond this size fails, as on a full disk
-    from cxr_synth.core import CxrError
+    from cxr_synth.base.files import CxrError
     try: kill_train.train(root, out, "full")
     except CxrError as e: (out/"message").write_text(str(e)); sys.exit(5)
 

@@ -3,11 +3,13 @@ import dataclasses
 from importlib.util import find_spec
 
 import numpy as np, pytest, torch
-from cxr_synth.core import PROMPTS, CxrError, TrainConfig
-from cxr_synth.dreambooth import Task, make_trainer, train_dreambooth
-from cxr_synth.models import load_pipeline
-from cxr_synth.phantom import draw_phantom
-from cxr_synth.tiny import tiny_pipeline
+from cxr_synth.base.files import CxrError
+from cxr_synth.base.settings import PROMPTS, TrainConfig
+from cxr_synth.diffusion.command import train_dreambooth
+from cxr_synth.diffusion.dreambooth import TrainingTask, make_trainer
+from cxr_synth.diffusion.pipelines import load_pipeline
+from cxr_synth.images.phantom import draw_phantom
+from cxr_synth.diffusion.small_pipeline import tiny_pipeline
 
 CFG = TrainConfig(max_train_steps=2, train_batch_size=2, learning_rate=1e-3, lr_warmup_steps=1, mixed_precision="no", checkpoint_steps=1, device="cpu")
 
@@ -20,7 +22,7 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def task():
     images = np.stack([draw_phantom(k, 0, 0, size=32) for k in range(8)])
-    return Task(images, [PROMPTS["normal"]], np.zeros(8, int), heldout=(images[:2], [PROMPTS["normal"]], np.zeros(2, int)))
+    return TrainingTask(images, [PROMPTS["normal"]], np.zeros(8, int), heldout=(images[:2], [PROMPTS["normal"]], np.zeros(2, int)))
 
 def losses(base, task, tmp_path, hooks=True, **kw):
     cfg = dataclasses.replace(CFG, **kw)

@@ -3,11 +3,12 @@ import math
 
 import numpy as np, pytest, torch
 import torch.nn.functional as F
-from cxr_synth.core import PROMPTS, TrainConfig, seed_for
-from cxr_synth.dreambooth import Task, choose_weights, make_trainer
-from cxr_synth.models import load_pipeline
-from cxr_synth.phantom import draw_phantom
-from cxr_synth.tiny import tiny_pipeline
+from cxr_synth.base.compute import seed_for
+from cxr_synth.base.settings import PROMPTS, TrainConfig
+from cxr_synth.diffusion.dreambooth import TrainingTask, choose_weights, make_trainer
+from cxr_synth.diffusion.pipelines import load_pipeline
+from cxr_synth.images.phantom import draw_phantom
+from cxr_synth.diffusion.small_pipeline import tiny_pipeline
 
 STEPS, BATCH, PEAK, WARMUP, SEED = 20, 4, 1e-3, 5, 3
 CASES = {"full": dict(train_text_encoder=False), "text": dict(train_text_encoder=True),
@@ -62,7 +63,7 @@ def reference(pipe, images, prior, gamma, weight):
 def test_same_learning(case, base, images, tmp_path):
     cfg = TrainConfig(**dict(max_train_steps=STEPS, train_batch_size=BATCH, learning_rate=PEAK, lr_warmup_steps=WARMUP, ema_decay=0.0, mixed_precision="no", device="cpu") | CASES[case])
     prior = images[1::2] if cfg.prior_loss_weight else None
-    task = Task(images[::2], [PROMPTS["normal"]], np.zeros(12, int), None if prior is None else (prior, PROMPTS["pneumonia"]))
+    task = TrainingTask(images[::2], [PROMPTS["normal"]], np.zeros(12, int), None if prior is None else (prior, PROMPTS["pneumonia"]))
     ours = [r["loss"] for r in make_trainer(load_pipeline(base), task, tmp_path/"a.pt", cfg, SEED).run()]
     plain = load_pipeline(base)
     choose_weights(plain, cfg, SEED)
@@ -73,6 +74,6 @@ def test_same_learning(case, base, images, tmp_path):
 def test_the_reference_can_fail(base, images, tmp_path):
     "Another seed gives other losses, by far more than the tolerance."
     cfg = TrainConfig(max_train_steps=2, train_batch_size=BATCH, mixed_precision="no", device="cpu")
-    task = Task(images[::2], [PROMPTS["normal"]], np.zeros(12, int))
+    task = TrainingTask(images[::2], [PROMPTS["normal"]], np.zeros(12, int))
     a, b = ([r["loss"] for r in make_trainer(load_pipeline(base), task, tmp_path/f"{seed}.pt", cfg, seed).run()] for seed in (1, 2))
     assert abs(a[0] - b[0]) / a[0] > 1e-3
