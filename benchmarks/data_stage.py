@@ -4,6 +4,7 @@
 
 Without --data it draws 2,000 phantom patients. Each part is timed once, since all of it takes minutes; run it on a quiet machine.
 """
+
 import argparse, os, resource, tempfile, time
 from pathlib import Path
 from cxr_synth.base.files import write_csv, write_json
@@ -15,31 +16,64 @@ from cxr_synth.data.survey import MANIFEST_COLUMNS, inspect_source, write_prepar
 from cxr_synth.images.study_images import load_images
 from cxr_synth.stages.data import write_audits
 
+
 def timed(name, f):
     "Run one part and print what it took."
     start = time.perf_counter()
     out = f()
     seconds = time.perf_counter() - start
-    print(f"{name:28} {seconds:7.1f} s   peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20:5.2f} GiB", flush=True)
+    print(
+        (
+            f"{name:28} {seconds:7.1f} s   peak "
+            f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:5.2f} GiB"
+        ),
+        flush=True,
+    )
     return out, seconds
+
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser()
-    p.add_argument("--data", default="phantom"), p.add_argument("--workers", type=int, default=2), p.add_argument("--resolution", type=int, default=224)
+    (
+        p.add_argument("--data", default="phantom"),
+        p.add_argument("--workers", type=int, default=2),
+        p.add_argument("--resolution", type=int, default=224),
+    )
     args = p.parse_args()
     os.environ.setdefault("CXR_QUIET", "1")
     with tempfile.TemporaryDirectory() as tmp:
-        study, cfg = Study(Path(tmp)/"study"), DataConfig(source=args.data, patients=2000, resolution=args.resolution, workers=args.workers)
+        study = Study(Path(tmp) / "study")
+        cfg = DataConfig(
+            source=args.data, patients=2000, resolution=args.resolution, workers=args.workers
+        )
         source, drawing = timed("find the files", lambda: open_source(study, cfg))
-        (t, small, bad), a = timed(f"read {len(source.rows):,} files, split", lambda: inspect_source(source, cfg))
-        sizes, b = timed(f"prepare at {cfg.resolution} px", lambda: write_prepared(study, source, t, cfg))
-        _, c = timed("audit and its page", lambda: write_audits(study, t.assign(prepared_bytes=sizes), small, source.notes + too_small(t), bad, cfg.seed))
+        (t, small, bad), a = timed(
+            f"read {len(source.rows):,} files, split", lambda: inspect_source(source, cfg)
+        )
+        sizes, b = timed(
+            f"prepare at {cfg.resolution} px", lambda: write_prepared(study, source, t, cfg)
+        )
+        _, c = timed(
+            "audit and its page",
+            lambda: write_audits(
+                study,
+                t.assign(prepared_bytes=sizes),
+                small,
+                source.notes + too_small(t),
+                bad,
+                cfg.seed,
+            ),
+        )
         _, d = timed("fractions", lambda: draw_fractions(t, cfg.seed))
-        done, e = Study(Path(tmp)/"done"), 0
-        os.makedirs(done.root), os.replace(study/"data", done/"data")
-        write_csv(done/"data/manifest.csv", MANIFEST_COLUMNS, t.to_dict("records"))
+        done, e = Study(Path(tmp) / "done"), 0
+        os.makedirs(done.root), os.replace(study / "data", done / "data")
+        write_csv(done / "data/manifest.csv", MANIFEST_COLUMNS, t.to_dict("records"))
         write_json(done.record_path("data"), dict(settings=cfg.settings()))
         for size in (cfg.resolution, 64):
-            x, s = timed(f"pixel cache at {size} px", lambda: load_images(done, t.image_id[:1], size=size))
+            x, s = timed(
+                f"pixel cache at {size} px", lambda: load_images(done, t.image_id[:1], size=size)
+            )
             e += s
-        print(f"{'all':28} {a + b + c + d + e:7.1f} s   {len(t)/(a + b + c + d + e):.0f} images/s")
+        print(
+            f"{'all':28} {a + b + c + d + e:7.1f} s   {len(t) / (a + b + c + d + e):.0f} images/s"
+        )

@@ -1,4 +1,5 @@
 "All arms of a tier with the probe on a folder of real images: seconds for the features, and for the runs. Stand-ins for synthetic images: training images, encoded again."
+
 import argparse, json, tempfile, time
 import pandas as pd
 from cxr_synth.base.files import write_csv, write_text
@@ -11,37 +12,73 @@ from cxr_synth.images.known_generators import known_images, write_class_images
 from cxr_synth.protocol.plan import load_plan, plan_runs
 from cxr_synth.stages.plan import plan_text, stage_plan
 
+
 def stand_ins(study, plan):
     "A synthetic set for every generator of the plan."
     for g in plan["generators"]:
-        folder = study/"synthetic"/g["name"]
-        lines = [line for label in (0, 1) for line in write_class_images(folder, g["name"], label, "copy", known_images(study, "copy", g, label))]
-        write_text(folder/"metadata.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-        write_csv(study/f"quality/{g['name']}-copies.csv", ["file_name", "reason", "by"], [])
+        folder = study / "synthetic" / g["name"]
+        lines = [
+            line
+            for label in (0, 1)
+            for line in write_class_images(
+                folder, g["name"], label, "copy", known_images(study, "copy", g, label)
+            )
+        ]
+        write_text(folder / "metadata.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        write_csv(study / f"quality/{g['name']}-copies.csv", ["file_name", "reason", "by"], [])
+
 
 def timed(what, call):
     "Do something and print the seconds."
-    start = time.perf_counter(); call(); print(f"{what}: {time.perf_counter() - start:.0f} s", flush=True)
+    start = time.perf_counter()
+    call()
+    print(f"{what}: {time.perf_counter() - start:.0f} s", flush=True)
+
 
 def main():
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("source"); p.add_argument("--study", help="kept there, and continued"); p.add_argument("--tier", default="fair")
-    p.add_argument("--views", type=int, default=8); p.add_argument("--size", type=int, default=128)
-    p.add_argument("--executor", default="processes"); p.add_argument("--workers", type=int, default=2)
+    p.add_argument("source")
+    p.add_argument("--study", help="kept there, and continued")
+    p.add_argument("--tier", default="fair")
+    p.add_argument("--views", type=int, default=8)
+    p.add_argument("--size", type=int, default=128)
+    p.add_argument("--executor", default="processes")
+    p.add_argument("--workers", type=int, default=2)
     a = p.parse_args()
     study = Study(a.study or tempfile.mkdtemp())
     timed("data", lambda: stage_data(study, DataConfig(source=a.source, resolution=64)))
     timed("plan", lambda: stage_plan(study, PlanConfig(tier=a.tier, size=a.size)))
     plan = load_plan(study)
     print(plan_text(plan))
-    if not all((study/f"synthetic/{g['name']}/metadata.jsonl").exists() for g in plan["generators"]): timed("stand-ins", lambda: stand_ins(study, plan))
+    if not all(
+        (study / f"synthetic/{g['name']}/metadata.jsonl").exists() for g in plan["generators"]
+    ):
+        timed("stand-ins", lambda: stand_ins(study, plan))
     arms = " ".join(x for x in plan["arms"] if x != "roundtrip")
-    cfg = ExperimentsConfig(size=a.size, views=a.views, executor=a.executor, workers=a.workers, only=arms)
+    cfg = ExperimentsConfig(
+        size=a.size, views=a.views, executor=a.executor, workers=a.workers, only=arms
+    )
     todo = [r for r in plan_runs(plan) if r.arm != "roundtrip"]
-    timed(f"features of {a.views} views and {sum(sum(g['images'].values()) for g in plan['generators']):,} synthetic images, C (expected: at most 900)", lambda: precompute_shared(RunContext(str(study.root), plan, cfg, "cpu"), todo))
+    timed(
+        (
+            f"features of {a.views} views and "
+            f"{sum(sum(g['images'].values()) for g in plan['generators']):,} synthetic images, C "
+            "(expected: at most 900)"
+        ),
+        lambda: precompute_shared(RunContext(str(study.root), plan, cfg, "cpu"), todo),
+    )
     timed(f"{len(todo)} runs (expected: at most 900)", lambda: stage_experiments(study, cfg))
     open_test(study)
-    t = pd.read_csv(study/"results.csv")
-    print(t.groupby(["real_fraction", "arm"], sort=False)[["val_auroc", "internal_auroc", "test_auroc"]].mean().round(4).to_string())
+    t = pd.read_csv(study / "results.csv")
+    print(
+        t.groupby(["real_fraction", "arm"], sort=False)[
+            ["val_auroc", "internal_auroc", "test_auroc"]
+        ]
+        .mean()
+        .round(4)
+        .to_string()
+    )
 
-if __name__ == "__main__": main()
+
+if __name__ == "__main__":
+    main()

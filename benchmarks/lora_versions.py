@@ -4,6 +4,7 @@ In one environment:   python benchmarks/lora_versions.py save FOLDER
 in another one:       python benchmarks/lora_versions.py load FOLDER
 FOLDER gets a small base and one LoRA per environment that saved; `load` prints, for each, the largest difference from the answers noted at saving: through this library, and through plain diffusers.
 """
+
 import os, sys
 from pathlib import Path
 
@@ -15,35 +16,49 @@ from cxr_synth.diffusion.lora import LORA_FILE, add_lora, save_lora
 from cxr_synth.diffusion.pipelines import load_pipeline, save_pipeline
 from cxr_synth.diffusion.small_pipeline import tiny_pipeline
 
+
 @torch.no_grad()
 def answers(pipe):
-    ids = pipe.tokenizer(list(PROMPTS.values()), padding="max_length", max_length=32, return_tensors="pt").input_ids
+    ids = pipe.tokenizer(
+        list(PROMPTS.values()), padding="max_length", max_length=32, return_tensors="pt"
+    ).input_ids
     words = pipe.text_encoder(ids)[0]
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     return dict(words=words, noise=pipe.unet(noise, torch.tensor([5, 500]), words).sample)
 
+
 def save(root, versions):
-    if not (root/"base").exists(): save_pipeline(tiny_pipeline(root/"tokenizer", PROMPTS.values(), 32), root/"base")
-    pipe, g = load_pipeline(root/"base"), torch.Generator().manual_seed(1)
-    for p in add_lora(pipe.unet, pipe.text_encoder, rank=4, alpha=8): p.data += 0.1 * torch.randn(p.shape, generator=g)
-    save_lora(root/versions, pipe.unet, pipe.text_encoder, root/"base", 4, 8)
-    torch.save(answers(pipe), root/versions/"answers.pt")
+    if not (root / "base").exists():
+        save_pipeline(tiny_pipeline(root / "tokenizer", PROMPTS.values(), 32), root / "base")
+    pipe, g = load_pipeline(root / "base"), torch.Generator().manual_seed(1)
+    for p in add_lora(pipe.unet, pipe.text_encoder, rank=4, alpha=8):
+        p.data += 0.1 * torch.randn(p.shape, generator=g)
+    save_lora(root / versions, pipe.unet, pipe.text_encoder, root / "base", 4, 8)
+    torch.save(answers(pipe), root / versions / "answers.pt")
+
 
 def plain(root, folder):
-    pipe = StableDiffusionPipeline.from_pretrained(root/"base", safety_checker=None)
+    pipe = StableDiffusionPipeline.from_pretrained(root / "base", safety_checker=None)
     pipe.load_lora_weights(folder, weight_name=LORA_FILE)
     return pipe
+
 
 def load(root, versions):
     print("here:", versions)
     for folder in sorted(p.parent for p in root.glob("*/lora.json")):
-        noted = torch.load(folder/"answers.pt", weights_only=True)
-        for name, get in dict(cxr_synth=lambda: load_pipeline(folder), diffusers=lambda: plain(root, folder)).items():
-            try: got = {k: (v - noted[k]).abs().max().item() for k, v in answers(get()).items()}
-            except (IndexError, TypeError, ValueError) as e: got = f"{type(e).__name__}: {e}"
+        noted = torch.load(folder / "answers.pt", weights_only=True)
+        for name, get in dict(
+            cxr_synth=lambda: load_pipeline(folder), diffusers=lambda: plain(root, folder)
+        ).items():
+            try:
+                got = {k: (v - noted[k]).abs().max().item() for k, v in answers(get()).items()}
+            except (IndexError, TypeError, ValueError) as e:
+                got = f"{type(e).__name__}: {e}"
             print(f"  {folder.name}  by {name:<10}{got}")
 
+
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[1] not in ("save", "load"): sys.exit(__doc__)
+    if len(sys.argv) != 3 or sys.argv[1] not in ("save", "load"):
+        sys.exit(__doc__)
     versions = f"torch-{torch.__version__.split('+')[0]}_diffusers-{diffusers.__version__}_transformers-{transformers.__version__}_peft-{peft.__version__}"
     dict(save=save, load=load)[sys.argv[1]](Path(sys.argv[2]), versions)

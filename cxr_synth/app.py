@@ -19,197 +19,330 @@ from .base.records import STAGES, Study, not_here, stale_stages
 from .base.settings import CONFIGS, PRESETS, resolve
 
 # %% ../nbs/09_app.ipynb #5f83a423
-MODULES = {"data": "data", "plan": "plan", "train": "dreambooth", "generate": "generate", "quality": "quality",
-           "experiments": "experiments", "open-test": "experiments", "report": "analysis", "guide": "guide"}
+MODULES = {
+    "data": "data",
+    "plan": "plan",
+    "train": "dreambooth",
+    "generate": "generate",
+    "quality": "quality",
+    "experiments": "experiments",
+    "open-test": "experiments",
+    "report": "analysis",
+    "guide": "guide",
+}
+
 
 def run_stage(
-    study: Study,    # the study
-    stage: str,      # one of `MODULES`
-    config=None,     # its settings; `open-test` has none
-    preset: str="tiny", # data only: written into study.json
-    redo: bool=False # move output with other settings or inputs aside
+    study: Study,  # the study
+    stage: str,  # one of `MODULES`
+    config=None,  # its settings; `open-test` has none
+    preset: str = "tiny",  # data only: written into study.json
+    redo: bool = False,  # move output with other settings or inputs aside
 ):
     "Run one stage; what is complete is not done again."
     module = importlib.import_module(f"cxr_synth.{MODULES[one_of(stage, MODULES, 'stage')]}")
-    if stage == "open-test": return module.open_test(study)
+    if stage == "open-test":
+        return module.open_test(study)
     call = getattr(module, f"stage_{stage}")
-    if stage == "data": return call(study, config, preset=preset, redo=redo)
+    if stage == "data":
+        return call(study, config, preset=preset, redo=redo)
     if stage in ("train", "generate"):
         plan = importlib.import_module("cxr_synth.plan").load_plan(study)
-        if plan["builtin"]: return importlib.import_module("cxr_synth.material").stage_builtin(study, plan, redo)  # a generator whose worth is known
-        more = dict(card=importlib.import_module("cxr_synth.share").write_card) if stage == "generate" else {}
+        if plan["builtin"]:
+            return importlib.import_module("cxr_synth.material").stage_builtin(
+                study, plan, redo
+            )  # a generator whose worth is known
+        more = (
+            dict(card=importlib.import_module("cxr_synth.share").write_card)
+            if stage == "generate"
+            else {}
+        )
         return call(study, plan, config, redo, **more)
     return call(study, config, redo=redo)
 
 # %% ../nbs/09_app.ipynb #892c7d78
-STAGE_HELP = {"data": "read the images, split them by patients, prepare them", "plan": "fix and seal what will be computed",
-        "train": "train the generators", "generate": "draw the synthetic images", "quality": "measure them against real ones",
-        "experiments": "train and judge the classifiers", "open-test": "open the sealed test results, once",
-        "report": "intervals, verdict and the page; of several studies: side by side",
-        "guide": "the guide's seven arms as written, after open-test; run leaves it out",
-        "run": f"{', '.join(STAGES)}, in this order", "status": "what is done, running or stale"}
+STAGE_HELP = {
+    "data": "read the images, split them by patients, prepare them",
+    "plan": "fix and seal what will be computed",
+    "train": "train the generators",
+    "generate": "draw the synthetic images",
+    "quality": "measure them against real ones",
+    "experiments": "train and judge the classifiers",
+    "open-test": "open the sealed test results, once",
+    "report": "intervals, verdict and the page; of several studies: side by side",
+    "guide": "the guide's seven arms as written, after open-test; run leaves it out",
+    "run": f"{', '.join(STAGES)}, in this order",
+    "status": "what is done, running or stale",
+}
+
 
 def arguments(
-    command: str,         # one of `STAGE_HELP`
-    preset: str = "tiny", # whose values are the defaults
-    recorded=lambda s: {} # stage -> its recorded settings
+    command: str,  # one of `STAGE_HELP`
+    preset: str = "tiny",  # whose values are the defaults
+    recorded=lambda s: {},  # stage -> its recorded settings
 ):
     "The dataclass of a command's flags, defaults filled in: flag > recorded > preset > default."
     from tyro import conf
+
     stages = [s for s in CONFIGS if command == s or command == "run" and s in STAGES]
     text = lambda kind, help: Annotated[kind, conf.arg(help=help)]
-    common = [("study", conf.Positional[Annotated[str, conf.arg(help="the study folder", metavar="STUDY")]]),
-              ("preset", text(str | None, f"settings by name: {', '.join(PRESETS)}; recorded in the study, tiny at first"), None)]
-    flags = [("redo", text(bool, "move output with other settings or inputs aside"), False), ("debug", text(bool, "show tracebacks"), False)]
-    if command == "run": flags.append(("until", text(str, f"the last stage to do, one of {', '.join(STAGES)}"), STAGES[-1]))
-    groups = [(s, CONFIGS[s], field(default_factory=lambda s=s: resolve(s, preset, recorded(s)))) for s in stages]
+    common = [
+        (
+            "study",
+            conf.Positional[Annotated[str, conf.arg(help="the study folder", metavar="STUDY")]],
+        ),
+        (
+            "preset",
+            text(
+                str | None,
+                f"settings by name: {', '.join(PRESETS)}; recorded in the study, tiny at first",
+            ),
+            None,
+        ),
+    ]
+    flags = [
+        ("redo", text(bool, "move output with other settings or inputs aside"), False),
+        ("debug", text(bool, "show tracebacks"), False),
+    ]
+    if command == "run":
+        flags.append(
+            ("until", text(str, f"the last stage to do, one of {', '.join(STAGES)}"), STAGES[-1])
+        )
+    groups = [
+        (s, CONFIGS[s], field(default_factory=lambda s=s: resolve(s, preset, recorded(s))))
+        for s in stages
+    ]
     return make_dataclass(f"Cxr{command.title().replace('-', '')}", common + flags + groups)
 
 # %% ../nbs/09_app.ipynb #4cd9eff6
-SHORT_FLAGS = {"--data": "--data.source", "--classes": "--data.classes", "--patient-rule": "--data.patient-rule", "--on-bad": "--data.on-bad",
-         "--tier": "--plan.tier", "--my-guess": "--plan.my-guess", "--because": "--plan.because"}
-PLAIN_FLAGS = {"experiments": {"--only": "--experiments.only", "--retry-failed": "--experiments.retry-failed"}}  # of one command
+SHORT_FLAGS = {
+    "--data": "--data.source",
+    "--classes": "--data.classes",
+    "--patient-rule": "--data.patient-rule",
+    "--on-bad": "--data.on-bad",
+    "--tier": "--plan.tier",
+    "--my-guess": "--plan.my-guess",
+    "--because": "--plan.because",
+}
+PLAIN_FLAGS = {
+    "experiments": {"--only": "--experiments.only", "--retry-failed": "--experiments.retry-failed"}
+}  # of one command
+
 
 def expand_short_flags(
     argv: list[str],  # as typed
-    command: str = "" # whose
+    command: str = "",  # whose
 ) -> list[str]:
     "Replace the short flags by their full names."
+
     def full(a):
         name, equals, value = a.partition("=")
         return (SHORT_FLAGS | PLAIN_FLAGS.get(command, {})).get(name, name) + equals + value
+
     return [full(a) for a in argv]
 
 # %% ../nbs/09_app.ipynb #dcb219a4
 def parse(
-    command: str,   # one of `STAGE_HELP`
-    argv: list[str] # the rest of the line
+    command: str,  # one of `STAGE_HELP`
+    argv: list[str],  # the rest of the line
 ):
     "The flags of a command as a dataclass, and the preset in force."
     import tyro
-    read = lambda **kw: tyro.cli(arguments(command, **kw), args=expand_short_flags(argv, command), prog=f"cxr-synth {command}", description=STAGE_HELP[command])
+
+    read = lambda **kw: tyro.cli(
+        arguments(command, **kw),
+        args=expand_short_flags(argv, command),
+        prog=f"cxr-synth {command}",
+        description=STAGE_HELP[command],
+    )
     first = read()
     study = Study(first.study)
-    known = read_json(study/"study.json")["preset"] if (study/"study.json").is_file() else None
+    known = read_json(study / "study.json")["preset"] if (study / "study.json").is_file() else None
     preset = one_of(first.preset or known or "tiny", PRESETS, "preset")
-    if known and preset != known: raise CxrError(f"{study.root} was made with other settings: preset: recorded {known!r}, now {preset!r}.\nDrop the flag, or use another study folder.")
+    if known and preset != known:
+        raise CxrError(
+            f"{study.root} was made with other settings: preset: recorded {known!r}, now "
+            f"{preset!r}.\n"
+            "Drop the flag, or use another study folder."
+        )
     return read(preset=preset, recorded=study.recorded), preset
 
 # %% ../nbs/09_app.ipynb #8f861429
 def run_all(
-    study: Study,      # the study
-    args,              # from `parse`
-    preset: str,       # in force
-    last: str="report" # stop after this stage
+    study: Study,  # the study
+    args,  # from `parse`
+    preset: str,  # in force
+    last: str = "report",  # stop after this stage
 ):
     "All stages in the design's order, up to `last`."
     one_of(last, STAGES, "stage for --until:")
-    for stage in STAGES[:STAGES.index(last) + 1]:
-        if stage == "open-test" and (is_open(study) or not has_test(study)): continue
+    for stage in STAGES[: STAGES.index(last) + 1]:
+        if stage == "open-test" and (is_open(study) or not has_test(study)):
+            continue
         print(f"{stage}: {STAGE_HELP[stage]}", flush=True)
         run_stage(study, stage, getattr(args, stage, None), preset, args.redo)
 
+
 def is_open(
-    study: Study # the study, after experiments
+    study: Study,  # the study, after experiments
 ) -> bool:
     "Whether the results there already have their test columns."
-    return any(row["test_auroc"] for row in read_csv(study/"results.csv"))
+    return any(row["test_auroc"] for row in read_csv(study / "results.csv"))
+
 
 def has_test(
-    study: Study # the study, after data
+    study: Study,  # the study, after data
 ) -> bool:
     "Whether the data set has an official test; without one there is nothing to open."
-    return any(row["split"] == "test" for row in read_csv(study/"data/manifest.csv"))
+    return any(row["split"] == "test" for row in read_csv(study / "data/manifest.csv"))
 
 # %% ../nbs/09_app.ipynb #d52525fc
 def status(
-    study: Study # the study
+    study: Study,  # the study
 ) -> str:
     "One line per stage output: complete (and which of its inputs this copy of the study lacks), running or stale."
     study.info()
     stale, gone = {s.split(": ")[0]: s.split(": ")[1] for s in stale_stages(study)}, not_here(study)
-    def state(out, r): return "stale: " + stale[out] if out in stale else r["status"] + (f"; not here: {', '.join(gone[out])}" if out in gone else "")
-    return "\n".join(f"{out:28} {r['stage']:12} {state(out, r)}" for out, r in study.records().items())
+
+    def state(out, r):
+        return (
+            "stale: " + stale[out]
+            if out in stale
+            else r["status"] + (f"; not here: {', '.join(gone[out])}" if out in gone else "")
+        )
+
+    return "\n".join(
+        f"{out:28} {r['stage']:12} {state(out, r)}" for out, r in study.records().items()
+    )
 
 # %% ../nbs/09_app.ipynb #bdaa55b5
 def closing_text(
-    study: Study # with a report
+    study: Study,  # with a report
 ) -> str:
     "The verdict and where to read more."
-    return f"\n{read_json(study/'analysis.json')['verdict']['sentence']}\nReport: {study/'report'/'index.html'}"
+    return f"\n{read_json(study / 'analysis.json')['verdict']['sentence']}\nReport: {study / 'report' / 'index.html'}"
+
 
 def data_closing_text(
-    study: Study # after data
+    study: Study,  # after data
 ) -> str:
     "What the audit found, and where to read more."
-    rows, findings = read_csv(study/"data/manifest.csv"), read_json(study/"data/audit.json")["findings"]
+    rows = read_csv(study / "data/manifest.csv")
+    findings = read_json(study / "data/audit.json")["findings"]
     split = {s: sum(r["split"] == s for r in rows) for s in ("train", "val", "internal", "test")}
     found = [f"{f['level']}: {f['found']}" for f in findings if f["level"] != "ok"]
-    return "\n".join([f"{len(rows):,} images of {len({r['patient_id'] for r in rows}):,} patients: " + ", ".join(f"{s} {n:,}" for s, n in split.items()),
-                      *found, f"Audit: {study/'data'/'audit.html'}"])
+    return "\n".join(
+        [
+            f"{len(rows):,} images of {len({r['patient_id'] for r in rows}):,} patients: "
+            + ", ".join(f"{s} {n:,}" for s, n in split.items()),
+            *found,
+            f"Audit: {study / 'data' / 'audit.html'}",
+        ]
+    )
 
 # %% ../nbs/09_app.ipynb #e5d7d88c
 def plan_closing_text(
-    study: Study # after plan
+    study: Study,  # after plan
 ) -> str:
     "What was sealed, and what it will cost."
     plan = importlib.import_module("cxr_synth.plan")
     return plan.plan_text(plan.load_plan(study))
 
 # %% ../nbs/09_app.ipynb #4d5c6a96
-TRANSPORT_HELP = {"pack": "one zip of a study, to take elsewhere", "unpack": "verify such a zip and put it into a study", "push": "publish a synthetic set on the Hugging Face Hub"}
-TRANSPORT_FORMS = {"pack": "STUDY", "unpack": "FILE STUDY", "push": "STUDY GENERATOR OWNER/NAME"}  # what stands where
+TRANSPORT_HELP = {
+    "pack": "one zip of a study, to take elsewhere",
+    "unpack": "verify such a zip and put it into a study",
+    "push": "publish a synthetic set on the Hugging Face Hub",
+}
+TRANSPORT_FORMS = {
+    "pack": "STUDY",
+    "unpack": "FILE STUDY",
+    "push": "STUDY GENERATOR OWNER/NAME",
+}  # what stands where
+
 
 def run_transport(
-    name: str,      # one of `TRANSPORT_HELP`
-    argv: list[str] # the rest of the line
-) -> str:           # what to print
+    name: str,  # one of `TRANSPORT_HELP`
+    argv: list[str],  # the rest of the line
+) -> str:  # what to print
     "Pack, unpack or push."
     import tyro
+
     call = getattr(importlib.import_module("cxr_synth.share"), f"cli_{name}")
-    return tyro.cli(call, args=[a for a in argv if a != "--debug"], prog=f"cxr-synth {name}", description=f"{TRANSPORT_HELP[name]}: cxr-synth {name} {TRANSPORT_FORMS[name]} [options]", config=(tyro.conf.PositionalRequiredArgs,))
+    return tyro.cli(
+        call,
+        args=[a for a in argv if a != "--debug"],
+        prog=f"cxr-synth {name}",
+        description=f"{TRANSPORT_HELP[name]}: cxr-synth {name} {TRANSPORT_FORMS[name]} [options]",
+        config=(tyro.conf.PositionalRequiredArgs,),
+    )
 
 # %% ../nbs/09_app.ipynb #c43f2bb4
 def leading_studies(
-    rest: list[str] # of the line, after the command
+    rest: list[str],  # of the line, after the command
 ) -> list[str]:
     "The study folders that stand before the first flag."
     flags = [i for i, a in enumerate(rest) if a.startswith("-")]
-    return rest[:flags[0]] if flags else list(rest)
+    return rest[: flags[0]] if flags else list(rest)
 
 # %% ../nbs/09_app.ipynb #ad90e391
-USAGE = "usage: cxr-synth COMMAND STUDY [options]\n\nDo synthetic chest X-rays improve a pneumonia classifier? STUDY is a folder.\n\n" + \
-    "\n".join(f"  {c:12} {h}" for c, h in (STAGE_HELP | TRANSPORT_HELP).items()) + \
-    "\n\nStart with:  cxr-synth run my-study --data phantom --preset tiny\nOptions of a command:  cxr-synth COMMAND --help"
+USAGE = (
+    (
+        "usage: cxr-synth COMMAND STUDY [options]\n"
+        "\n"
+        "Do synthetic chest X-rays improve a pneumonia classifier? STUDY is a folder.\n"
+        "\n"
+    )
+    + "\n".join(f"  {c:12} {h}" for c, h in (STAGE_HELP | TRANSPORT_HELP).items())
+    + "\n\nStart with:  cxr-synth run my-study --data phantom --preset tiny\nOptions of a command:  cxr-synth COMMAND --help"
+)
+
 
 def command(
-    argv: list[str] # what was typed after cxr-synth
+    argv: list[str],  # what was typed after cxr-synth
 ):
     "Do what the line asks for."
     name, rest = one_of(argv[0], STAGE_HELP | TRANSPORT_HELP, "command"), argv[1:]
-    if name == "report" and len(folders := leading_studies(rest)) > 1: return print(importlib.import_module("cxr_synth.analysis").cli_compare(folders))
-    if name in TRANSPORT_HELP: return print(run_transport(name, rest))
+    if name == "report" and len(folders := leading_studies(rest)) > 1:
+        return print(importlib.import_module("cxr_synth.analysis").cli_compare(folders))
+    if name in TRANSPORT_HELP:
+        return print(run_transport(name, rest))
     args, preset = parse(name, rest)
     study = Study(args.study)
-    if name == "status": return print(status(study))
-    if name == "run": run_all(study, args, preset, args.until)
-    else: run_stage(study, name, getattr(args, name, None), preset, args.redo)
-    if (name, getattr(args, "until", "report")) == ("run", "report") or name == "report": print(closing_text(study))
-    if "data" in (name, getattr(args, "until", "")): print(data_closing_text(study))
-    if "plan" in (name, getattr(args, "until", "")): print(plan_closing_text(study))
+    if name == "status":
+        return print(status(study))
+    if name == "run":
+        run_all(study, args, preset, args.until)
+    else:
+        run_stage(study, name, getattr(args, name, None), preset, args.redo)
+    if (name, getattr(args, "until", "report")) == ("run", "report") or name == "report":
+        print(closing_text(study))
+    if "data" in (name, getattr(args, "until", "")):
+        print(data_closing_text(study))
+    if "plan" in (name, getattr(args, "until", "")):
+        print(plan_closing_text(study))
 
 # %% ../nbs/09_app.ipynb #32dcd5a3
 def main(
-    argv: list[str]=None # defaults to the command line
-) -> int: # 0, 2 for what the user can mend, 130 for Ctrl-C
+    argv: list[str] = None,  # defaults to the command line
+) -> int:  # 0, 2 for what the user can mend, 130 for Ctrl-C
     "The `cxr-synth` command."
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"): print(USAGE); return 0
-    try: command(argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    try:
+        command(argv)
     except (CxrError, OSError) as e:
-        if "--debug" in argv: raise
+        if "--debug" in argv:
+            raise
         known = isinstance(e, CxrError)
-        print(f"error: {e}" if known else f"error: {e.strerror or e}: {e.filename or ''}\nChoose a folder that exists and that you may write to, with space left, and try again.", file=sys.stderr)
+        print(
+            f"error: {e}"
+            if known
+            else f"error: {e.strerror or e}: {e.filename or ''}\nChoose a folder that exists and that you may write to, with space left, and try again.",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("stopped. The same command goes on from here.", file=sys.stderr)
@@ -217,11 +350,16 @@ def main(
     return 0
 
 # %% ../nbs/09_app.ipynb #a492da82
-def nbdev_test() -> int: # exit status of nbdev-test; 2 without nbdev
+def nbdev_test() -> int:  # exit status of nbdev-test; 2 without nbdev
     "The `nbdev_test` command: nbdev-test by its former name."
     script = shutil.which("nbdev-test", path=sysconfig.get_path("scripts"))
     if script is None:
-        print('nbdev is not installed.\nInstall it with: python -m pip install -e ".[dev]"', file=sys.stderr)
+        print(
+            'nbdev is not installed.\nInstall it with: python -m pip install -e ".[dev]"',
+            file=sys.stderr,
+        )
         return 2
     options = [a.replace("_", "-") if a.startswith("--") else a for a in sys.argv[1:]]
-    return subprocess.call([script, *options], env={"OMP_NUM_THREADS": "1", "CXR_QUIET": "1", **os.environ})
+    return subprocess.call(
+        [script, *options], env={"OMP_NUM_THREADS": "1", "CXR_QUIET": "1", **os.environ}
+    )

@@ -21,8 +21,19 @@ from torchvision import transforms
 # %% ../nbs/08_guide.ipynb #5c5d2282
 from .base.cache import recorded, weights_key
 from .base.compute import pick_device, progress, seed_for
-from .base.files import (CxrError, atomic_path, check_apart, claim, digest_file, null_for_nan,
-                                  one_of, read_csv, read_json, write_csv, write_json)
+from cxr_synth.base.files import (
+    CxrError,
+    atomic_path,
+    check_apart,
+    claim,
+    digest_file,
+    null_for_nan,
+    one_of,
+    read_csv,
+    read_json,
+    write_csv,
+    write_json,
+)
 from .base.records import Study, open_stage
 from .base.settings import CLASSES, GuideConfig
 from .classify.finetune import Classifier
@@ -35,110 +46,186 @@ from .stats.auc import auroc
 # %% ../nbs/08_guide.ipynb #7cc67863
 GUIDE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
+
 def image_list(
-    folder,       # with images
-    ratio: float, # part of them to use, 0-1
-    seed: int,    # of the draw
-    source: str   # real or synthetic, goes into the draw
-) -> list[str]:   # paths; raises `CxrError` for a missing or empty folder and an impossible ratio
+    folder,  # with images
+    ratio: float,  # part of them to use, 0-1
+    seed: int,  # of the draw
+    source: str,  # real or synthetic, goes into the draw
+) -> list[str]:  # paths; raises `CxrError` for a missing or empty folder and an impossible ratio
     "A random part of a folder's images, the same on every computer."
-    if not 0 <= ratio <= 1: raise CxrError(f"{source}_ratio {ratio} is not possible.\nAllowed: 0 to 1, the part of the files to use.")
+    if not 0 <= ratio <= 1:
+        raise CxrError(
+            f"{source}_ratio {ratio} is not possible.\n"
+            "Allowed: 0 to 1, the part of the files to use."
+        )
     files = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in GUIDE_SUFFIXES)
-    if not files: raise CxrError(f"{folder} holds no images.\nExpected a folder of .png, .jpg or .jpeg files.")
-    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed_for(seed, "subset", source, Path(folder).name)))
-    return [str(files[i]) for i in order[:int(len(files) * ratio)].tolist()]
+    if not files:
+        raise CxrError(
+            f"{folder} holds no images.\nExpected a folder of .png, .jpg or .jpeg files."
+        )
+    order = torch.randperm(
+        len(files),
+        generator=torch.Generator().manual_seed(
+            seed_for(seed, "subset", source, Path(folder).name)
+        ),
+    )
+    return [str(files[i]) for i in order[: int(len(files) * ratio)].tolist()]
+
 
 class ChestXrayDataset(Dataset):
     "Chest X-rays from folders, real and synthetic (guide, section 10)."
-    def __init__(self,
-        real_dirs: dict = None,      # {'normal': folder, 'pneumonia': folder}
-        synthetic_dirs: dict = None, # the same for synthetic images
-        real_ratio: float = 1.0,     # part of the real files to use, 0-1
-        synthetic_ratio: float = 0.0,# part of the synthetic files
-        transform = None,            # from `get_transforms`
-        seed: int = 42):             # of the two draws
-        self.transform, self.samples = transform, []  # (path, label, source)
-        for dirs, ratio, source in ((real_dirs, real_ratio, "real"), (synthetic_dirs, synthetic_ratio, "synthetic")):
+
+    def __init__(
+        self,
+        real_dirs: dict = None,  # {'normal': folder, 'pneumonia': folder}
+        synthetic_dirs: dict = None,  # the same for synthetic images
+        real_ratio: float = 1.0,  # part of the real files to use, 0-1
+        synthetic_ratio: float = 0.0,  # part of the synthetic files
+        transform=None,  # from `get_transforms`
+        seed: int = 42,
+    ):  # of the two draws
+        self.transform = transform  # (path, label, source)
+        self.samples = []
+        for dirs, ratio, source in (
+            (real_dirs, real_ratio, "real"),
+            (synthetic_dirs, synthetic_ratio, "synthetic"),
+        ):
             for name, folder in (dirs or {}).items() if ratio else ():
                 label = CLASSES.index(one_of(name, CLASSES, "class"))
-                self.samples += [(p, label, source) for p in image_list(folder, ratio, seed, source)]
-        print(f"Dataset: {len(self.samples)} images ({self.count('real')} real, {self.count('synthetic')} synthetic)")
-    def count(self, source: str) -> int: return sum(s[2] == source for s in self.samples)
-    def __len__(self): return len(self.samples)
+                self.samples += [
+                    (p, label, source) for p in image_list(folder, ratio, seed, source)
+                ]
+        print(
+            f"Dataset: {len(self.samples)} images ({self.count('real')} real, "
+            f"{self.count('synthetic')} synthetic)"
+        )
+
+    def count(self, source: str) -> int:
+        return sum(s[2] == source for s in self.samples)
+
+    def __len__(self):
+        return len(self.samples)
+
     def __getitem__(self, idx):
         path, label, _ = self.samples[idx]
-        try: image = Image.open(path).convert("RGB")
-        except OSError as e: raise CxrError(f"cannot read the image {path} ({type(e).__name__}).\nReplace it, or move it out of the folder.") from e
+        try:
+            image = Image.open(path).convert("RGB")
+        except OSError as e:
+            raise CxrError(
+                f"cannot read the image {path} ({type(e).__name__}).\n"
+                "Replace it, or move it out of the folder."
+            ) from e
         return (self.transform(image) if self.transform else image), label
 
 # %% ../nbs/08_guide.ipynb #3bf2fe1e
 def get_transforms(
-    train: bool = True, # with augmentation
-    size: int = 224     # side of the result, px (guide: 224, cut from 256)
+    train: bool = True,  # with augmentation
+    size: int = 224,  # side of the result, px (guide: 224, cut from 256)
 ):
     "The guide's image transforms: decode, resize, cut, ImageNet's mean and spread."
-    big, norm = round(size * 256 / 224), transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    if not train: return transforms.Compose([transforms.Resize((big, big)), transforms.CenterCrop(size), transforms.ToTensor(), norm])
-    return transforms.Compose([transforms.Resize((big, big)), transforms.RandomResizedCrop(size, scale=(0.8, 1.0)), transforms.RandomHorizontalFlip(),
-                               transforms.RandomRotation(10), transforms.ColorJitter(brightness=0.1, contrast=0.1), transforms.ToTensor(), norm])
+    big = round(size * 256 / 224)
+    norm = transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    if not train:
+        return transforms.Compose(
+            [
+                transforms.Resize((big, big)),
+                transforms.CenterCrop(size),
+                transforms.ToTensor(),
+                norm,
+            ]
+        )
+    return transforms.Compose(
+        [
+            transforms.Resize((big, big)),
+            transforms.RandomResizedCrop(size, scale=(0.8, 1.0)),
+            transforms.RandomHorizontalFlip(),
+            transforms.RandomRotation(10),
+            transforms.ColorJitter(brightness=0.1, contrast=0.1),
+            transforms.ToTensor(),
+            norm,
+        ]
+    )
 
 # %% ../nbs/08_guide.ipynb #be8b4672
 class PneumoniaClassifier(nn.Module):
     "DenseNet-121 with the guide's head."
-    def __init__(self,
-        num_classes: int = 2,    # answers
-        pretrained: bool = True, # start from ImageNet: torchvision's file, from its cache or downloaded
-        weights = None):         # that file or its folder, where there is no network
+
+    def __init__(
+        self,
+        num_classes: int = 2,  # answers
+        pretrained: bool = True,  # start from ImageNet: torchvision's file, from its cache or downloaded
+        weights=None,
+    ):  # that file or its folder, where there is no network
         super().__init__()
         self.densenet = torchvision_net("densenet121", 224, pretrained, weights)
         width = self.densenet.classifier.in_features
-        self.densenet.classifier = nn.Sequential(nn.Linear(width, 512), nn.ReLU(), nn.Dropout(0.3), nn.Linear(512, num_classes))
-    def forward(self, x): return self.densenet(x)
+        self.densenet.classifier = nn.Sequential(
+            nn.Linear(width, 512), nn.ReLU(), nn.Dropout(0.3), nn.Linear(512, num_classes)
+        )
+
+    def forward(self, x):
+        return self.densenet(x)
+
 
 class TwoLogits(nn.Module):
     "Any of our networks in the guide's clothes: three channels in, two answers out."
+
     def __init__(self, name: str, size: int, pretrained: bool = True, weights=None, seed: int = 0):
         super().__init__()
         self.inner = Classifier(name, size, pretrained, weights, seed)
+
     def forward(self, x):  # (B, 3, S, S) with ImageNet's mean and spread -> (B, 2)
-        z = self.inner((x.mean(1, keepdim=True) * .226 + .449) * 2 - 1)
+        z = self.inner((x.mean(1, keepdim=True) * 0.226 + 0.449) * 2 - 1)
         return torch.stack([torch.zeros_like(z), z], 1)
 
 # %% ../nbs/08_guide.ipynb #9c08bfe6
 def evaluate_loader(
-    model: nn.Module, # (B, 3, S, S) -> (B, 2)
-    loader,           # of (images, labels)
-    device: str       # cuda, mps or cpu
-) -> dict:            # loss, acc, f1, auc
+    model: nn.Module,  # (B, 3, S, S) -> (B, 2)
+    loader,  # of (images, labels)
+    device: str,  # cuda, mps or cpu
+) -> dict:  # loss, acc, f1, auc
     "How a model does on a loader."
     model.eval()
-    with torch.no_grad(): out = [(model(x.to(device)).float().cpu(), y) for x, y in loader]
+    with torch.no_grad():
+        out = [(model(x.to(device)).float().cpu(), y) for x, y in loader]
     z, y = (torch.cat(t) for t in zip(*out))
     loss = float(np.mean([float(nn.functional.cross_entropy(*o)) for o in out]))
     p, hit = z.softmax(1)[:, 1].numpy(), z.argmax(1).numpy()
-    if len(set(y.tolist())) < 2: raise CxrError(f"the validation loader holds {len(y)} images of one class.\nIt needs both: normal and pneumonia.")
-    return dict(loss=loss, acc=float(accuracy_score(y, hit)), f1=float(f1_score(y, hit, zero_division=0)), auc=auroc(y, p))
+    if len(set(y.tolist())) < 2:
+        raise CxrError(
+            f"the validation loader holds {len(y)} images of one class.\n"
+            "It needs both: normal and pneumonia."
+        )
+    return dict(
+        loss=loss,
+        acc=float(accuracy_score(y, hit)),
+        f1=float(f1_score(y, hit, zero_division=0)),
+        auc=auroc(y, p),
+    )
 
 # %% ../nbs/08_guide.ipynb #9fa70fa5
 def save_weights(
-    model: nn.Module, # any
-    path              # .pth as in the guide, or .safetensors
+    model: nn.Module,  # any
+    path,  # .pth as in the guide, or .safetensors
 ):
     "Write a model's weights; the suffix decides how."
     with atomic_path(path) as tmp:
-        if Path(path).suffix != ".safetensors": torch.save(model.state_dict(), tmp)
+        if Path(path).suffix != ".safetensors":
+            torch.save(model.state_dict(), tmp)
         else:
             from safetensors.torch import save_file
+
             save_file({k: v.contiguous() for k, v in model.state_dict().items()}, tmp)
 
 # %% ../nbs/08_guide.ipynb #7f8e460f
 def train_epoch(
-    model: nn.Module, # (B, 3, S, S) -> (B, 2)
-    loader,           # of (images, labels)
-    optimizer,        # of the model's parameters
-    device: str,      # cuda, mps or cpu
-    desc: str         # for the progress bar
-) -> float:           # mean loss
+    model: nn.Module,  # (B, 3, S, S) -> (B, 2)
+    loader,  # of (images, labels)
+    optimizer,  # of the model's parameters
+    device: str,  # cuda, mps or cpu
+    desc: str,  # for the progress bar
+) -> float:  # mean loss
     "Once through the training images."
     model.train()
     losses = []
@@ -152,25 +239,34 @@ def train_epoch(
 
 # %% ../nbs/08_guide.ipynb #0c27e600
 def train_classifier(
-    model: nn.Module, # such as `PneumoniaClassifier`
-    train_loader,     # of (images, labels)
-    val_loader,       # of (images, labels)
-    num_epochs: int = 20,        # times through the training loader
-    learning_rate: float = 1e-4, # at the start
-    device: str = "auto",        # auto, cuda, mps or cpu (guide: cuda)
-    save_path = "best_model.pth" # the best weights go here
-) -> tuple[dict, float]:         # history (train_loss, val_loss, val_acc, val_f1, val_auc per epoch), best accuracy
+    model: nn.Module,  # such as `PneumoniaClassifier`
+    train_loader,  # of (images, labels)
+    val_loader,  # of (images, labels)
+    num_epochs: int = 20,  # times through the training loader
+    learning_rate: float = 1e-4,  # at the start
+    device: str = "auto",  # auto, cuda, mps or cpu (guide: cuda)
+    save_path="best_model.pth",  # the best weights go here
+) -> tuple[
+    dict, float
+]:  # history (train_loss, val_loss, val_acc, val_f1, val_auc per epoch), best accuracy
     "Train as the guide does: keep the epoch with the best accuracy on `val_loader`. Our own arms choose nothing: fixed steps, last weights."
     device = pick_device(device)
     model = model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=num_epochs)
-    best, history = 0., {k: [] for k in ("train_loss", "val_loss", "val_acc", "val_f1", "val_auc")}
+    best, history = 0.0, {k: [] for k in ("train_loss", "val_loss", "val_acc", "val_f1", "val_auc")}
     for epoch in range(num_epochs):
-        loss = train_epoch(model, train_loader, optimizer, device, f"Epoch {epoch + 1}/{num_epochs} [Train]")
+        loss = train_epoch(
+            model, train_loader, optimizer, device, f"Epoch {epoch + 1}/{num_epochs} [Train]"
+        )
         found = evaluate_loader(model, val_loader, device)
-        for k, v in zip(history, (loss, *found.values())): history[k].append(v)
-        print(f"Epoch {epoch + 1}: Train Loss={history['train_loss'][-1]:.4f}, Val Loss={found['loss']:.4f}, Acc={found['acc']:.4f}, F1={found['f1']:.4f}, AUC={found['auc']:.4f}")
+        for k, v in zip(history, (loss, *found.values())):
+            history[k].append(v)
+        print(
+            f"Epoch {epoch + 1}: Train Loss={history['train_loss'][-1]:.4f}, Val "
+            f"Loss={found['loss']:.4f}, Acc={found['acc']:.4f}, F1={found['f1']:.4f}, "
+            f"AUC={found['auc']:.4f}"
+        )
         if found["acc"] > best:
             best = found["acc"]
             save_weights(model, save_path)
@@ -178,149 +274,299 @@ def train_classifier(
     return history, best
 
 # %% ../nbs/08_guide.ipynb #55ff59ba
-GUIDE_EXPERIMENTS = {name: dict(real_ratio=r, synthetic_ratio=s) for name, r, s in (
-    ("baseline", 1.0, 0.0), ("synth_25", 1.0, 0.25), ("synth_50", 1.0, 0.50), ("synth_100", 1.0, 1.0),
-    ("limited_10", 0.10, 1.0), ("limited_25", 0.25, 1.0), ("synth_only", 0.0, 1.0))}
+GUIDE_EXPERIMENTS = {
+    name: dict(real_ratio=r, synthetic_ratio=s)
+    for name, r, s in (
+        ("baseline", 1.0, 0.0),
+        ("synth_25", 1.0, 0.25),
+        ("synth_50", 1.0, 0.50),
+        ("synth_100", 1.0, 1.0),
+        ("limited_10", 0.10, 1.0),
+        ("limited_25", 0.25, 1.0),
+        ("synth_only", 0.0, 1.0),
+    )
+}
+
 
 def assert_folders_disjoint(
-    train: ChestXrayDataset, # trained on
+    train: ChestXrayDataset,  # trained on
     test: ChestXrayDataset,  # judged on
-    digest=digest_file       # path -> digest of the file
+    digest=digest_file,  # path -> digest of the file
 ):
     "No file and, as far as names tell, no patient on both sides; raises `CxrError`."
     for what, key in (("patient", lambda p: parse_name(Path(p).stem)[1]), ("file", digest)):
         a, b = ({key(s[0]): s[0] for s in d.samples if s[2] == "real"} for d in (train, test))
-        if both := sorted({*a} & {*b} - {""}): raise CxrError(f"leak: {len(both)} {what}s are in training and test, such as {a[both[0]]}\nand {b[both[0]]}.\nTake them out of one of the two.")
+        if both := sorted({*a} & {*b} - {""}):
+            raise CxrError(
+                f"leak: {len(both)} {what}s are in training and test, such as {a[both[0]]}\n"
+                f"and {b[both[0]]}.\n"
+                "Take them out of one of the two."
+            )
 
 # %% ../nbs/08_guide.ipynb #daf3099d
 PROTOCOL_VERSION = 1  # of `train_classifier`: raise it when it trains or judges otherwise
 
+
 def seen_of(
-    images: ChestXrayDataset, # of training or test
-    digest                    # path -> digest of the file
-) -> list: # a part of a record's key, see `recorded`
+    images: ChestXrayDataset,  # of training or test
+    digest,  # path -> digest of the file
+) -> list:  # a part of a record's key, see `recorded`
     "What a network sees of a data set: the content of its files in their order, labels, sources, and the transform."
-    return [str(images.transform), [[digest(path), label, source] for path, label, source in images.samples]]
+    return [
+        str(images.transform),
+        [[digest(path), label, source] for path, label, source in images.samples],
+    ]
+
 
 def best_and_last(
-    history: dict, # from `train_classifier`
-    best: float    # its best accuracy
+    history: dict,  # from `train_classifier`
+    best: float,  # its best accuracy
 ) -> dict:
     "What the guide reports of one training, and beside it what the last epoch said."
-    return dict(best_epoch=int(np.argmax(history["val_acc"])) + 1, best_accuracy=best, last_accuracy=history["val_acc"][-1],
-                best_f1=max(history["val_f1"]), best_auroc=max(history["val_auc"]), last_auroc=history["val_auc"][-1])
+    return dict(
+        best_epoch=int(np.argmax(history["val_acc"])) + 1,
+        best_accuracy=best,
+        last_accuracy=history["val_acc"][-1],
+        best_f1=max(history["val_f1"]),
+        best_auroc=max(history["val_auc"]),
+        last_auroc=history["val_auc"][-1],
+    )
+
 
 def one_experiment(
-    train: ChestXrayDataset, # trained on
-    test_loader,             # judged on, after every epoch
-    seed: int,               # of weights and order
-    make_model,              # () -> model
-    path,                    # of the best weights; the record lies beside it as .json
-    num_epochs: int, batch_size: int, num_workers: int, device: str, # as in `run_all_experiments`
-    digest=digest_file       # path -> digest of the file; give one function to many experiments and each file is read once
-) -> dict:                   # history and the best and last epoch's numbers
+    train: ChestXrayDataset,  # trained on
+    test_loader,  # judged on, after every epoch
+    seed: int,  # of weights and order
+    make_model,  # () -> model
+    path,  # of the best weights; the record lies beside it as .json
+    num_epochs: int,
+    batch_size: int,
+    num_workers: int,
+    device: str,  # as in `run_all_experiments`
+    digest=digest_file,  # path -> digest of the file; give one function to many experiments and each file is read once
+) -> dict:  # history and the best and last epoch's numbers
     "One training; if a record of just this training is there, that."
     torch.manual_seed(seed)
     model = make_model()
     order = torch.Generator().manual_seed(seed_for(seed, "order"))
-    loader = DataLoader(train, batch_size=batch_size, shuffle=True, num_workers=num_workers, generator=order)
+    loader = DataLoader(
+        train, batch_size=batch_size, shuffle=True, num_workers=num_workers, generator=order
+    )
+
     def compute():
-        history, best = train_classifier(model, loader, test_loader, num_epochs, device=device, save_path=path)
+        history, best = train_classifier(
+            model, loader, test_loader, num_epochs, device=device, save_path=path
+        )
         counts = dict(n_real=train.count("real"), n_synthetic=train.count("synthetic"))
-        return null_for_nan(dict(seed=seed, epochs=num_epochs) | best_and_last(history, best) | counts | dict(history=history))
-    key = dict(train=seen_of(train, digest), test=seen_of(test_loader.dataset, digest), model=[str(model), weights_key(model)], seed=seed,
-               epochs=num_epochs, batch=batch_size, workers=num_workers, version=PROTOCOL_VERSION)
+        return null_for_nan(
+            dict(seed=seed, epochs=num_epochs)
+            | best_and_last(history, best)
+            | counts
+            | dict(history=history)
+        )
+
+    key = dict(
+        train=seen_of(train, digest),
+        test=seen_of(test_loader.dataset, digest),
+        model=[str(model), weights_key(model)],
+        seed=seed,
+        epochs=num_epochs,
+        batch=batch_size,
+        workers=num_workers,
+        version=PROTOCOL_VERSION,
+    )
     return recorded(Path(path).with_suffix(".json"), key, compute)
 
 # %% ../nbs/08_guide.ipynb #094b4f3d
 def summarise_seeds(
-    config: dict,     # real_ratio, synthetic_ratio
-    runs: list[dict]  # from `one_experiment`
-) -> dict:            # the guide's keys, and what the last epochs said
+    config: dict,  # real_ratio, synthetic_ratio
+    runs: list[dict],  # from `one_experiment`
+) -> dict:  # the guide's keys, and what the last epochs said
     "What the guide reports of one experiment: means over seeds of the best epochs."
     spread = lambda k: (float(np.mean([r[k] for r in runs])), float(np.std([r[k] for r in runs])))
-    (am, asd), (fm, fsd), (um, usd) = spread("best_accuracy"), spread("best_f1"), spread("best_auroc")
-    return dict(config=config, accuracy_mean=am, accuracy_std=asd, f1_mean=fm, f1_std=fsd, auc_mean=um, auc_std=usd,
-                all_accuracies=[r["best_accuracy"] for r in runs], last_accuracies=[r["last_accuracy"] for r in runs])
+    (am, asd), (fm, fsd), (um, usd) = (
+        spread("best_accuracy"),
+        spread("best_f1"),
+        spread("best_auroc"),
+    )
+    return dict(
+        config=config,
+        accuracy_mean=am,
+        accuracy_std=asd,
+        f1_mean=fm,
+        f1_std=fsd,
+        auc_mean=um,
+        auc_std=usd,
+        all_accuracies=[r["best_accuracy"] for r in runs],
+        last_accuracies=[r["last_accuracy"] for r in runs],
+    )
 
 # %% ../nbs/08_guide.ipynb #71b55a4e
 def run_all_experiments(
-    real_dirs: dict,      # {'normal': folder, 'pneumonia': folder}
-    synthetic_dirs: dict, test_dirs: dict, # the same
-    output_dir: str = "./experiment_results", # results.json and weights go here
-    num_epochs: int = 20, seeds = (42, 123, 456), # guide
-    batch_size: int = 64, num_workers: int = 4, # guide
-    size: int = 224,      # side of the images, px (guide)
-    model = None,         # () -> model; None: `PneumoniaClassifier`
-    device: str = "auto"  # auto, cuda, mps or cpu
-) -> dict:                # experiment -> `summarise_seeds`; raises `CxrError` for seeds repeated and for a leak
+    real_dirs: dict,  # {'normal': folder, 'pneumonia': folder}
+    synthetic_dirs: dict,
+    test_dirs: dict,  # the same
+    output_dir: str = "./experiment_results",  # results.json and weights go here
+    num_epochs: int = 20,
+    seeds=(42, 123, 456),  # guide
+    batch_size: int = 64,
+    num_workers: int = 4,  # guide
+    size: int = 224,  # side of the images, px (guide)
+    model=None,  # () -> model; None: `PneumoniaClassifier`
+    device: str = "auto",  # auto, cuda, mps or cpu
+) -> dict:  # experiment -> `summarise_seeds`; raises `CxrError` for seeds repeated and for a leak
     "The guide's seven experiments. Biased by design: each picks its best epoch on the test images. What is finished is not done again."
-    if len(set(seeds)) < len(seeds): raise CxrError(f"seeds repeated: {list(seeds)}.\nEach seed once; the same training twice is no evidence.")
-    for source in (*real_dirs.values(), *synthetic_dirs.values(), *test_dirs.values()): check_apart(source, [output_dir])
+    if len(set(seeds)) < len(seeds):
+        raise CxrError(
+            f"seeds repeated: {list(seeds)}.\n"
+            "Each seed once; the same training twice is no evidence."
+        )
+    for source in (*real_dirs.values(), *synthetic_dirs.values(), *test_dirs.values()):
+        check_apart(source, [output_dir])
     claim(output_dir, ".experiments.json", dict(experiments=list(GUIDE_EXPERIMENTS)))
     test = ChestXrayDataset(real_dirs=test_dirs, transform=get_transforms(False, size))
-    loader, results, digest = DataLoader(test, batch_size=64, num_workers=num_workers), {}, cache(digest_file)
+    loader = DataLoader(test, batch_size=64, num_workers=num_workers)
+    results = {}
+    digest = cache(digest_file)
     for name, config in GUIDE_EXPERIMENTS.items():
         print(f"\nEXPERIMENT: {name}")
         runs = []
         for seed in seeds:
-            train = ChestXrayDataset(real_dirs, synthetic_dirs, **config, transform=get_transforms(True, size), seed=seed)
+            train = ChestXrayDataset(
+                real_dirs, synthetic_dirs, **config, transform=get_transforms(True, size), seed=seed
+            )
             assert_folders_disjoint(train, test, digest)
-            path = Path(output_dir)/f"{name}_seed{seed}.pth"
-            runs.append(one_experiment(train, loader, seed, model or PneumoniaClassifier, path, num_epochs, batch_size, num_workers, device, digest))
+            path = Path(output_dir) / f"{name}_seed{seed}.pth"
+            runs.append(
+                one_experiment(
+                    train,
+                    loader,
+                    seed,
+                    model or PneumoniaClassifier,
+                    path,
+                    num_epochs,
+                    batch_size,
+                    num_workers,
+                    device,
+                    digest,
+                )
+            )
         results[name] = summarise_seeds(config, runs)
-        print(f"{name} Results: Acc={results[name]['accuracy_mean']:.4f}±{results[name]['accuracy_std']:.4f}")
-    write_json(Path(output_dir)/"results.json", results)
+        print(
+            f"{name} Results: "
+            f"Acc={results[name]['accuracy_mean']:.4f}±{results[name]['accuracy_std']:.4f}"
+        )
+    write_json(Path(output_dir) / "results.json", results)
     return results
 
 # %% ../nbs/08_guide.ipynb #988c0d72
-GUIDE_COLUMNS = ["arm", "network", "seed", "epochs", "best_epoch", "best_accuracy", "last_accuracy", "best_f1", "best_auroc", "last_auroc", "n_real", "n_synthetic", "biased"]
+GUIDE_COLUMNS = [
+    "arm",
+    "network",
+    "seed",
+    "epochs",
+    "best_epoch",
+    "best_accuracy",
+    "last_accuracy",
+    "best_f1",
+    "best_auroc",
+    "last_auroc",
+    "n_real",
+    "n_synthetic",
+    "biased",
+]
 BIASED_NOTE = "by design: best epoch chosen on test"
+
 
 class StudySet(ChestXrayDataset):
     "The guide's data set over a study's prepared images."
-    def __init__(self, files: dict, transform, seed: int = 0, **ratios): # files: source -> list of (path, label)
-        self.transform, self.samples = transform, []
+
+    def __init__(
+        self, files: dict, transform, seed: int = 0, **ratios
+    ):  # files: source -> list of (path, label)
+        self.transform = transform
+        self.samples = []
         for source, items in files.items():
             for label in (0, 1):
                 mine = sorted(str(p) for p, y in items if y == label)
-                order = torch.randperm(len(mine), generator=torch.Generator().manual_seed(seed_for(seed, "subset", source, CLASSES[label])))
-                self.samples += [(mine[i], label, source) for i in order[:int(len(mine) * ratios.get(f"{source}_ratio", 1.))].tolist()]
+                order = torch.randperm(
+                    len(mine),
+                    generator=torch.Generator().manual_seed(
+                        seed_for(seed, "subset", source, CLASSES[label])
+                    ),
+                )
+                self.samples += [
+                    (mine[i], label, source)
+                    for i in order[: int(len(mine) * ratios.get(f"{source}_ratio", 1.0))].tolist()
+                ]
+
 
 def study_files(
     study: Study,  # with images
-    generator: str # whose synthetic images
-) -> dict:         # train (source -> files) and test
+    generator: str,  # whose synthetic images
+) -> dict:  # train (source -> files) and test
     "Files and labels of the guide's two sides: everything outside the official test, and the test."
     t = load_manifest(study)
-    real = {part: [(study/"data/images"/f"{r.image_id}.png", r.label) for r in rows.itertuples()] for part, rows in (("train", t[t.split != "test"]), ("test", t[t.split == "test"]))}
-    made = [(study/"synthetic"/generator/m["file_name"], m["label"]) for m in read_synthetic_set(study, generator)]
+    real = {
+        part: [(study / "data/images" / f"{r.image_id}.png", r.label) for r in rows.itertuples()]
+        for part, rows in (("train", t[t.split != "test"]), ("test", t[t.split == "test"]))
+    }
+    made = [
+        (study / "synthetic" / generator / m["file_name"], m["label"])
+        for m in read_synthetic_set(study, generator)
+    ]
     return dict(train=dict(real=real["train"], synthetic=made), test=dict(real=real["test"]))
 
 # %% ../nbs/08_guide.ipynb #350b0ad4
 def stage_guide(
-    study: Study,      # the study; its test is open
-    cfg: GuideConfig = GuideConfig(), # settings
-    redo: bool = False # move results with other settings aside
+    study: Study,  # the study; its test is open
+    cfg: GuideConfig = GuideConfig(),  # settings
+    redo: bool = False,  # move results with other settings aside
 ):
     "The guide's seven arms: guide/ARM/seedN.json and guide/results.csv."
-    opened = (study/"opened.json").exists() and any(r["test_auroc"] for r in read_csv(study/"results.csv"))
-    if not opened: raise CxrError(f"the guide's arms read the official test after every epoch, and it is still sealed.\nFinish the study first: cxr-synth open-test {study.root}")
+    opened = (study / "opened.json").exists() and any(
+        r["test_auroc"] for r in read_csv(study / "results.csv")
+    )
+    if not opened:
+        raise CxrError(
+            "the guide's arms read the official test after every epoch, and it is still "
+            "sealed.\n"
+            f"Finish the study first: cxr-synth open-test {study.root}"
+        )
     seeds = [int(s) for s in cfg.seeds.replace(",", " ").split()]
-    if len(set(seeds)) < len(seeds): raise CxrError(f"seeds repeated: {seeds}.\nEach seed once; the same training twice is no evidence.")
-    plan = read_json(study/"plan.json")
+    if len(set(seeds)) < len(seeds):
+        raise CxrError(
+            f"seeds repeated: {seeds}.\nEach seed once; the same training twice is no evidence."
+        )
+    plan = read_json(study / "plan.json")
     name = max(plan["generators"], key=lambda g: (g["fraction"], -g["replicate"]))["name"]
-    stage = open_stage(study, "guide", "guide", cfg, ["data/manifest.csv", f"synthetic/{name}"], redo)
-    if stage.done: return
-    device, files, rows, digest = stage.compute_on(cfg.device), study_files(study, name), [], cache(digest_file)
+    stage = open_stage(
+        study, "guide", "guide", cfg, ["data/manifest.csv", f"synthetic/{name}"], redo
+    )
+    if stage.done:
+        return
+    device = stage.compute_on(cfg.device)
+    files = study_files(study, name)
+    rows = []
+    digest = cache(digest_file)
     loader = DataLoader(StudySet(files["test"], get_transforms(False, cfg.size)), batch_size=64)
-    def model(): return PneumoniaClassifier(pretrained=cfg.pretrained) if cfg.network == "densenet121" else TwoLogits(cfg.network, cfg.size, cfg.pretrained, seed=torch.initial_seed())
+
+    def model():
+        return (
+            PneumoniaClassifier(pretrained=cfg.pretrained)
+            if cfg.network == "densenet121"
+            else TwoLogits(cfg.network, cfg.size, cfg.pretrained, seed=torch.initial_seed())
+        )
+
     for arm, ratios in progress(GUIDE_EXPERIMENTS.items(), "guide", unit="arm"):
         for seed in seeds:
-            path = study/f"guide/guide-{arm}/seed{seed}.pth"
+            path = study / f"guide/guide-{arm}/seed{seed}.pth"
             train = StudySet(files["train"], get_transforms(True, cfg.size), seed, **ratios)
-            run = one_experiment(train, loader, seed, model, path, cfg.epochs, cfg.batch_size, 0, device, digest)
-            if not cfg.save_models: path.unlink(missing_ok=True)
+            run = one_experiment(
+                train, loader, seed, model, path, cfg.epochs, cfg.batch_size, 0, device, digest
+            )
+            if not cfg.save_models:
+                path.unlink(missing_ok=True)
             rows.append(run | dict(arm=f"guide-{arm}", network=cfg.network, biased=BIASED_NOTE))
-            write_csv(study/"guide/results.csv", GUIDE_COLUMNS, rows)
+            write_csv(study / "guide/results.csv", GUIDE_COLUMNS, rows)
     stage.finish(generator=name, biased=BIASED_NOTE)

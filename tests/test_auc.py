@@ -1,4 +1,5 @@
 "One AUROC and one threshold wherever they are asked for; no NaN or infinity in any JSON; a distance that is never negative."
+
 import json
 
 import numpy as np, pytest
@@ -6,6 +7,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from cxr_synth import auc, audit, classifier, contrasts, experiments, metrics
 from cxr_synth.base.files import CxrError, null_for_nan, read_json, write_json
 from cxr_synth.stats.intervals import RunScores
+
 
 def small_sets(n=400):
     "Small val sets: few images, scores with ties, both classes."
@@ -15,78 +17,132 @@ def small_sets(n=400):
         labels = np.append(rng.integers(0, 2, size), [0, 0, 1, 1])
         yield labels, np.round(rng.random(size + 4), rng.integers(1, 3))
 
+
 # -- thresholds
+
 
 def test_the_report_and_the_runs_use_one_threshold():
     "What run.json calls its threshold is what the report calls Youden's, in every small val set."
     import pandas as pd
+
     for labels, probs in small_sets():
         table = pd.DataFrame(dict(split="val", label=labels, prob=probs))
-        assert experiments.at_threshold(table)["threshold"] == contrasts.thresholds(labels, probs)["youden"]
+        assert (
+            experiments.at_threshold(table)["threshold"]
+            == contrasts.thresholds(labels, probs)["youden"]
+        )
+
 
 def test_thresholds_are_finite_and_as_good_as_any():
     "Of all cuts, also the one at infinity, none has a better balanced accuracy, and no equally good one is nearer 0.5."
     for labels, probs in small_sets():
         cut = auc.youden_threshold(labels, probs)
         wrong, right, cuts = roc_curve(labels, probs, drop_intermediate=False)
-        gain = ((probs >= cut)[labels == 1].mean() - (probs >= cut)[labels == 0].mean())
-        assert np.isfinite(cut) and cut in probs and gain == pytest.approx((right - wrong).max(), abs=1e-12)
+        gain = (probs >= cut)[labels == 1].mean() - (probs >= cut)[labels == 0].mean()
+        assert (
+            np.isfinite(cut)
+            and cut in probs
+            and gain == pytest.approx((right - wrong).max(), abs=1e-12)
+        )
         rivals = cuts[(right - wrong >= gain - 1e-12) & np.isfinite(cuts)]
-        assert abs(cut - .5) <= np.abs(rivals - .5).min()
+        assert abs(cut - 0.5) <= np.abs(rivals - 0.5).min()
+
 
 def test_a_ranking_upside_down_has_a_finite_threshold():
-    found = contrasts.thresholds(np.array([1, 1, 0, 0]), np.array([.1, .2, .8, .9]))
-    assert found == {"0.5": .5, "youden": .1, "sens95": .1}
+    found = contrasts.thresholds(np.array([1, 1, 0, 0]), np.array([0.1, 0.2, 0.8, 0.9]))
+    assert found == {"0.5": 0.5, "youden": 0.1, "sens95": 0.1}
+
 
 def test_sensitivity_threshold_is_the_highest_that_finds_enough():
     for labels, probs in small_sets(100):
-        cut = auc.sensitivity_threshold(labels, probs, .95)
-        assert (probs >= cut)[labels == 1].mean() >= .95
-        assert all((probs >= c)[labels == 1].mean() < .95 for c in probs[probs > cut])
+        cut = auc.sensitivity_threshold(labels, probs, 0.95)
+        assert (probs >= cut)[labels == 1].mean() >= 0.95
+        assert all((probs >= c)[labels == 1].mean() < 0.95 for c in probs[probs > cut])
+
 
 # -- AUROC
+
 
 def test_every_auroc_is_the_same_number():
     "In results.csv, in the report, in the audit, among the metrics and in the paired intervals: equal to the last bit."
     for labels, probs in small_sets(100):
-        found = {auc.auroc(labels, probs), classifier.score(labels, probs)["auroc"], metrics.auroc(labels, probs), contrasts.auroc(labels, probs),
-                 audit.fold_auc(labels == 1, probs, np.zeros(len(labels), int))[0]}
+        found = {
+            auc.auroc(labels, probs),
+            classifier.score(labels, probs)["auroc"],
+            metrics.auroc(labels, probs),
+            contrasts.auroc(labels, probs),
+            audit.fold_auc(labels == 1, probs, np.zeros(len(labels), int))[0],
+        }
         names = np.arange(len(labels)).astype(str)
-        found |= set(RunScores(names, names, labels, probs[None, None], [(0, 0)]).aurocs.ravel().tolist())
-        assert len(found) == 1 and found.pop() == pytest.approx(roc_auc_score(labels, probs), abs=1e-12)
+        found |= set(
+            RunScores(names, names, labels, probs[None, None], [(0, 0)]).aurocs.ravel().tolist()
+        )
+        assert len(found) == 1 and found.pop() == pytest.approx(
+            roc_auc_score(labels, probs), abs=1e-12
+        )
+
 
 def test_delong_is_the_formula_over_all_pairs():
     rng = np.random.default_rng(1)
     labels = np.repeat([0, 1], [30, 20])
     first, second = (np.round(labels + rng.normal(size=50), 1) for _ in range(2))
-    def won(p): return (np.sign(p[labels == 1][:, None] - p[labels == 0]) + 1) / 2
+
+    def won(p):
+        return (np.sign(p[labels == 1][:, None] - p[labels == 0]) + 1) / 2
+
     by_hand = won(first) - won(second)
     found = contrasts.delong(labels, first, second)
     assert found["difference"] == pytest.approx(by_hand.mean(), abs=1e-12)
-    assert found["se"] == pytest.approx(np.sqrt(by_hand.mean(1).var(ddof=1) / 20 + by_hand.mean(0).var(ddof=1) / 30), abs=1e-12)
+    assert found["se"] == pytest.approx(
+        np.sqrt(by_hand.mean(1).var(ddof=1) / 20 + by_hand.mean(0).var(ddof=1) / 30), abs=1e-12
+    )
 
-@pytest.mark.parametrize("labels, scores, said", [([1, 1], [.1, .2], "both classes"), ([0, 2], [.1, .2], "both classes"), ([0, 1], [.1, np.inf], "not finite"),
-                                                  ([0, 1, 1], [.1, .2], "one label for each image")])
-@pytest.mark.parametrize("ask", [auc.auroc, auc.placements, auc.youden_threshold, auc.sensitivity_threshold])
+
+@pytest.mark.parametrize(
+    "labels, scores, said",
+    [
+        ([1, 1], [0.1, 0.2], "both classes"),
+        ([0, 2], [0.1, 0.2], "both classes"),
+        ([0, 1], [0.1, np.inf], "not finite"),
+        ([0, 1, 1], [0.1, 0.2], "one label for each image"),
+    ],
+)
+@pytest.mark.parametrize(
+    "ask", [auc.auroc, auc.placements, auc.youden_threshold, auc.sensitivity_threshold]
+)
 def test_what_cannot_be_ranked_is_refused(ask, labels, scores, said):
-    with pytest.raises(CxrError, match=said): ask(labels, scores)
+    with pytest.raises(CxrError, match=said):
+        ask(labels, scores)
+
 
 # -- numbers in files
 
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), np.float64("nan")])
 def test_json_holds_finite_numbers(tmp_path, bad):
-    path = tmp_path/"x.json"
+    path = tmp_path / "x.json"
     write_json(path, dict(value=1.5))
-    with pytest.raises(CxrError, match=r"\['rows'\]\[1\]\['low'\]"): write_json(path, dict(rows=[dict(low=.5), dict(low=bad)]))
-    assert read_json(path) == dict(value=1.5)                        # the old file is still there
-    write_json(path, null_for_nan(dict(rows=[dict(low=.5), dict(low=bad)], pair=(bad, 2))))
-    assert json.loads(path.read_text()) == dict(rows=[dict(low=.5), dict(low=None)], pair=[None, 2])
+    with pytest.raises(CxrError, match=r"\['rows'\]\[1\]\['low'\]"):
+        write_json(path, dict(rows=[dict(low=0.5), dict(low=bad)]))
+    assert read_json(path) == dict(value=1.5)  # the old file is still there
+    write_json(path, null_for_nan(dict(rows=[dict(low=0.5), dict(low=bad)], pair=(bad, 2))))
+    assert json.loads(path.read_text()) == dict(
+        rows=[dict(low=0.5), dict(low=None)], pair=[None, 2]
+    )
+
 
 def test_what_was_not_measured_is_shown_as_a_dash():
-    assert [contrasts.num(x) for x in (None, float("nan"), -.5)] == ["–", "–", "−0.50"]
-    assert [contrasts.pp(x) for x in (None, float("nan"), 1.234, .001)] == ["–", "–", "+1.23", "0.00"]
+    assert [contrasts.num(x) for x in (None, float("nan"), -0.5)] == ["–", "–", "−0.50"]
+    assert [contrasts.pp(x) for x in (None, float("nan"), 1.234, 0.001)] == [
+        "–",
+        "–",
+        "+1.23",
+        "0.00",
+    ]
+
 
 # -- Fréchet distance
+
 
 def test_frechet_distance_is_never_negative():
     rng, found = np.random.default_rng(0), []
@@ -95,5 +151,7 @@ def test_frechet_distance_is_never_negative():
             x = scale * rng.normal(size=(n, d)) + scale
             spread = np.square(x).sum()
             found += [metrics.frechet_distance(x, y) / spread for y in (x, x[::-1], x + 1e-12)]
-            found.append(metrics.frechet_moments(x.mean(0), np.cov(x.T), x.mean(0), np.cov(x.T)) / spread)
+            found.append(
+                metrics.frechet_moments(x.mean(0), np.cov(x.T), x.mean(0), np.cov(x.T)) / spread
+            )
     assert min(found) >= 0 and max(found) < 1e-7

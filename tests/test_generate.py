@@ -1,4 +1,5 @@
 "Generators of every kind, and what goes wrong on the way."
+
 import json, shutil
 from collections import namedtuple
 
@@ -15,163 +16,236 @@ from cxr_synth.diffusion.lora import add_lora, save_lora
 from cxr_synth.diffusion.pipelines import fuse, load_pipeline
 from cxr_synth.ship.pack import pack, unpack
 from cxr_synth.ship.set_card import write_card
-from test_generate_shards import CFG, NAME, PLAN, bytes_of, clear, untrained_study
+from test_generate_shards import CFG, NAME, bytes_of, clear, untrained_study
 
 FEW = dict(seed=0, generators=[dict(name=NAME, images=dict(normal=3, pneumonia=3))])
 
+
 @pytest.fixture(scope="module")
-def study(tmp_path_factory): return untrained_study(tmp_path_factory.mktemp("generate")/"study")
+def study(tmp_path_factory):
+    return untrained_study(tmp_path_factory.mktemp("generate") / "study")
+
 
 def run(study, plan=FEW, **cfg):
     clear(study)
     stage_generate(study, plan, GenerateConfig(**CFG | cfg))
     return load_synthetic(study, NAME)[0]
 
+
 def test_seed_and_prompt_decide(study):
     a, b = run(study), run(study, FEW | dict(seed=1))
     assert not any(np.array_equal(x, y) for x, y in zip(a, b))
 
+
 def test_number_per_class_may_be_a_rule(study):
     assert len(run(study, dict(seed=0, generators=[dict(name=NAME, images="2")]))) == 4
 
-def test_larger_drawing_takes_the_image_path(study): assert run(study, resolution=64).shape == (6, 32, 32)
+
+def test_larger_drawing_takes_the_image_path(study):
+    assert run(study, resolution=64).shape == (6, 32, 32)
+
 
 def test_out_of_memory_later(study, monkeypatch):
     clear(study)
     paint, calls = generate.Painter.__call__, []
+
     def fails(self, seeds):
         calls.append(len(seeds))
-        if len(calls) == 2: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return paint(self, seeds)
+
     monkeypatch.setattr(generate.Painter, "__call__", fails)
-    with pytest.raises(CxrError, match="--generate.batch-size 1 --redo"): stage_generate(study, FEW, GenerateConfig(**CFG))
-    assert len(list((study/"synthetic"/NAME).rglob("*.png"))) == 2    # what was finished stays
+    with pytest.raises(CxrError, match="--generate.batch-size 1 --redo"):
+        stage_generate(study, FEW, GenerateConfig(**CFG))
+    assert len(list((study / "synthetic" / NAME).rglob("*.png"))) == 2  # what was finished stays
     stage_generate(study, FEW, GenerateConfig(**CFG))
     assert len(load_synthetic(study, NAME)[0]) == 6
 
+
 def test_full_disk_is_named_before_the_first_image(study, monkeypatch):
     clear(study)
-    monkeypatch.setattr(worktable.shutil, "disk_usage", lambda p: namedtuple("Usage", "total used free")(10**9, 10**9, 1000))
-    with pytest.raises(CxrError, match="6 images need up to"): stage_generate(study, FEW, GenerateConfig(**CFG))
-    assert not list((study/"synthetic"/NAME).rglob("*.png"))
+    monkeypatch.setattr(
+        worktable.shutil,
+        "disk_usage",
+        lambda p: namedtuple("Usage", "total used free")(10**9, 10**9, 1000),
+    )
+    with pytest.raises(CxrError, match="6 images need up to"):
+        stage_generate(study, FEW, GenerateConfig(**CFG))
+    assert not list((study / "synthetic" / NAME).rglob("*.png"))
+
 
 def test_images_without_a_record_are_not_touched(study):
     clear(study)
-    path = study/"synthetic"/NAME/"normal/000000.png"
+    path = study / "synthetic" / NAME / "normal/000000.png"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"mine")
-    with pytest.raises(CxrError, match="do not belong to the set"): stage_generate(study, FEW, GenerateConfig(**CFG))
+    with pytest.raises(CxrError, match="do not belong to the set"):
+        stage_generate(study, FEW, GenerateConfig(**CFG))
     assert path.read_bytes() == b"mine"
     stage_generate(study, FEW, GenerateConfig(**CFG), redo=True)
-    assert b"mine" in {p.read_bytes() for p in (study/"synthetic").rglob("*.redo*/normal/000000.png")}
+    assert b"mine" in {
+        p.read_bytes() for p in (study / "synthetic").rglob("*.redo*/normal/000000.png")
+    }
+
 
 def test_gate_flags_and_keeps(study, monkeypatch):
     paint = generate.Painter.__call__
-    monkeypatch.setattr(generate.Painter, "__call__", lambda self, seeds: paint(self, seeds) * np.nan)
+    monkeypatch.setattr(
+        generate.Painter, "__call__", lambda self, seeds: paint(self, seeds) * np.nan
+    )
     assert len(run(study)) == 6
-    flags = (study/"synthetic"/NAME/"flags.csv").read_text().splitlines()
-    assert flags[1:] == [f"{c}/{k:06d}.png,not a number,gate" for c in ("normal", "pneumonia") for k in range(3)]
+    flags = (study / "synthetic" / NAME / "flags.csv").read_text().splitlines()
+    assert flags[1:] == [
+        f"{c}/{k:06d}.png,not a number,gate" for c in ("normal", "pneumonia") for k in range(3)
+    ]
+
 
 def test_other_bytes_than_the_metadata_says(study):
     "As on another machine: the lost image comes out with other bytes, and that is said."
     run(study)
-    folder = study/"synthetic"/NAME
-    lines = [json.loads(line) for line in (folder/"metadata.jsonl").read_text().splitlines()]
+    folder = study / "synthetic" / NAME
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     lines[1]["sha256"] = "0" * 64
-    (folder/"metadata.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
-    (folder/lines[1]["file_name"]).unlink()
-    with pytest.raises(CxrError, match="normal/000001.png came out with other bytes"): stage_generate(study, FEW, GenerateConfig(**CFG))
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
+    (folder / lines[1]["file_name"]).unlink()
+    with pytest.raises(CxrError, match="normal/000001.png came out with other bytes"):
+        stage_generate(study, FEW, GenerateConfig(**CFG))
+
 
 @pytest.fixture
 def other_models(study):
     "Other models in place of the untrained ones, and a record that says so; the old ones come back at the end."
-    folder = study/"models"/NAME
+    folder = study / "models" / NAME
     kept = folder.with_name(".kept")
     shutil.copytree(folder, kept)
-    for c in ("normal", "pneumonia"): shutil.rmtree(folder/c)
+    for c in ("normal", "pneumonia"):
+        shutil.rmtree(folder / c)
+
     def make(fill, **how):
         fill(kept, folder)
-        record = read_json(folder/"stage.json")
-        write_json(folder/"stage.json", record | dict(settings=record["settings"] | how))
+        record = read_json(folder / "stage.json")
+        write_json(folder / "stage.json", record | dict(settings=record["settings"] | how))
         return folder
+
     yield make
     shutil.rmtree(folder)
     kept.rename(folder)
 
+
 def test_joint_model_draws_both_classes(study, other_models):
-    other_models(lambda old, new: shutil.copytree(old/"normal", new/"joint"), joint=True)
+    other_models(lambda old, new: shutil.copytree(old / "normal", new / "joint"), joint=True)
     assert not np.array_equal(*run(study)[[0, 3]])
     assert list(study.records()[f"synthetic/{NAME}"]["inputs"]) == [f"models/{NAME}/joint"]
 
+
 def lora_models(old, new):
     "A LoRA on a base per class, with weights that matter."
-    shutil.copytree(old/"normal", new/"base")
+    shutil.copytree(old / "normal", new / "base")
     for seed, c in enumerate(("normal", "pneumonia")):
-        pipe = load_pipeline(new/"base")
-        for p in add_lora(pipe.unet, pipe.text_encoder, 4, seed=seed): p.data += .05
-        save_lora(new/c, pipe.unet, pipe.text_encoder, new/"base", 4)
+        pipe = load_pipeline(new / "base")
+        for p in add_lora(pipe.unet, pipe.text_encoder, 4, seed=seed):
+            p.data += 0.05
+        save_lora(new / c, pipe.unet, pipe.text_encoder, new / "base", 4)
+
 
 def test_lora_generator_is_its_fused_pipeline(study, other_models, tmp_path):
     folder = other_models(lora_models, method="lora")
     images = run(study, before=True)
-    assert set(study.records()[f"synthetic/{NAME}"]["inputs"]) == {f"models/{NAME}/{p}" for p in ("base", "normal", "pneumonia")}
+    assert set(study.records()[f"synthetic/{NAME}"]["inputs"]) == {
+        f"models/{NAME}/{p}" for p in ("base", "normal", "pneumonia")
+    }
     before, _ = load_synthetic(study, f"{NAME}-base")
     assert np.abs(images.astype(int) - before).max() > 2
-    assert np.array_equal(np.array(regenerate_image(study, f"{NAME}-base", "normal/000002.png")), before[2])
+    assert np.array_equal(
+        np.array(regenerate_image(study, f"{NAME}-base", "normal/000002.png")), before[2]
+    )
     clear(study)
     for c in ("normal", "pneumonia"):
-        fuse(folder/c, tmp_path/c)
-        shutil.rmtree(folder/c)
-        shutil.copytree(tmp_path/c, folder/c)
+        fuse(folder / c, tmp_path / c)
+        shutil.rmtree(folder / c)
+        shutil.copytree(tmp_path / c, folder / c)
     assert np.abs(run(study).astype(int) - images).max() <= 1
+
 
 def test_lora_of_another_base_is_refused(study, other_models):
     def wrong(old, new):
         lora_models(old, new)
-        shutil.rmtree(new/"base")
-        shutil.copytree(old/"pneumonia", new/"base")   # other weights, same shapes
+        shutil.rmtree(new / "base")
+        shutil.copytree(old / "pneumonia", new / "base")  # other weights, same shapes
+
     other_models(wrong, method="lora")
-    with pytest.raises(CxrError, match="base"): run(study)
+    with pytest.raises(CxrError, match="base"):
+        run(study)
+
 
 def test_half_copied_model_is_refused(study, other_models):
     def half(old, new):
-        for c in ("normal", "pneumonia"): shutil.copytree(old/c, new/c)
-        file = new/"normal/unet/diffusion_pytorch_model.safetensors"
+        for c in ("normal", "pneumonia"):
+            shutil.copytree(old / c, new / c)
+        file = new / "normal/unet/diffusion_pytorch_model.safetensors"
         file.write_bytes(file.read_bytes()[:1000])
+
     other_models(half)
-    with pytest.raises(CxrError, match="cannot load the model"): run(study)
+    with pytest.raises(CxrError, match="cannot load the model"):
+        run(study)
+
 
 def test_a_share_is_no_setting_of_the_set(study):
     clear(study)
     stage_generate(study, FEW, GenerateConfig(**CFG, shard="2/2"))
     assert resolve("generate", recorded=study.recorded("generate")).shard == ""
 
+
 def test_killed_between_the_last_image_and_the_metadata(study, monkeypatch):
     "What the bytes depend on was settled in .parts; the next start finds it there."
     clear(study)
     with monkeypatch.context() as m:
-        def killed(table): raise KeyboardInterrupt
+
+        def killed(table):
+            raise KeyboardInterrupt
+
         m.setattr(generate, "complete", killed)
-        with pytest.raises(KeyboardInterrupt): stage_generate(study, FEW, GenerateConfig(**CFG))
+        with pytest.raises(KeyboardInterrupt):
+            stage_generate(study, FEW, GenerateConfig(**CFG))
     stage_generate(study, FEW, GenerateConfig(**CFG))
     record = study.records()[f"synthetic/{NAME}"]
-    assert (record["status"], record["batch_size"], record["threads"], record["precision"]) == ("complete", 2, 1, "no")
-    assert np.array_equal(np.array(regenerate_image(study, NAME, "normal/000001.png")), load_synthetic(study, NAME)[0][1])
+    assert (record["status"], record["batch_size"], record["threads"], record["precision"]) == (
+        "complete",
+        2,
+        1,
+        "no",
+    )
+    assert np.array_equal(
+        np.array(regenerate_image(study, NAME, "normal/000001.png")),
+        load_synthetic(study, NAME)[0][1],
+    )
+
 
 def test_there_and_back(study, tmp_path):
     "Made here with its card, packed, unpacked elsewhere without models and images: the stages go on, nothing is stale, `datasets` gives equal pixels."
     from datasets import load_dataset
+
     clear(study)
     stage_generate(study, FEW, GenerateConfig(**CFG), card=write_card)
-    assert "Not for clinical use" in (study/"synthetic"/NAME/"README.md").read_text()
-    write_json(study/"plan.json", dict(sha256="0"))
-    home = Study(tmp_path/"home")
-    unpack(pack(study, tmp_path/"study.zip"), home)
-    assert not (home/"data/images").exists() and not (home/"models"/NAME/"normal").exists()
+    assert "Not for clinical use" in (study / "synthetic" / NAME / "README.md").read_text()
+    write_json(study / "plan.json", dict(sha256="0"))
+    home = Study(tmp_path / "home")
+    unpack(pack(study, tmp_path / "study.zip"), home)
+    assert not (home / "data/images").exists() and not (home / "models" / NAME / "normal").exists()
     stage_data(home, DataConfig(patients=120, resolution=32))
     stage_generate(home, FEW, GenerateConfig(**CFG), card=write_card)
     assert home.digest("data/images") == study.digest("data/images") and stale_stages(home) == []
     images, labels = load_synthetic(home, NAME)
-    assert np.array_equal(images, load_synthetic(study, NAME)[0]) and bytes_of(home) == bytes_of(study)
-    ds = load_dataset("imagefolder", data_dir=str(home/"synthetic"/NAME), split="train", cache_dir=str(tmp_path/"cache"))
-    assert {m["sha256"]: np.asarray(m["image"].convert("L")).tobytes() for m in ds} == {m["sha256"]: im.tobytes() for m, im in zip(generate.load_metadata(study, NAME), images)}
+    assert np.array_equal(images, load_synthetic(study, NAME)[0]) and bytes_of(home) == bytes_of(
+        study
+    )
+    ds = load_dataset(
+        "imagefolder",
+        data_dir=str(home / "synthetic" / NAME),
+        split="train",
+        cache_dir=str(tmp_path / "cache"),
+    )
+    assert {m["sha256"]: np.asarray(m["image"].convert("L")).tobytes() for m in ds} == {
+        m["sha256"]: im.tobytes() for m, im in zip(generate.load_metadata(study, NAME), images)
+    }

@@ -1,4 +1,5 @@
 "The instrument, calibrated: whole small studies of drawn children with generators whose worth is known, from plan to words. The full size is in benchmarks/known_answers.py."
+
 import shutil
 
 import pytest
@@ -11,32 +12,46 @@ from cxr_synth.images.known_generators import stage_known_generator
 from cxr_synth.protocol.plan import TIERS, load_plan
 from cxr_synth.stages.plan import stage_plan
 
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    study = Study(tmp_path_factory.mktemp("known")/"base")
-    stage_data(study, DataConfig(patients=800, test_share=.6, strength=1.175))
+    study = Study(tmp_path_factory.mktemp("known") / "base")
+    stage_data(study, DataConfig(patients=800, test_share=0.6, strength=1.175))
     return study
+
 
 def contrasts(base, folder, kind, monkeypatch):
     "Contrasts on internal of a study with a known generator: {(arm, control): contrast}."
     arms = ["real", "duplicate", "mixed", "oracle", "permuted"]
-    monkeypatch.setitem(TIERS, "known", dict(primary=[.1], cells=[(.1, 3, 3, arms)], oracles=3))
-    monkeypatch.setattr("cxr_synth.protocol.plan.tier_cells", lambda *a: [dict(fraction=.1, replicates=3, seeds=3, arms=arms)])
-    study = Study(shutil.copytree(base.root, folder/kind))
+    monkeypatch.setitem(TIERS, "known", dict(primary=[0.1], cells=[(0.1, 3, 3, arms)], oracles=3))
+    monkeypatch.setattr(
+        "cxr_synth.protocol.plan.tier_cells",
+        lambda *a: [dict(fraction=0.1, replicates=3, seeds=3, arms=arms)],
+    )
+    study = Study(shutil.copytree(base.root, folder / kind))
     stage_plan(study, PlanConfig(tier="known", builtin=kind, pool=200, size=64))
     stage_known_generator(study, load_plan(study))
     stage_experiments(study, ExperimentsConfig(size=64, views=2, device="cpu"))
     open_test(study)
-    return {(c["arm"], c["control"]): c for c in analyse(study, draws=500)["contrasts"] if c["split"] == "internal"}
+    return {
+        (c["arm"], c["control"]): c
+        for c in analyse(study, draws=500)["contrasts"]
+        if c["split"] == "internal"
+    }
+
 
 def test_fresh_children_improve(base, tmp_path, monkeypatch):
     found = contrasts(base, tmp_path, "truth", monkeypatch)
     assert found["mixed", "real"]["word"] == "improves"
-    assert abs(found["duplicate", "real"]["estimate"]) < .05     # more copies of the same are nothing
-    assert found["permuted", "real"]["estimate"] < -1            # and wrong labels do harm (clear of chance in benchmarks/known_answers.py)
+    assert abs(found["duplicate", "real"]["estimate"]) < 0.05  # more copies of the same are nothing
+    assert (
+        found["permuted", "real"]["estimate"] < -1
+    )  # and wrong labels do harm (clear of chance in benchmarks/known_answers.py)
+
 
 def test_wrong_labels_worsen(base, tmp_path, monkeypatch):
     assert contrasts(base, tmp_path, "wrong", monkeypatch)["mixed", "real"]["word"] == "worsens"
+
 
 def test_a_leak_shows_as_oracle_minus_mixed(base, tmp_path, monkeypatch):
     found = contrasts(base, tmp_path, "leaky", monkeypatch)

@@ -1,4 +1,5 @@
 "What holds the project together: one version, a light import, notebooks in their order and tidy, README in step."
+
 import ast, json, os, re, subprocess, sys, tomllib
 from configparser import ConfigParser
 from importlib import import_module
@@ -8,127 +9,242 @@ import pytest
 import cxr_synth
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ["00_core", "00a_auc", "00b_dataset", "01_phantom", "01a_images", "01b_audit", "02_data", "02a_loop", "03_tiny", "03a_models", "03b_trainer", "04_dreambooth",
-         "04a_sampling", "04b_worktable", "05_generate", "05a_share", "05b_curate",
-         "06_features", "06a_metrics", "06b_copies", "06c_quality", "07_classifier", "07a_training", "07b_material", "07c_explain",
-         "08_plan", "08a_experiments", "08b_guide", "09_intervals", "09a_rehearsal", "09b_contrasts", "09c_figures", "09d_page", "09e_analysis", "10_app"]
-NOTEBOOKS = sorted(p for p in (ROOT/"nbs").glob("*.ipynb") if not p.name.startswith("_"))
-HEAVY = "torch torchvision diffusers transformers pandas numpy scipy sklearn matplotlib PIL tyro".split()
+NAMES = [
+    "00_core",
+    "00a_auc",
+    "00b_dataset",
+    "01_phantom",
+    "01a_images",
+    "01b_audit",
+    "02_data",
+    "02a_loop",
+    "03_tiny",
+    "03a_models",
+    "03b_trainer",
+    "04_dreambooth",
+    "04a_sampling",
+    "04b_worktable",
+    "05_generate",
+    "05a_share",
+    "05b_curate",
+    "06_features",
+    "06a_metrics",
+    "06b_copies",
+    "06c_quality",
+    "07_classifier",
+    "07a_training",
+    "07b_material",
+    "07c_explain",
+    "08_plan",
+    "08a_experiments",
+    "08b_guide",
+    "09_intervals",
+    "09a_rehearsal",
+    "09b_contrasts",
+    "09c_figures",
+    "09d_page",
+    "09e_analysis",
+    "10_app",
+]
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb") if not p.name.startswith("_"))
+HEAVY = [
+    "torch",
+    "torchvision",
+    "diffusers",
+    "transformers",
+    "pandas",
+    "numpy",
+    "scipy",
+    "sklearn",
+    "matplotlib",
+    "PIL",
+    "tyro",
+]
+
 
 def cells(path, kind=None):
     found = json.loads(path.read_text(encoding="utf-8"))["cells"]
     return [c for c in found if kind in (None, c["cell_type"])]
-def source(cell): return "".join(cell["source"])
-def python(code): return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+def python(code):
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+
 
 @pytest.fixture(scope="module")
 def ini():
     parser = ConfigParser(delimiters=["="])
-    parser.read(ROOT/"settings.ini", encoding="utf-8")
+    parser.read(ROOT / "settings.ini", encoding="utf-8")
     return parser["DEFAULT"]
 
+
 @pytest.fixture(scope="module")
-def toml(): return tomllib.loads((ROOT/"pyproject.toml").read_text(encoding="utf-8"))
+def toml():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
 
 # -- one version, one set of facts
 
+
 def test_version_is_the_same_everywhere(ini):
     assert cxr_synth.__version__ == ini["version"]
-    assert f"\n## {ini['version']}" in (ROOT/"CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"\n## {ini['version']}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
 
 def test_settings_agree_with_pyproject(ini, toml):
     assert toml["project"]["name"] == ini["lib_name"] == cxr_synth.__name__
     assert toml["tool"]["nbdev"]["tst_flags"] == ini["tst_flags"]
     assert toml["project"]["requires-python"] == f">={ini['min_python']}"
 
+
 def test_console_scripts_lead_somewhere(toml):
     for target in toml["project"]["scripts"].values():
         module, function = target.split(":")
         assert callable(getattr(import_module(module), function))
 
-def test_nbdev_test_passes_options_on(tmp_path):  # in an empty project, so that options passed over would run nothing
-    (tmp_path/"pyproject.toml").write_text((ROOT/"pyproject.toml").read_text(encoding="utf-8"), encoding="utf-8")
+
+def test_nbdev_test_passes_options_on(
+    tmp_path,
+):  # in an empty project, so that options passed over would run nothing
+    (tmp_path / "pyproject.toml").write_text(
+        (ROOT / "pyproject.toml").read_text(encoding="utf-8"), encoding="utf-8"
+    )
     code = "import sys; from cxr_synth.app import nbdev_test; sys.argv = ['nbdev_test', '--no_such_option', '1']; sys.exit(nbdev_test())"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and "--no-such-option" in done.stderr, done.stdout + done.stderr
 
+
 # -- a light import, and names found when they are used
+
 
 def test_import_loads_no_heavy_library():
     loaded = python(f"import sys, cxr_synth; print(*sorted(set({HEAVY}) & set(sys.modules)))")
     assert loaded.split() == []
 
+
 @pytest.mark.parametrize("name", cxr_synth.__all__)
 def test_public_name_is_found(name):
-    assert getattr(cxr_synth, name) is getattr(import_module(f"cxr_synth.{cxr_synth._home[name]}"), name)
+    assert getattr(cxr_synth, name) is getattr(
+        import_module(f"cxr_synth.{cxr_synth._home[name]}"), name
+    )
     assert name in dir(cxr_synth)
 
+
 def test_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="'cxr_synth' has no attribute 'no_such_name'"): cxr_synth.no_such_name
-    with pytest.raises(ImportError, match="no_such_name"): exec("from cxr_synth import no_such_name", {})
+    with pytest.raises(AttributeError, match="'cxr_synth' has no attribute 'no_such_name'"):
+        cxr_synth.no_such_name
+    with pytest.raises(ImportError, match="no_such_name"):
+        exec("from cxr_synth import no_such_name", {})
+
 
 # -- notebooks
 
+
 def test_notebooks_are_those_of_the_design():
     assert [p.stem for p in NOTEBOOKS] == [*NAMES, "index"]
+
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_has_its_frame(path):
     first, *_, last = cells(path)
     assert first["cell_type"] == "markdown" and re.match(r"# \w.*\n\n> \S", source(first))
-    assert f"colab.research.google.com/github/cxr-synth/cxr_synth/blob/main/nbs/{path.name})" in source(first)
+    assert (
+        f"colab.research.google.com/github/cxr-synth/cxr_synth/blob/main/nbs/{path.name})"
+        in source(first)
+    )
     setup = [c for c in cells(path, "code") if '"google.colab" in sys.modules' in source(c)]
     assert len(setup) == 1 and "#| hide" in source(setup[0]) and "-c pins.txt" in source(setup[0])
     assert source(last) == "#| hide\nimport nbdev; nbdev.nbdev_export()"
+
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_cells_have_ids(path):
     ids = [c.get("id") for c in cells(path)]
     assert None not in ids and len(ids) == len(set(ids))
 
+
 @pytest.mark.parametrize("name", NAMES)
 def test_module_is_named_after_its_notebook(name):
-    assert f"#| default_exp {name.partition('_')[2]}" in map(source, cells(ROOT/f"nbs/{name}.ipynb", "code"))
-    assert f"../nbs/{name}.ipynb" in (ROOT/f"cxr_synth/{name.partition('_')[2]}.py").read_text(encoding="utf-8")
+    assert f"#| default_exp {name.partition('_')[2]}" in map(
+        source, cells(ROOT / f"nbs/{name}.ipynb", "code")
+    )
+    assert f"../nbs/{name}.ipynb" in (ROOT / f"cxr_synth/{name.partition('_')[2]}.py").read_text(
+        encoding="utf-8"
+    )
+
 
 @pytest.mark.parametrize("name", NAMES)
 def test_module_imports_only_lower_numbers(name):
     lower = {n.partition("_")[2] for n in NAMES if n < name}
-    tree = ast.parse((ROOT/f"cxr_synth/{name.partition('_')[2]}.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / f"cxr_synth/{name.partition('_')[2]}.py").read_text(encoding="utf-8"))
     froms = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
     modules = [f"{'cxr_synth.' * bool(n.level)}{n.module or ''}" for n in froms]
     modules += [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
     assert {m.split(".")[1] for m in modules if m.startswith("cxr_synth.")} <= lower
 
+
 def texts(cell):
     "The text of a code cell's stored outputs."
     for output in cell["outputs"]:
         data = output.get("data", {})
-        yield from ("".join(v) for k, v in {"text": output.get("text", ""), **data}.items() if k.startswith("text"))
+        yield from (
+            "".join(v)
+            for k, v in {"text": output.get("text", ""), **data}.items()
+            if k.startswith("text")
+        )
 
-STUMBLES = {"a warning": r"Warning\b", "a progress bar": r"\d(it|s)/(s|it)\b",
-            "a path of one machine": r"(^|[\s'\"(=])(/[\w.-]+){2,}|\b[A-Z]:\\"}
+
+STUMBLES = {
+    "a warning": r"Warning\b",
+    "a progress bar": r"\d(it|s)/(s|it)\b",
+    "a path of one machine": r"(^|[\s'\"(=])(/[\w.-]+){2,}|\b[A-Z]:\\",
+}
+
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_stored_outputs_are_fit_to_read(path):
     for i, cell in enumerate(cells(path)):
-        for output in cell.get("outputs", []): assert output["output_type"] != "error", f"cell {i}"
+        for output in cell.get("outputs", []):
+            assert output["output_type"] != "error", f"cell {i}"
         for text in texts(cell) if cell["cell_type"] == "code" else []:
-            for what, pattern in STUMBLES.items(): assert not re.search(pattern, text), f"cell {i} shows {what}: {text[:200]}"
+            for what, pattern in STUMBLES.items():
+                assert not re.search(pattern, text), f"cell {i} shows {what}: {text[:200]}"
+
 
 # -- README
 
+
 def test_readme_is_in_step():
-    done = subprocess.run([sys.executable, ROOT/".ci/readme.py", "--check"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / ".ci/readme.py", "--check"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
+
 def test_readme_links_and_pictures_exist():
-    text = (ROOT/"README.md").read_text(encoding="utf-8")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
     targets = [t for t in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+:|#", t)]
     assert len(targets) > len(NAMES)
-    assert [t for t in targets if not (ROOT/t).is_file()] == []
+    assert [t for t in targets if not (ROOT / t).is_file()] == []
+
 
 def test_readme_names_its_two_commands():
     for heading, words in {"Run the study": "cxr-synth run", "Run the tests": "pytest"}.items():
-        done = subprocess.run([sys.executable, ROOT/".ci/readme.py", "--command", heading], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, ROOT / ".ci/readme.py", "--command", heading],
+            capture_output=True,
+            text=True,
+        )
         assert done.stdout.startswith("python3 -m venv .venv && ") and words in done.stdout

@@ -1,4 +1,5 @@
 "The tokenizer is built from a word list: two processes must write the same bytes, and two prompts must differ."
+
 import os, subprocess, sys
 
 CODE = """
@@ -11,8 +12,17 @@ for name in ("vocab.json", "merges.txt"): print(hashlib.sha256(Path(sys.argv[1],
 for prompt in PROMPTS.values(): print(tok(prompt).input_ids)
 """
 
+
 def test_two_processes_agree(tmp_path):
-    outs = [subprocess.run([sys.executable, "-c", CODE, str(tmp_path/str(seed))], env={**os.environ, "PYTHONHASHSEED": str(seed)},
-                           capture_output=True, text=True, check=True).stdout.splitlines() for seed in (1, 2)]
+    outs = [
+        subprocess.run(
+            [sys.executable, "-c", CODE, str(tmp_path / str(seed))],
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.splitlines()
+        for seed in (1, 2)
+    ]
     assert outs[0] == outs[1]
     assert len(outs[0]) == 4 and outs[0][2] != outs[0][3]

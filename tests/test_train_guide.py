@@ -1,9 +1,10 @@
 "The guide's three commands (section 7), as they stand there, become settings."
+
 import pytest
 from cxr_synth.base.files import CxrError
 from cxr_synth.diffusion.command import GuideFlags, guide_flags, parse_command
 
-FULL = '''
+FULL = """
 # Train for {upper} class - Full DreamBooth with Text Encoder
 export MODEL_NAME="stabilityai/stable-diffusion-2-1-base"
 export INSTANCE_DIR="./cxr_training_data/{cls}"
@@ -33,8 +34,8 @@ accelerate launch train_dreambooth.py \\
   --num_validation_images=4 \\
   --validation_steps=200 \\
   --seed=42
-'''
-LORA = '''
+"""
+LORA = """
 # LoRA training for NORMAL class
 accelerate launch train_dreambooth_lora.py \\
   --pretrained_model_name_or_path="stabilityai/stable-diffusion-2-1-base" \\
@@ -49,9 +50,23 @@ accelerate launch train_dreambooth_lora.py \\
   --rank=128 \\
   --mixed_precision="fp16" \\
   --seed=42
-'''
-BLOCKS = [FULL.format(upper="NORMAL", cls="normal", prompt="a chest xray of healthy normal lungs, clear lung fields", short="a chest xray of healthy normal lungs"),
-          FULL.format(upper="PNEUMONIA", cls="pneumonia", prompt="a chest xray showing pneumonia infection, lung opacity", short="a chest xray showing pneumonia"), LORA]
+"""
+BLOCKS = [
+    FULL.format(
+        upper="NORMAL",
+        cls="normal",
+        prompt="a chest xray of healthy normal lungs, clear lung fields",
+        short="a chest xray of healthy normal lungs",
+    ),
+    FULL.format(
+        upper="PNEUMONIA",
+        cls="pneumonia",
+        prompt="a chest xray showing pneumonia infection, lung opacity",
+        short="a chest xray showing pneumonia",
+    ),
+    LORA,
+]
+
 
 @pytest.mark.parametrize("block", BLOCKS[:2])
 def test_full_commands(block):
@@ -59,25 +74,54 @@ def test_full_commands(block):
     cfg = flags.config()
     assert (flags.resolution, flags.seed, flags.class_data_dir) == (512, 42, "./class_images/xray")
     assert flags.validation_prompt in flags.instance_prompt.replace(" infection, lung opacity", "")
-    assert (cfg.method, cfg.train_batch_size, cfg.gradient_accumulation_steps, cfg.learning_rate, cfg.max_train_steps) == ("full", 8, 2, 5e-6, 800)
-    assert (cfg.lr_scheduler, cfg.lr_warmup_steps, cfg.train_text_encoder, cfg.mixed_precision) == ("cosine", 100, True, "fp16")
-    assert (cfg.prior, cfg.prior_loss_weight, cfg.num_class_images, cfg.class_prompt) == ("generated", 1.0, 200, "a chest xray image")
+    assert (
+        cfg.method,
+        cfg.train_batch_size,
+        cfg.gradient_accumulation_steps,
+        cfg.learning_rate,
+        cfg.max_train_steps,
+    ) == ("full", 8, 2, 5e-6, 800)
+    assert (cfg.lr_scheduler, cfg.lr_warmup_steps, cfg.train_text_encoder, cfg.mixed_precision) == (
+        "cosine",
+        100,
+        True,
+        "fp16",
+    )
+    assert (cfg.prior, cfg.prior_loss_weight, cfg.num_class_images, cfg.class_prompt) == (
+        "generated",
+        1.0,
+        200,
+        "a chest xray image",
+    )
     assert (cfg.preview_steps, cfg.preview_images) == (200, 4)
+
 
 def test_lora_command():
     cfg = guide_flags(parse_command(LORA)).config()
-    assert (cfg.method, cfg.rank, cfg.lora_alpha, cfg.train_batch_size, cfg.learning_rate, cfg.max_train_steps) == ("lora", 128, 128, 16, 1e-4, 1500)
+    assert (
+        cfg.method,
+        cfg.rank,
+        cfg.lora_alpha,
+        cfg.train_batch_size,
+        cfg.learning_rate,
+        cfg.max_train_steps,
+    ) == ("lora", 128, 128, 16, 1e-4, 1500)
     assert cfg.train_text_encoder and cfg.prior_loss_weight == 0.0
+
 
 def test_every_flag_arrives():
     "No flag of the commands is read and then forgotten."
     import re
+
     for block in BLOCKS:
         named = set(re.findall(r"--(\w+)", block))
         kw = parse_command(block)
         assert named <= set(kw) and named <= set(GuideFlags.__dataclass_fields__)
         assert all(getattr(guide_flags(kw), k) == v for k, v in kw.items())
 
+
 def test_the_guides_model_is_gone(tmp_path):
     from cxr_synth.diffusion.command import train_dreambooth
-    with pytest.raises(CxrError, match="sd2-community"): train_dreambooth(**parse_command(LORA) | dict(output_dir=str(tmp_path/"x")))
+
+    with pytest.raises(CxrError, match="sd2-community"):
+        train_dreambooth(**parse_command(LORA) | dict(output_dir=str(tmp_path / "x")))

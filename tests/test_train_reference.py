@@ -1,4 +1,5 @@
 "The trainer learns exactly what a plain loop does: the same items, the same losses to 1e-4 over 20 steps in float32."
+
 import math
 
 import numpy as np, pytest, torch
@@ -10,70 +11,140 @@ from cxr_synth.diffusion.pipelines import load_pipeline
 from cxr_synth.images.phantom import draw_phantom
 from cxr_synth.diffusion.small_pipeline import tiny_pipeline
 
-STEPS, BATCH, PEAK, WARMUP, SEED = 20, 4, 1e-3, 5, 3
-CASES = {"full": dict(train_text_encoder=False), "text": dict(train_text_encoder=True),
-         "prior": dict(train_text_encoder=True, prior_loss_weight=0.7, snr_gamma=5.0),
-         "lora": dict(method="lora", rank=4, lora_alpha=8, train_text_encoder=True)}
+STEPS = 20
+BATCH = 4
+PEAK = 1e-3
+WARMUP = 5
+SEED = 3
+CASES = {
+    "full": dict(train_text_encoder=False),
+    "text": dict(train_text_encoder=True),
+    "prior": dict(train_text_encoder=True, prior_loss_weight=0.7, snr_gamma=5.0),
+    "lora": dict(method="lora", rank=4, lora_alpha=8, train_text_encoder=True),
+}
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     root = tmp_path_factory.mktemp("base")
-    tiny_pipeline(root/"tokenizer", PROMPTS.values(), 32).save_pretrained(root/"base")
-    return root/"base"
+    tiny_pipeline(root / "tokenizer", PROMPTS.values(), 32).save_pretrained(root / "base")
+    return root / "base"
+
 
 @pytest.fixture(scope="module")
-def images(): return np.stack([draw_phantom(k, 0, k % 2, size=32) for k in range(24)])
+def images():
+    return np.stack([draw_phantom(k, 0, k % 2, size=32) for k in range(24)])
+
 
 def reference(pipe, images, prior, gamma, weight):
     "20 steps of a plain loop: no caches, both halves apart, AdamW and the schedule as PyTorch has them. Only the random numbers are the trainer's."
-    tok, sch, vae, unet, text = pipe.tokenizer, pipe.scheduler, pipe.vae, pipe.unet, pipe.text_encoder
+    tok = pipe.tokenizer
+    sch = pipe.scheduler
+    vae = pipe.vae
+    unet = pipe.unet
+    text = pipe.text_encoder
     params = [p for m in (unet, text) for p in m.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(params, lr=PEAK, weight_decay=1e-2, fused=False, foreach=False)
-    cosine = lambda k: (k + 1) / WARMUP if k < WARMUP else 0.5 * (1 + math.cos(math.pi * (k - WARMUP) / (STEPS - WARMUP)))
+    cosine = lambda k: (
+        (k + 1) / WARMUP
+        if k < WARMUP
+        else 0.5 * (1 + math.cos(math.pi * (k - WARMUP) / (STEPS - WARMUP)))
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, cosine)
-    abar = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000)**2, 0)   # Stable Diffusion's schedule, written out
+    abar = torch.cumprod(
+        1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0
+    )  # Stable Diffusion's schedule, written out
 
     def half(what, images, prompt, step):
         losses = []
         for position in range(step * BATCH, (step + 1) * BATCH):
             epoch, i = divmod(position, len(images))
-            order = np.random.default_rng(seed_for(SEED, what, "epoch", epoch)).permutation(len(images))
+            order = np.random.default_rng(seed_for(SEED, what, "epoch", epoch)).permutation(
+                len(images)
+            )
             g = torch.Generator().manual_seed(seed_for(SEED, what, "item", position))
             pixels = torch.from_numpy(images[order[i]]).float() / 127.5 - 1
-            with torch.no_grad(): q = vae.encode(pixels.expand(1, 3, -1, -1)).latent_dist
-            x0 = (q.mean + q.std * torch.randn(q.mean.shape[1:], generator=g)) * vae.config.scaling_factor
-            noise, t = torch.randn(x0.shape[1:], generator=g)[None], torch.randint(1000, (), generator=g)
-            words = text(tok(prompt, padding="max_length", max_length=tok.model_max_length, return_tensors="pt").input_ids)[0]
+            with torch.no_grad():
+                q = vae.encode(pixels.expand(1, 3, -1, -1)).latent_dist
+            x0 = (
+                q.mean + q.std * torch.randn(q.mean.shape[1:], generator=g)
+            ) * vae.config.scaling_factor
+            noise = torch.randn(x0.shape[1:], generator=g)[None]
+            t = torch.randint(1000, (), generator=g)
+            words = text(
+                tok(
+                    prompt,
+                    padding="max_length",
+                    max_length=tok.model_max_length,
+                    return_tensors="pt",
+                ).input_ids
+            )[0]
             mixed = abar[t].sqrt() * x0 + (1 - abar[t]).sqrt() * noise
             snr = abar[t] / (1 - abar[t])
-            losses.append(F.mse_loss(unet(mixed, t, words).sample, noise) * (min(snr, gamma) / snr if gamma else 1))
+            losses.append(
+                F.mse_loss(unet(mixed, t, words).sample, noise)
+                * (min(snr, gamma) / snr if gamma else 1)
+            )
         return sum(losses) / BATCH
 
     seen = []
     for step in range(STEPS):
         loss = half("instance", images, PROMPTS["normal"], step)
-        total = loss + (weight * half("prior", prior, PROMPTS["pneumonia"], step) if prior is not None else 0)
+        total = loss + (
+            weight * half("prior", prior, PROMPTS["pneumonia"], step) if prior is not None else 0
+        )
         total.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
-        opt.step(); schedule.step(); opt.zero_grad()
+        opt.step()
+        schedule.step()
+        opt.zero_grad()
         seen.append(loss.item())
     return seen
 
+
 @pytest.mark.parametrize("case", CASES)
 def test_same_learning(case, base, images, tmp_path):
-    cfg = TrainConfig(**dict(max_train_steps=STEPS, train_batch_size=BATCH, learning_rate=PEAK, lr_warmup_steps=WARMUP, ema_decay=0.0, mixed_precision="no", device="cpu") | CASES[case])
+    cfg = TrainConfig(
+        **dict(
+            max_train_steps=STEPS,
+            train_batch_size=BATCH,
+            learning_rate=PEAK,
+            lr_warmup_steps=WARMUP,
+            ema_decay=0.0,
+            mixed_precision="no",
+            device="cpu",
+        )
+        | CASES[case]
+    )
     prior = images[1::2] if cfg.prior_loss_weight else None
-    task = TrainingTask(images[::2], [PROMPTS["normal"]], np.zeros(12, int), None if prior is None else (prior, PROMPTS["pneumonia"]))
-    ours = [r["loss"] for r in make_trainer(load_pipeline(base), task, tmp_path/"a.pt", cfg, SEED).run()]
+    task = TrainingTask(
+        images[::2],
+        [PROMPTS["normal"]],
+        np.zeros(12, int),
+        None if prior is None else (prior, PROMPTS["pneumonia"]),
+    )
+    ours = [
+        r["loss"]
+        for r in make_trainer(load_pipeline(base), task, tmp_path / "a.pt", cfg, SEED).run()
+    ]
     plain = load_pipeline(base)
     choose_weights(plain, cfg, SEED)
     theirs = reference(plain, images[::2], prior, cfg.snr_gamma, cfg.prior_loss_weight)
     assert ours == pytest.approx(theirs, rel=1e-4)
     assert len(set(ours)) == STEPS and ours[-1] != ours[0]
 
+
 def test_the_reference_can_fail(base, images, tmp_path):
     "Another seed gives other losses, by far more than the tolerance."
     cfg = TrainConfig(max_train_steps=2, train_batch_size=BATCH, mixed_precision="no", device="cpu")
     task = TrainingTask(images[::2], [PROMPTS["normal"]], np.zeros(12, int))
-    a, b = ([r["loss"] for r in make_trainer(load_pipeline(base), task, tmp_path/f"{seed}.pt", cfg, seed).run()] for seed in (1, 2))
+    a, b = (
+        [
+            r["loss"]
+            for r in make_trainer(
+                load_pipeline(base), task, tmp_path / f"{seed}.pt", cfg, seed
+            ).run()
+        ]
+        for seed in (1, 2)
+    )
     assert abs(a[0] - b[0]) / a[0] > 1e-3

@@ -14,69 +14,88 @@ from .files import CxrError, atomic_path, digest_json, read_json, write_json
 
 # %% ../../nbs/base/cache.ipynb #0f6d4158
 def digest_array(
-    array # NumPy array
-) -> str: # 64 hex digits
+    array,  # NumPy array
+) -> str:  # 64 hex digits
     "SHA-256 of an array: its shape, type and bytes."
     import numpy as np
+
     h = hashlib.sha256(f"{array.shape} {array.dtype.str} ".encode())
     h.update(np.ascontiguousarray(array))
     return h.hexdigest()
 
+
 def weights_key(
-    *modules # PyTorch modules
-) -> str:    # 64 hex digits
+    *modules,  # PyTorch modules
+) -> str:  # 64 hex digits
     "SHA-256 of the weights of some networks: names, shapes, types and bytes."
     import torch
+
     h = hashlib.sha256()
-    named = [(f"{k}.{name}", w) for k, module in enumerate(modules) for name, w in module.state_dict().items()]
+    named = [
+        (f"{k}.{name}", w)
+        for k, module in enumerate(modules)
+        for name, w in module.state_dict().items()
+    ]
     for name, w in sorted(named, key=lambda item: item[0]):
         h.update(f"{name}{tuple(w.shape)}{w.dtype}".encode())
         h.update(w.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return h.hexdigest()
 
+
 def read_or_none(
-    path, # which file
-    read  # path -> what it holds
-):        # None if there is no such file, or, with one line said, if it cannot be read
+    path,  # which file
+    read,  # path -> what it holds
+):  # None if there is no such file, or, with one line said, if it cannot be read
     "What a file holds that can be made again."
-    if not Path(path).exists(): return None
-    try: return read(path)
+    if not Path(path).exists():
+        return None
+    try:
+        return read(path)
     except (OSError, ValueError, EOFError, CxrError) as e:
         print(f"{path} cannot be read ({type(e).__name__}) and is made anew.", file=sys.stderr)
         return None
 
 # %% ../../nbs/base/cache.ipynb #51509f9a
 def cached(
-    folder,         # of the cache; None computes afresh
-    what: str,      # first part of the file name
-    key,            # all that the result depends on, as JSON: settings, digests of what was read, versions
-    compute,        # () -> NumPy array
-    mmap: bool=False # give a memory map, read from the disk as it is used
-):                  # the array
+    folder,  # of the cache; None computes afresh
+    what: str,  # first part of the file name
+    key,  # all that the result depends on, as JSON: settings, digests of what was read, versions
+    compute,  # () -> NumPy array
+    mmap: bool = False,  # give a memory map, read from the disk as it is used
+):  # the array
     "The result of `compute`, from a file if it was computed before; an unreadable file is made anew."
-    if folder is None: return compute()
+    if folder is None:
+        return compute()
     import numpy as np
-    path = Path(folder)/f"{what}-{digest_json(key)[:32]}.npy"
-    def read(path): return np.load(path, mmap_mode="r" if mmap else None)
+
+    path = Path(folder) / f"{what}-{digest_json(key)[:32]}.npy"
+
+    def read(path):
+        return np.load(path, mmap_mode="r" if mmap else None)
+
     found = read_or_none(path, read)
-    if found is not None: return found
+    if found is not None:
+        return found
     array = compute()
     try:
-        with atomic_path(path) as tmp, open(tmp, "wb") as f: np.save(f, array)
-    except PermissionError:             # on Windows a file that another process has open cannot be replaced
-        if not path.exists(): raise
+        with atomic_path(path) as tmp, open(tmp, "wb") as f:
+            np.save(f, array)
+    except PermissionError:  # on Windows a file that another process has open cannot be replaced
+        if not path.exists():
+            raise
     return read(path)
 
 # %% ../../nbs/base/cache.ipynb #5fe19c52
 def recorded(
-    path,   # of the record, JSON
-    key,    # all that it depends on, see `cached`
-    compute # () -> dict
+    path,  # of the record, JSON
+    key,  # all that it depends on, see `cached`
+    compute,  # () -> dict
 ) -> dict:  # what `compute` gave, and the key's digest as `about`
     "The record at `path` if it was made from the same key; otherwise it is computed and written."
     about = digest_json(key)
     found = read_or_none(path, read_json)
-    if isinstance(found, dict) and found.get("about") == about: return found
+    if isinstance(found, dict) and found.get("about") == about:
+        return found
     record = dict(about=about) | compute()
     write_json(path, record)
     return record

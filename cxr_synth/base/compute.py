@@ -13,7 +13,7 @@ from .files import CxrError, one_of
 
 # %% ../../nbs/base/compute.ipynb #346c9b49
 def seed_for(
-    *parts # anything that identifies the random choice: study seed, purpose, item
+    *parts,  # anything that identifies the random choice: study seed, purpose, item
 ) -> int:  # 0 to 2**63 - 1
     "A seed that depends on `parts` alone, not on the order of calls or on the process."
     text = "\x1f".join(map(str, parts))
@@ -21,41 +21,59 @@ def seed_for(
 
 # %% ../../nbs/base/compute.ipynb #53759997
 def pick_device(
-    name: str = "auto" # auto, cuda, mps or cpu
+    name: str = "auto",  # auto, cuda, mps or cpu
 ) -> str:
     "The device to compute on; asking for one that is absent is an error, not a silent fallback."
     import torch
-    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+
+    there = (
+        ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    )
     return there[0] if name == "auto" else one_of(name, there, "or absent device")
 
+
 def autocast(
-    device: str,   # from `pick_device`
-    precision: str # no, bf16 or fp16
+    device: str,  # from `pick_device`
+    precision: str,  # no, bf16 or fp16
 ):
     "Mixed precision for the forward pass; the weights themselves stay float32."
     import torch
+
     dtypes = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return torch.autocast(device, dtypes[one_of(precision, dtypes, "mixed_precision")] or torch.bfloat16, enabled=precision != "no")
+    return torch.autocast(
+        device,
+        dtypes[one_of(precision, dtypes, "mixed_precision")] or torch.bfloat16,
+        enabled=precision != "no",
+    )
 
 # %% ../../nbs/base/compute.ipynb #d8ae4242
 def pick_precision(
-    device: str,         # from `pick_device`
-    wanted: str = "auto" # auto, no, bf16 or fp16
-) -> str:                # no, bf16 or fp16; raises `CxrError` for fp16 on a CPU
+    device: str,  # from `pick_device`
+    wanted: str = "auto",  # auto, no, bf16 or fp16
+) -> str:  # no, bf16 or fp16; raises `CxrError` for fp16 on a CPU
     "The precision that is fast on a device: bf16 where its hardware multiplies in it, else fp16 on a GPU and float32 on a CPU."
     import torch
+
     one_of(wanted, ("auto", "no", "bf16", "fp16"), "mixed_precision")
-    if device == "cpu" and wanted == "fp16": raise CxrError("fp16 is for GPUs, and this is a CPU.\nAllowed here: no, bf16, auto.")
-    if wanted != "auto": return wanted
-    if device == "cuda": return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if device == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", bool)() else "no"
+    if device == "cpu" and wanted == "fp16":
+        raise CxrError("fp16 is for GPUs, and this is a CPU.\nAllowed here: no, bf16, auto.")
+    if wanted != "auto":
+        return wanted
+    if device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return (
+        "bf16" if device == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", bool)() else "no"
+    )
 
 # %% ../../nbs/base/compute.ipynb #3860b98b
 def progress(
-    items=None,   # what to iterate over; None for a bar that is advanced by hand
-    desc: str="", # what is being done
-    **kw          # passed to tqdm, such as total, unit and initial
+    items=None,  # what to iterate over; None for a bar that is advanced by hand
+    desc: str = "",  # what is being done
+    **kw,  # passed to tqdm, such as total, unit and initial
 ):
     "A tqdm bar, silent when the environment variable CXR_QUIET is set."
     from tqdm.auto import tqdm
-    return tqdm(items, desc=desc, dynamic_ncols=True, disable=bool(os.environ.get("CXR_QUIET")), **kw)
+
+    return tqdm(
+        items, desc=desc, dynamic_ncols=True, disable=bool(os.environ.get("CXR_QUIET")), **kw
+    )

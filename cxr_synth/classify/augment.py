@@ -12,41 +12,62 @@ import numpy as np, torch, torch.nn.functional as F
 from ..base.files import CxrError, one_of
 
 # %% ../../nbs/classify/augment.ipynb #e1e1d2e4
-ALTERATIONS = {"gentle": dict(turn=7, shift=.04, zoom=(.95, 1.1), contrast=.15),
-               "strong": dict(turn=15, shift=.1, zoom=(.8, 1.25), contrast=.4)}  # degrees, part of the side, factors
+ALTERATIONS = {
+    "gentle": dict(turn=7, shift=0.04, zoom=(0.95, 1.1), contrast=0.15),
+    "strong": dict(turn=15, shift=0.1, zoom=(0.8, 1.25), contrast=0.4),
+}  # degrees, part of the side, factors
+
 
 def draw_alterations(
-    seeds,              # one per image (N,)
-    how: str = "gentle" # one of `ALTERATIONS`
-):                      # float32 (N, 5): angle (rad), zoom, shift right and down (half sides), contrast
+    seeds,  # one per image (N,)
+    how: str = "gentle",  # one of `ALTERATIONS`
+):  # float32 (N, 5): angle (rad), zoom, shift right and down (half sides), contrast
     "What happens to each image, from its own seed alone."
     a = ALTERATIONS[one_of(how, ALTERATIONS, "augmentation")]
-    turn, shift, contrast = np.deg2rad(a["turn"]), 2 * a["shift"], a["contrast"]
-    low, high = zip((-turn, turn), a["zoom"], (-shift, shift), (-shift, shift), (1 - contrast, 1 + contrast))
-    return np.array([np.random.default_rng(s).uniform(low, high) for s in seeds], np.float32).reshape(-1, 5)
+    turn = np.deg2rad(a["turn"])
+    shift = 2 * a["shift"]
+    contrast = a["contrast"]
+    low, high = zip(
+        (-turn, turn), a["zoom"], (-shift, shift), (-shift, shift), (1 - contrast, 1 + contrast)
+    )
+    return np.array(
+        [np.random.default_rng(s).uniform(low, high) for s in seeds], np.float32
+    ).reshape(-1, 5)
+
 
 def alter(
-    x,    # float (B, 1, R, R), on any device
-    what  # from `draw_alterations` (B, 5), same device
-):        # (B, 1, R, R)
+    x,  # float (B, 1, R, R), on any device
+    what,  # from `draw_alterations` (B, 5), same device
+):  # (B, 1, R, R)
     "Turn, zoom, shift and change the contrast of a whole batch at once, where it lies."
     angle, zoom, dx, dy, contrast = what.unbind(1)
     c, s = torch.cos(angle) / zoom, torch.sin(angle) / zoom
     rows = torch.stack([torch.stack([c, -s, dx], 1), torch.stack([s, c, dy], 1)], 1)  # (B, 2, 3)
-    x = F.grid_sample(x, F.affine_grid(rows, x.shape, align_corners=False), padding_mode="reflection", align_corners=False)
+    x = F.grid_sample(
+        x,
+        F.affine_grid(rows, x.shape, align_corners=False),
+        padding_mode="reflection",
+        align_corners=False,
+    )
     mean = x.mean((1, 2, 3), keepdim=True)
     return (x - mean) * contrast.view(-1, 1, 1, 1) + mean
 
 # %% ../../nbs/classify/augment.ipynb #d9aa1db4
 def augment(
-    images, # uint8 (N, R, R)
+    images,  # uint8 (N, R, R)
     seeds,  # one seed per image (N,), from `seed_for` on the image and the view
-    how: str = "gentle" # one of `ALTERATIONS`
-):          # uint8 (N, R, R)
+    how: str = "gentle",  # one of `ALTERATIONS`
+):  # uint8 (N, R, R)
     "Altered images; what becomes of one never depends on the others."
-    if len(images) != len(seeds): raise CxrError(f"{len(images)} images came with {len(seeds)} seeds.\nExpected one seed per image: seed_for(seed, 'view', image_id, view).")
+    if len(images) != len(seeds):
+        raise CxrError(
+            f"{len(images)} images came with {len(seeds)} seeds.\n"
+            "Expected one seed per image: seed_for(seed, 'view', image_id, view)."
+        )
     what, out = torch.from_numpy(draw_alterations(seeds, how)), np.empty_like(images)
     for i in range(0, len(images), 64):
-        x = torch.from_numpy(np.ascontiguousarray(images[i:i + 64])).float()[:, None]
-        out[i:i + 64] = alter(x, what[i:i + 64])[:, 0].round().clamp(0, 255).to(torch.uint8).numpy()
+        x = torch.from_numpy(np.ascontiguousarray(images[i : i + 64])).float()[:, None]
+        out[i : i + 64] = (
+            alter(x, what[i : i + 64])[:, 0].round().clamp(0, 255).to(torch.uint8).numpy()
+        )
     return out

@@ -26,36 +26,55 @@ from ..images.study_images import load_images
 # %% ../../nbs/classify/explain.ipynb #4692090e
 class ProbeNetwork(nn.Module):
     "A frozen network and its logistic head as one network: one channel in -1..1 to log odds."
-    def __init__(self, extractor: str, head, device: str = "cpu", weights=None): # head: from `fit_probe`
-        super().__init__()
-        self.net, self.name = load_backbone(extractor, device, weights).net, extractor
-        for k, v in dict(w=head.coef_[0], b=head.intercept_).items(): self.register_buffer(k, torch.tensor(v, dtype=torch.float32, device=device))
-    def forward(self, x): return self.net(x) @ self.w + self.b  # (B, 1, S, S) -> (B,)
 
-def has_maps(name: str) -> bool: return not name.startswith(("vit", "rad"))  # transformers have no feature maps
+    def __init__(
+        self, extractor: str, head, device: str = "cpu", weights=None
+    ):  # head: from `fit_probe`
+        super().__init__()
+        self.net = load_backbone(extractor, device, weights).net
+        self.name = extractor
+        for k, v in dict(w=head.coef_[0], b=head.intercept_).items():
+            self.register_buffer(k, torch.tensor(v, dtype=torch.float32, device=device))
+
+    def forward(self, x):
+        return self.net(x) @ self.w + self.b  # (B, 1, S, S) -> (B,)
+
+
+def has_maps(name: str) -> bool:
+    return not name.startswith(("vit", "rad"))  # transformers have no feature maps
+
 
 @torch.no_grad()
 def last_map(
-    model: nn.Module, # `ProbeNetwork` or `training.Classifier`
-    size: int,        # side of its images, px
-    device: str = "cpu" # of the model
-) -> nn.Module:       # the part that gives the last map of 2 x 2 places or more; raises `CxrError` for a network without feature maps
+    model: nn.Module,  # `ProbeNetwork` or `training.Classifier`
+    size: int,  # side of its images, px
+    device: str = "cpu",  # of the model
+) -> nn.Module:  # the part that gives the last map of 2 x 2 places or more; raises `CxrError` for a network without feature maps
     "The layer whose map is explained."
-    if not has_maps(getattr(model, "name", "")): raise CxrError(f"{model.name} has no feature maps for Grad-CAM.\nExplain a convolutional network, such as densenet121.")
+    if not has_maps(getattr(model, "name", "")):
+        raise CxrError(
+            f"{model.name} has no feature maps for Grad-CAM.\n"
+            "Explain a convolutional network, such as densenet121."
+        )
     maps = []
-    def note(part, _, out): maps.extend([part] * (torch.is_tensor(out) and out.ndim == 4 and min(out.shape[2:]) > 1))
+
+    def note(part, _, out):
+        maps.extend([part] * (torch.is_tensor(out) and out.ndim == 4 and min(out.shape[2:]) > 1))
+
     hooks = [part.register_forward_hook(note) for part in model.modules()]
-    try: model(torch.zeros(1, 1, size, size, device=device))
-    finally: [h.remove() for h in hooks]
+    try:
+        model(torch.zeros(1, 1, size, size, device=device))
+    finally:
+        [h.remove() for h in hooks]
     return maps[-1]
 
 # %% ../../nbs/classify/explain.ipynb #27716180
 def heat_maps(
-    model: nn.Module, # `ProbeNetwork` or `training.Classifier`, in eval mode
-    images,           # uint8 (N, R, R)
-    size: int,        # side at which the network sees them, px
-    device: str = "cpu" # cuda, mps or cpu
-):                    # float32 (N, h, w), 0 or more, as large as the last feature map: what speaks for pneumonia
+    model: nn.Module,  # `ProbeNetwork` or `training.Classifier`, in eval mode
+    images,  # uint8 (N, R, R)
+    size: int,  # side at which the network sees them, px
+    device: str = "cpu",  # cuda, mps or cpu
+):  # float32 (N, h, w), 0 or more, as large as the last feature map: what speaks for pneumonia
     "Grad-CAM of the log odds of pneumonia, by captum."
     cam, out = LayerGradCam(model, last_map(model, size, device)), []
     for im in images:
@@ -63,78 +82,119 @@ def heat_maps(
         out.append(cam.attribute(x, relu_attributions=True)[0, 0].detach().float().cpu().numpy())
     return np.stack(out).clip(min=0)
 
+
 def resize_maps(
-    heat,     # float32 (N, h, w)
-    side: int # of the images, px
-):            # float32 (N, side, side)
+    heat,  # float32 (N, h, w)
+    side: int,  # of the images, px
+):  # float32 (N, side, side)
     "Heat maps as large as the images."
-    return F.interpolate(torch.from_numpy(np.asarray(heat))[:, None], (side, side), mode="bilinear")[:, 0].numpy()
+    return F.interpolate(
+        torch.from_numpy(np.asarray(heat))[:, None], (side, side), mode="bilinear"
+    )[:, 0].numpy()
 
 # %% ../../nbs/classify/explain.ipynb #b7c29259
 def disease_masks(
-    study: Study, # of drawn patients
-    image_ids     # of the images (N,)
-):                # bool (N, R, R), all False for a healthy child; raises `CxrError` for a study of other images
+    study: Study,  # of drawn patients
+    image_ids,  # of the images (N,)
+):  # bool (N, R, R), all False for a healthy child; raises `CxrError` for a study of other images
     "Where the disease of drawn patients is."
     s = study.records()["data"]["settings"]
-    if s["source"] != "phantom": raise CxrError(f"nobody has marked the disease in {study.root}: its images are no drawings.\nOnly a study with --data phantom knows.")
-    path, known, out = {r["image_id"]: r["path"] for r in read_csv(study/"data/manifest.csv")}, phantom_origins(study), []
+    if s["source"] != "phantom":
+        raise CxrError(
+            f"nobody has marked the disease in {study.root}: its images are no drawings.\n"
+            "Only a study with --data phantom knows."
+        )
+    path = {r["image_id"]: r["path"] for r in read_csv(study / "data/manifest.csv")}
+    known = phantom_origins(study)
+    out = []
     for i in image_ids:
         r = known[path[i]]
         added = scene(r["patient"], r["image"], r["label"], **phantom_arguments(study)).added
         shades = Image.fromarray((255 * added / max(added.max(), 1e-9)).astype(np.uint8))
-        out.append(opacity_mask(np.asarray(prepare_image(shades, s["resolution"], s["fit"]), float)))
+        out.append(
+            opacity_mask(np.asarray(prepare_image(shades, s["resolution"], s["fit"]), float))
+        )
     return np.stack(out)
 
+
 def disease_overlap(
-    heat, # (R, R), 0 or more
-    mask  # bool (R, R): the disease
-) -> float: # 1: chance; nan without heat or disease
+    heat,  # (R, R), 0 or more
+    mask,  # bool (R, R): the disease
+) -> float:  # 1: chance; nan without heat or disease
     "How much denser the heat is on the disease than on the whole image."
-    return float(heat[mask].sum() / heat.sum() / mask.mean()) if heat.sum() and mask.any() else float("nan")
+    return (
+        float(heat[mask].sum() / heat.sum() / mask.mean())
+        if heat.sum() and mask.any()
+        else float("nan")
+    )
 
 # %% ../../nbs/classify/explain.ipynb #1e5bfbfa
 def corner_share(
-    heat # (R, R), 0 or more
-) -> float: # 0 to 1, 0.16: chance; nan without heat
+    heat,  # (R, R), 0 or more
+) -> float:  # 0 to 1, 0.16: chance; nan without heat
     "Share of the heat that lies in the four corners, squares of a fifth of the side."
     n = max(1, round(len(heat) / 5))
     ends = np.r_[:n, -n:0]
     return float(heat[np.ix_(ends, ends)].sum() / heat.sum()) if heat.sum() else float("nan")
 
 # %% ../../nbs/classify/explain.ipynb #0a086179
-CASE_KINDS = {(1, 1): "pneumonia, found", (1, 0): "pneumonia, missed", (0, 0): "normal, left alone", (0, 1): "normal, alarmed"}
+CASE_KINDS = {
+    (1, 1): "pneumonia, found",
+    (1, 0): "pneumonia, missed",
+    (0, 0): "normal, left alone",
+    (0, 1): "normal, alarmed",
+}
+
 
 def draw_cases(
-    table: pd.DataFrame, # image_id, label, prob
-    n: int = 3,          # of each kind
-    seed: int = 0,       # of the lot
-    threshold: float = .5
-) -> pd.DataFrame:       # the same columns and kind
+    table: pd.DataFrame,  # image_id, label, prob
+    n: int = 3,  # of each kind
+    seed: int = 0,  # of the lot
+    threshold: float = 0.5,
+) -> pd.DataFrame:  # the same columns and kind
     "Random cases of each of the four kinds, fewer where there are no more."
-    t = table.assign(kind=[CASE_KINDS[int(y), int(p >= threshold)] for y, p in zip(table.label, table.prob)])
-    return pd.concat([g.sample(min(n, len(g)), random_state=seed_for(seed, k) % 2**32) for k in CASE_KINDS.values() if len(g := t[t.kind == k])], ignore_index=True)
+    t = table.assign(
+        kind=[CASE_KINDS[int(y), int(p >= threshold)] for y, p in zip(table.label, table.prob)]
+    )
+    return pd.concat(
+        [
+            g.sample(min(n, len(g)), random_state=seed_for(seed, k) % 2**32)
+            for k in CASE_KINDS.values()
+            if len(g := t[t.kind == k])
+        ],
+        ignore_index=True,
+    )
 
 # %% ../../nbs/classify/explain.ipynb #45fa0397
 HEAT_COLUMNS = ["image_id", "label", "prob", "kind", "corners", "overlap"]
 
+
 def explain_run(
-    model: nn.Module,   # `ProbeNetwork` or `training.Classifier`, in eval mode
-    study: Study,       # whose images
-    table: pd.DataFrame,# image_id, label, prob of what the model may predict
-    size: int,          # side at which the network sees images, px
-    folder,             # gets heat.npy (N, h, w) and heat.csv
-    device: str = "cpu",# cuda, mps or cpu
-    n: int = 12,        # cases of each kind
-    seed: int = 0       # of the lot
-) -> list[dict]:        # image_id, label, prob, kind, corners, overlap (of the ill in a phantom study, else empty)
+    model: nn.Module,  # `ProbeNetwork` or `training.Classifier`, in eval mode
+    study: Study,  # whose images
+    table: pd.DataFrame,  # image_id, label, prob of what the model may predict
+    size: int,  # side at which the network sees images, px
+    folder,  # gets heat.npy (N, h, w) and heat.csv
+    device: str = "cpu",  # cuda, mps or cpu
+    n: int = 12,  # cases of each kind
+    seed: int = 0,  # of the lot
+) -> list[
+    dict
+]:  # image_id, label, prob, kind, corners, overlap (of the ill in a phantom study, else empty)
     "Heat maps of random hits and errors, with what can be measured on them."
     cases = draw_cases(table[["image_id", "label", "prob"]], n, seed)
     images = load_images(study, cases.image_id)
     small = heat_maps(model, images, size, device)
     drawn = study.records()["data"]["settings"]["source"] == "phantom"
     masks = disease_masks(study, cases.image_id) if drawn else [None] * len(cases)
-    rows = [c._asdict() | dict(corners=corner_share(h), overlap=disease_overlap(h, m) if drawn and m.any() else "") for c, h, m in zip(cases.itertuples(index=False), resize_maps(small, images.shape[1]), masks)]
-    with atomic_path(Path(folder)/"heat.npy") as tmp, open(tmp, "wb") as f: np.save(f, small)
-    write_csv(Path(folder)/"heat.csv", HEAT_COLUMNS, rows)
+    rows = [
+        c._asdict()
+        | dict(corners=corner_share(h), overlap=disease_overlap(h, m) if drawn and m.any() else "")
+        for c, h, m in zip(
+            cases.itertuples(index=False), resize_maps(small, images.shape[1]), masks
+        )
+    ]
+    with atomic_path(Path(folder) / "heat.npy") as tmp, open(tmp, "wb") as f:
+        np.save(f, small)
+    write_csv(Path(folder) / "heat.csv", HEAT_COLUMNS, rows)
     return rows

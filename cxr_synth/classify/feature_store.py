@@ -29,68 +29,150 @@ from ..stages.generate import model_of
 # %% ../../nbs/classify/feature_store.ipynb #55dc8a9f
 class RealFeatures:
     "Features (probe) or pixels (finetune) of all images of a study, by name, from the cache when they are there."
-    def __init__(self, study: Study, cfg: ExperimentsConfig, seed: int, device: str): # seed of the study
-        self.study, self.cfg, self.seed, self.device = study, cfg, seed, device
-        self.probe, self.network = one_of(cfg.method, ("probe", "finetune"), "method") == "probe", cfg.network.replace("_", "-")
+
+    def __init__(
+        self, study: Study, cfg: ExperimentsConfig, seed: int, device: str
+    ):  # seed of the study
+        self.study = study
+        self.cfg = cfg
+        self.seed = seed
+        self.device = device
+        self.probe = one_of(cfg.method, ("probe", "finetune"), "method") == "probe"
+        self.network = cfg.network.replace("_", "-")
         self.ids = training_rows(study, 1.0, 0).image_id.tolist()
         self.at = {i: k for k, i in enumerate(self.ids)}
         made = study.records()["data"]["settings"]
         self.resolution = made["resolution"]
-        seen_by = features_key(self.network, cfg.size, device, cfg.weights or None) if self.probe else dict(size=cfg.size)
-        self.about = dict(manifest=study.digest("data/manifest.csv"), resolution=self.resolution, fit=made["fit"], path=IMAGE_PATH_VERSION, method=cfg.method, seen_by=seen_by)
-    def kept(self, name: str, about, make) -> np.ndarray: # memory map
+        seen_by = (
+            features_key(self.network, cfg.size, device, cfg.weights or None)
+            if self.probe
+            else dict(size=cfg.size)
+        )
+        self.about = dict(
+            manifest=study.digest("data/manifest.csv"),
+            resolution=self.resolution,
+            fit=made["fit"],
+            path=IMAGE_PATH_VERSION,
+            method=cfg.method,
+            seen_by=seen_by,
+        )
+
+    def kept(self, name: str, about, make) -> np.ndarray:  # memory map
         "The array of that name; made by `make` if nobody has made it."
-        return cached(self.study/"cache"/"material", name, [self.about, about], make, mmap=True)
+        return cached(self.study / "cache" / "material", name, [self.about, about], make, mmap=True)
+
     def look(self, images, desc: str):
         "Features of images (probe), or the images themselves."
-        return extract_features(images, self.network, self.cfg.size, self.device, desc=desc, weights=self.cfg.weights or None) if self.probe else images
+        return (
+            extract_features(
+                images,
+                self.network,
+                self.cfg.size,
+                self.device,
+                desc=desc,
+                weights=self.cfg.weights or None,
+            )
+            if self.probe
+            else images
+        )
+
     @property
-    def side(self): return None if self.probe else self.cfg.size   # features are taken from the prepared images, pixels at the final size
-    def view(self, v: int, how: str = "gentle", ids=None): # (N, D) or (N, S, S), in the order of `ids`
+    def side(self):
+        return (
+            None if self.probe else self.cfg.size
+        )  # features are taken from the prepared images, pixels at the final size
+
+    def view(
+        self, v: int, how: str = "gentle", ids=None
+    ):  # (N, D) or (N, S, S), in the order of `ids`
         "One view of the real training images (view 0: the images themselves)."
         ids = self.ids if ids is None else ids
+
         def make():
             x = load_images(self.study, ids, self.side)
-            return self.look(augment(x, [seed_for(self.seed, "view", how, i, v) for i in ids], how) if v else x, f"features, view {v}")
-        changes = [how, ALTERATIONS[one_of(how, ALTERATIONS, "augmentation")], AUGMENT_VERSION, self.seed] if v else []
+            return self.look(
+                augment(x, [seed_for(self.seed, "view", how, i, v) for i in ids], how) if v else x,
+                f"features, view {v}",
+            )
+
+        changes = (
+            [how, ALTERATIONS[one_of(how, ALTERATIONS, "augmentation")], AUGMENT_VERSION, self.seed]
+            if v
+            else []
+        )
         return self.kept(f"view{v}", [changes, digest_json(ids)], make)
-    def held(self, split: str): # image_id -> row, array
+
+    def held(self, split: str):  # image_id -> row, array
         "Images of val or test, unaltered."
         ids = split_rows(self.study, split).image_id.tolist()
-        return {i: k for k, i in enumerate(ids)}, self.kept(split, [], lambda: self.look(load_images(self.study, ids, self.side), f"features, {split}"))
+        return {i: k for k, i in enumerate(ids)}, self.kept(
+            split,
+            [],
+            lambda: self.look(load_images(self.study, ids, self.side), f"features, {split}"),
+        )
 
 # %% ../../nbs/classify/feature_store.ipynb #24b5ad1f
 def autoencoder_key(
-    model # folder of a pipeline, or of a LoRA
-):        # a part of the key of a cache, see `cached`
+    model,  # folder of a pipeline, or of a LoRA
+):  # a part of the key of a cache, see `cached`
     "Which autoencoder a model decodes with: the digest of its files, or name and commit on the Hub."
-    source, revision = lora_base(model) if (Path(model)/"lora.json").is_file() else (model, None)
-    return digest_folder(Path(source)/"vae") if Path(source).is_dir() else [str(source), revision]
+    source, revision = lora_base(model) if (Path(model) / "lora.json").is_file() else (model, None)
+    return digest_folder(Path(source) / "vae") if Path(source).is_dir() else [str(source), revision]
+
 
 class FeatureStore(RealFeatures):
     "The store, with what generators made."
-    def synthetic(self, generator: str): # array, labels (M,), file names
+
+    def synthetic(self, generator: str):  # array, labels (M,), file names
         "A synthetic set."
-        lines, folder = read_synthetic_set(self.study, generator), self.study/"synthetic"/generator
+        lines = read_synthetic_set(self.study, generator)
+        folder = self.study / "synthetic" / generator
         names = [m["file_name"] for m in lines]
+
         def make():
             size = self.side or self.resolution
-            x = pixel_cache(self.study/"cache"/"pixels", [f"{generator}/{n}" for n in names], [folder/n for n in names], size)
+            x = pixel_cache(
+                self.study / "cache" / "pixels",
+                [f"{generator}/{n}" for n in names],
+                [folder / n for n in names],
+                size,
+            )
             return self.look(x[[f"{generator}/{n}" for n in names]], f"features, {generator}")
-        return self.kept(generator, [digest_file(folder/"metadata.jsonl")], make), np.array([m["label"] for m in lines]), names
-    def roundtrip(self, fraction: float, replicate: int): # in the order of `training_rows`
+
+        return (
+            self.kept(generator, [digest_file(folder / "metadata.jsonl")], make),
+            np.array([m["label"] for m in lines]),
+            names,
+        )
+
+    def roundtrip(self, fraction: float, replicate: int):  # in the order of `training_rows`
         "The real training images of a fraction after the round trip through their generator's autoencoder."
-        name, rows = generator_name(fraction, replicate), training_rows(self.study, fraction, replicate)
+        name = generator_name(fraction, replicate)
+        rows = training_rows(self.study, fraction, replicate)
         model = Path(model_of(self.study, name, CLASSES[0])[0])
-        if not model.exists(): raise CxrError(f"{model} is missing: the arm roundtrip needs this generator's autoencoder.\nTrain it: cxr-synth train {self.study.root}, or keep the model after generation.")
+        if not model.exists():
+            raise CxrError(
+                f"{model} is missing: the arm roundtrip needs this generator's autoencoder.\n"
+                f"Train it: cxr-synth train {self.study.root}, or keep the model after "
+                "generation."
+            )
+
         def make():
             x = load_images(self.study, rows.image_id, None)
             x = round_trip(load_pipeline(model, device=self.device).vae, x, f"round trip, {name}")
-            if self.side: x = np.stack([np.asarray(prepare_image(Image.fromarray(im), self.side)) for im in x])
+            if self.side:
+                x = np.stack(
+                    [np.asarray(prepare_image(Image.fromarray(im), self.side)) for im in x]
+                )
             return self.look(x, f"features, round trip {name}")
-        return self.kept(f"roundtrip-{name}", [autoencoder_key(model), rows.image_id.tolist()], make)
+
+        return self.kept(
+            f"roundtrip-{name}", [autoencoder_key(model), rows.image_id.tolist()], make
+        )
+
     def unaltered(self, rows, split: str):
         "The images of some manifest rows of one split, to predict."
-        if split == "internal": return self.view(0)[[self.at[i] for i in rows.image_id]]
+        if split == "internal":
+            return self.view(0)[[self.at[i] for i in rows.image_id]]
         at, x = self.held(split)
         return x[[at[i] for i in rows.image_id]]

@@ -19,12 +19,19 @@ from ..base.files import CxrError, atomic_path, one_of
 from ..base.loop import Loop, TrainedPart, batch_at
 from ..base.settings import ExperimentsConfig
 from .augment import alter, draw_alterations
-from ..images.networks import (NETWORKS, efficientnet_lite0_network, load_all_weights,
-                                       small_cnn, to_one_channel, to_one_output, torchvision_net)
+from cxr_synth.images.networks import (
+    NETWORKS,
+    efficientnet_lite0_network,
+    load_all_weights,
+    small_cnn,
+    to_one_channel,
+    to_one_output,
+    torchvision_net,
+)
 
 # %% ../../nbs/classify/finetune.ipynb #2c194c33
 def count_parameters(
-    model: nn.Module # any
+    model: nn.Module,  # any
 ) -> int:
     "Number of trainable parameters (guide, section 10)."
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -32,46 +39,68 @@ def count_parameters(
 # %% ../../nbs/classify/finetune.ipynb #38e80f5f
 class Classifier(nn.Module):
     "A network for one-channel images in -1..1 that gives the log odds of pneumonia."
-    def __init__(self,
+
+    def __init__(
+        self,
         name: str,  # one of `NETWORKS`
         size: int,  # side of the images, px
-        pretrained: bool = True, # start from ImageNet
-        where = None,            # its weights file or folder
-        seed: int = 0):          # of all weights that are not pretrained
+        pretrained: bool = True,  # start from ImageNet
+        where=None,  # its weights file or folder
+        seed: int = 0,
+    ):  # of all weights that are not pretrained
         super().__init__()
-        self.name, own = one_of(name, NETWORKS, "network"), name in ("small_cnn", "efficientnet_lite0")
-        self.mean, self.std = (0., 1.) if own else (.449, .226)   # ImageNet's, grey
+        self.name = one_of(name, NETWORKS, "network")
+        own = name in ("small_cnn", "efficientnet_lite0")
+        self.mean, self.std = (0.0, 1.0) if own else (0.449, 0.226)  # ImageNet's, grey
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            if name == "small_cnn": self.net = small_cnn()
-            elif name == "efficientnet_lite0": self.net = to_one_output(to_one_channel(efficientnet_lite0_network(where or None)[0].requires_grad_(True)))
-            else: self.net = to_one_output(to_one_channel(torchvision_net(name, size, pretrained, where or None)))
-    def forward(self, x): # (B, 1, S, S) -> (B,)
-        if self.std != 1: x = ((x + 1) / 2 - self.mean) / self.std
+            if name == "small_cnn":
+                self.net = small_cnn()
+            elif name == "efficientnet_lite0":
+                self.net = to_one_output(
+                    to_one_channel(
+                        efficientnet_lite0_network(where or None)[0].requires_grad_(True)
+                    )
+                )
+            else:
+                self.net = to_one_output(
+                    to_one_channel(torchvision_net(name, size, pretrained, where or None))
+                )
+
+    def forward(self, x):  # (B, 1, S, S) -> (B,)
+        if self.std != 1:
+            x = ((x + 1) / 2 - self.mean) / self.std
         return self.net(x).squeeze(1)
 
 # %% ../../nbs/classify/finetune.ipynb #b41c69e2
 @dataclass
 class Stratum:
     "Images that are drawn from evenly."
-    x: np.ndarray # pixels (N, S, S) or features (N, D)
-    y: np.ndarray # labels (N,)
+
+    x: np.ndarray  # pixels (N, S, S) or features (N, D)
+    y: np.ndarray  # labels (N,)
     share: float  # of each batch, or of the total sample weight
 
+
 def strata_by_class(
-    x,           # pixels or features (N, ...)
-    y,           # labels (N,), 0 and 1 both present
-    share: float # of both together
-) -> list[Stratum]: # normal, pneumonia; raises `CxrError` when a class is missing
+    x,  # pixels or features (N, ...)
+    y,  # labels (N,), 0 and 1 both present
+    share: float,  # of both together
+) -> list[Stratum]:  # normal, pneumonia; raises `CxrError` when a class is missing
     "One pile for either class, each with half of the share."
     y = np.asarray(y)
-    if len({*y.tolist()}) < 2: raise CxrError(f"all {len(y)} images have the label {y[0] if len(y) else '(none)'}.\nA classifier needs images of both classes, 0 and 1.")
+    if len({*y.tolist()}) < 2:
+        raise CxrError(
+            f"all {len(y)} images have the label {y[0] if len(y) else '(none)'}.\n"
+            "A classifier needs images of both classes, 0 and 1."
+        )
     return [Stratum(x[y == c], y[y == c], share / 2) for c in (0, 1)]
 
+
 def weighted_rows(
-    piles: list[Stratum], # shares add up to 1
-    total: float       # sum of the weights
-): # x (N, ...), y (N,), weights (N,)
+    piles: list[Stratum],  # shares add up to 1
+    total: float,  # sum of the weights
+):  # x (N, ...), y (N,), weights (N,)
     "Piles as one weighted set, for the probe."
     sets = [(p.x, p.y, np.full(len(p.y), total * p.share / len(p.y))) for p in piles if len(p.y)]
     return [np.concatenate(z) for z in zip(*sets)]
@@ -79,35 +108,74 @@ def weighted_rows(
 # %% ../../nbs/classify/finetune.ipynb #84095028
 class BatchComposer:
     "Which images of which piles make up each batch."
-    def __init__(self, piles: list[Stratum], batch: int, *about): # about: identifies the run, goes into the seeds
+
+    def __init__(
+        self, piles: list[Stratum], batch: int, *about
+    ):  # about: identifies the run, goes into the seeds
         exact = np.array([p.share for p in piles]) * batch
         n = np.floor(exact + 1e-9).astype(int)
-        for i in np.argsort(n - exact, kind="stable")[:batch - n.sum()]: n[i] += 1  # largest remainders
-        if n.min() < 1: raise CxrError(f"a batch of {batch} leaves no room for a pile with a share of {min(p.share for p in piles):.3g}.\nUse a larger batch: --experiments.batch-size")
-        self.piles, self.quota, self.about = piles, n, about
-    def at(self, step: int): # uint8 (B, S, S), float32 (B,)
+        for i in np.argsort(n - exact, kind="stable")[: batch - n.sum()]:
+            n[i] += 1  # largest remainders
+        if n.min() < 1:
+            raise CxrError(
+                f"a batch of {batch} leaves no room for a pile with a share of "
+                f"{min(p.share for p in piles):.3g}.\n"
+                "Use a larger batch: --experiments.batch-size"
+            )
+        self.piles = piles
+        self.quota = n
+        self.about = about
+
+    def at(self, step: int):  # uint8 (B, S, S), float32 (B,)
         "The images and labels of one step; they depend on the step alone."
-        rows = [batch_at(step, q, len(p.y), *self.about, i) for i, (p, q) in enumerate(zip(self.piles, self.quota))]
-        return (np.concatenate([p.x[r] for p, r in zip(self.piles, rows)]), np.concatenate([p.y[r] for p, r in zip(self.piles, rows)]).astype(np.float32))
+        rows = [
+            batch_at(step, q, len(p.y), *self.about, i)
+            for i, (p, q) in enumerate(zip(self.piles, self.quota))
+        ]
+        return (
+            np.concatenate([p.x[r] for p, r in zip(self.piles, rows)]),
+            np.concatenate([p.y[r] for p, r in zip(self.piles, rows)]).astype(np.float32),
+        )
 
 # %% ../../nbs/classify/finetune.ipynb #eabea56c
 class FinetuneStep:
     "What happens in one step: compose, alter, predict, compare."
-    def __init__(self, model: Classifier, phases: list[list[Stratum]], cfg: ExperimentsConfig, steps: int, device: str, how: str, *about):
-        self.model, self.cfg, self.device, self.how, self.about = model, cfg, device, how, about
-        self.batches = [BatchComposer(p, cfg.batch_size, *about, "order", i) for i, p in enumerate(phases)]
+
+    def __init__(
+        self,
+        model: Classifier,
+        phases: list[list[Stratum]],
+        cfg: ExperimentsConfig,
+        steps: int,
+        device: str,
+        how: str,
+        *about,
+    ):
+        self.model = model
+        self.cfg = cfg
+        self.device = device
+        self.how = how
+        self.about = about
+        self.batches = [
+            BatchComposer(p, cfg.batch_size, *about, "order", i) for i, p in enumerate(phases)
+        ]
         self.length = -(-steps // len(phases))  # steps of a phase
+
     def batch(self, step: int):
         "Images (B, 1, S, S) in -1..1, altered, and labels (B,), on the device."
         x, y = self.batches[min(step // self.length, len(self.batches) - 1)].at(step)
-        what = draw_alterations([seed_for(*self.about, "alter", step, i) for i in range(len(x))], self.how)
+        what = draw_alterations(
+            [seed_for(*self.about, "alter", step, i) for i in range(len(x))], self.how
+        )
         x, what, y = (torch.from_numpy(a).to(self.device, non_blocking=True) for a in (x, what, y))
         return alter(x.float()[:, None] / 127.5 - 1, what).clamp(-1, 1), y
+
     def losses(self, loop) -> dict:
         step = loop.step
         x, y = self.batch(step)
         torch.manual_seed(seed_for(*self.about, "dropout", step) % 2**63)
-        with autocast(self.device, self.cfg.mixed_precision): z = self.model(x.contiguous(memory_format=torch.channels_last))
+        with autocast(self.device, self.cfg.mixed_precision):
+            z = self.model(x.contiguous(memory_format=torch.channels_last))
         loss = F.binary_cross_entropy_with_logits(z.float(), y)
         loop.stepper.backward(loss)
         return dict(loss=loss.detach())
@@ -115,71 +183,122 @@ class FinetuneStep:
 # %% ../../nbs/classify/finetune.ipynb #25330264
 class BufferedLoop(Loop):
     "`loop.Loop` whose checkpoints hold the running means of batch normalisation too."
+
     def __init__(self, model: nn.Module, *args, **kw):
         self.model = model
         super().__init__(dict(net=TrainedPart(model, kw.pop("peak"))), *args, **kw)
-        if self.step: self.buffers(self.keeper.load()["buffers"])
+        if self.step:
+            self.buffers(self.keeper.load()["buffers"])
+
     def buffers(self, values: dict):
         with torch.no_grad():
-            for n, b in self.model.named_buffers(): b.copy_(values[n])
+            for n, b in self.model.named_buffers():
+                b.copy_(values[n])
+
     def save(self, desc: str = ""):
-        self.check(desc); self.log.write()
-        self.keeper.save(dict(step=self.step, best=self.best, rows=self.log.table(), buffers=dict(self.model.named_buffers()), **self.stepper.state()))
+        self.check(desc)
+        self.log.write()
+        self.keeper.save(
+            dict(
+                step=self.step,
+                best=self.best,
+                rows=self.log.table(),
+                buffers=dict(self.model.named_buffers()),
+                **self.stepper.state(),
+            )
+        )
 
 # %% ../../nbs/classify/finetune.ipynb #ef5a6333
 def finetune(
-    phases: list[list[Stratum]], # of pixels; one after the other, equally many steps each
-    cfg: ExperimentsConfig,   # network, size, learning_rate, batch_size, ...
-    device: str,              # cuda, mps or cpu
-    path,                     # of the checkpoint; history.csv lies beside it
-    *about,                   # identifies the run: seeds of initial weights, order, augmentation
-    steps: int = None,        # optimizer steps; None: those of the settings
-    how: str = "gentle",      # augmentation
-    desc: str = "finetune"    # for the progress bar
-) -> Classifier:              # with its last weights, in eval mode
+    phases: list[list[Stratum]],  # of pixels; one after the other, equally many steps each
+    cfg: ExperimentsConfig,  # network, size, learning_rate, batch_size, ...
+    device: str,  # cuda, mps or cpu
+    path,  # of the checkpoint; history.csv lies beside it
+    *about,  # identifies the run: seeds of initial weights, order, augmentation
+    steps: int = None,  # optimizer steps; None: those of the settings
+    how: str = "gentle",  # augmentation
+    desc: str = "finetune",  # for the progress bar
+) -> Classifier:  # with its last weights, in eval mode
     "Train a network; killed at any moment, it goes on to the same weights."
     steps = steps or cfg.steps
-    model = Classifier(cfg.network, cfg.size, cfg.pretrained, cfg.weights, seed_for(*about, "initial weights")).to(device, memory_format=torch.channels_last).train()
+    model = (
+        Classifier(
+            cfg.network, cfg.size, cfg.pretrained, cfg.weights, seed_for(*about, "initial weights")
+        )
+        .to(device, memory_format=torch.channels_last)
+        .train()
+    )
     work = FinetuneStep(model, phases, cfg, steps, device, how, *about)
-    loop = BufferedLoop(model, path, steps, every=cfg.checkpoint_steps, config=cfg.settings() | dict(about=[str(a) for a in about]), items=cfg.batch_size,
-                   peak=cfg.learning_rate, warmup=min(cfg.warmup, steps // 5), precision=cfg.mixed_precision)
+    loop = BufferedLoop(
+        model,
+        path,
+        steps,
+        every=cfg.checkpoint_steps,
+        config=cfg.settings() | dict(about=[str(a) for a in about]),
+        items=cfg.batch_size,
+        peak=cfg.learning_rate,
+        warmup=min(cfg.warmup, steps // 5),
+        precision=cfg.mixed_precision,
+    )
     loop.run(lambda step: work.losses(loop), desc)
     return model.eval()
 
+
 @torch.inference_mode()
 def predict_images(
-    model: Classifier, # from `finetune`
-    images,            # uint8 (N, S, S)
-    device: str,       # cuda, mps or cpu
-    precision: str = "no", # see `autocast`
-    batch: int = 64    # images at a time; the last batch is padded, so that a prediction never depends on it
-):                     # P(pneumonia), float64 (N,)
+    model: Classifier,  # from `finetune`
+    images,  # uint8 (N, S, S)
+    device: str,  # cuda, mps or cpu
+    precision: str = "no",  # see `autocast`
+    batch: int = 64,  # images at a time; the last batch is padded, so that a prediction never depends on it
+):  # P(pneumonia), float64 (N,)
     "Probability of pneumonia."
     out = []
     for i in range(0, len(images), batch):
         part = np.zeros((batch, *images.shape[1:]), np.uint8)
-        part[:len(images[i:i + batch])] = images[i:i + batch]
+        part[: len(images[i : i + batch])] = images[i : i + batch]
         z = torch.from_numpy(part).to(device).float()[:, None] / 127.5 - 1
-        with autocast(device, precision): z = model(z.contiguous(memory_format=torch.channels_last))
-        out.append(z.cpu().double().sigmoid().numpy())   # on the CPU: Apple's GPUs have no float64
-    return np.concatenate(out)[:len(images)]
+        with autocast(device, precision):
+            z = model(z.contiguous(memory_format=torch.channels_last))
+        out.append(z.cpu().double().sigmoid().numpy())  # on the CPU: Apple's GPUs have no float64
+    return np.concatenate(out)[: len(images)]
 
 # %% ../../nbs/classify/finetune.ipynb #e70ff131
 def save_network(
-    model: Classifier, # trained
-    path               # .safetensors
+    model: Classifier,  # trained
+    path,  # .safetensors
 ):
     "Write all weights and running means, with the network's name."
-    with atomic_path(path) as tmp: save_file({k: v.contiguous() for k, v in model.state_dict().items()}, tmp, metadata=dict(network=model.name))
+    with atomic_path(path) as tmp:
+        save_file(
+            {k: v.contiguous() for k, v in model.state_dict().items()},
+            tmp,
+            metadata=dict(network=model.name),
+        )
+
 
 def load_network(
-    path,      # from `save_network`
-    name: str, # the network that it should be
-    size: int  # side of the images, px
-) -> Classifier: # in eval mode; raises `CxrError` for another network's file
+    path,  # from `save_network`
+    name: str,  # the network that it should be
+    size: int,  # side of the images, px
+) -> Classifier:  # in eval mode; raises `CxrError` for another network's file
     "A trained classifier."
     try:
-        with safe_open(path, "pt") as f: whose, state = (f.metadata() or {}).get("network"), {k: f.get_tensor(k) for k in f.keys()}
-    except (SafetensorError, OSError) as e: raise CxrError(f"{path} cannot be read as weights ({type(e).__name__}).\nMake it again with --experiments.save-models.") from e
-    if whose != name: raise CxrError(f"{path} holds the weights of {whose}, not of {name}.\nName the right file, or choose its network: --experiments.network {whose}")
-    return load_all_weights(Classifier(name, size, pretrained=False), state, path, name).to(memory_format=torch.channels_last).eval()
+        with safe_open(path, "pt") as f:
+            whose = (f.metadata() or {}).get("network")
+            state = {k: f.get_tensor(k) for k in f.keys()}
+    except (SafetensorError, OSError) as e:
+        raise CxrError(
+            f"{path} cannot be read as weights ({type(e).__name__}).\n"
+            "Make it again with --experiments.save-models."
+        ) from e
+    if whose != name:
+        raise CxrError(
+            f"{path} holds the weights of {whose}, not of {name}.\n"
+            f"Name the right file, or choose its network: --experiments.network {whose}"
+        )
+    return (
+        load_all_weights(Classifier(name, size, pretrained=False), state, path, name)
+        .to(memory_format=torch.channels_last)
+        .eval()
+    )

@@ -20,39 +20,52 @@ from sklearn.model_selection import StratifiedGroupKFold
 from ..base.files import CxrError
 
 # %% ../../nbs/classify/probe.ipynb #111332a7
-AUGMENT_VERSION = 1  # of `alter`, `draw_alterations` and `augment`: raise it when they give other pixels
+AUGMENT_VERSION = (
+    1  # of `alter`, `draw_alterations` and `augment`: raise it when they give other pixels
+)
 
 # %% ../../nbs/classify/probe.ipynb #6e38b019
 def balanced_weights(
-    labels,      # 0 or 1 (N,), both present
-    total: float # sum of all weights
-):               # (N,)
+    labels,  # 0 or 1 (N,), both present
+    total: float,  # sum of all weights
+):  # (N,)
     "Sample weights that give either class half of the total."
     labels = np.asarray(labels)
     counts = np.bincount(labels, minlength=2)
-    if not counts.all(): raise CxrError(f"all {len(labels)} images have the label {labels[0] if len(labels) else '(none)'}.\nA classifier needs images of both classes, 0 and 1.")
+    if not counts.all():
+        raise CxrError(
+            f"all {len(labels)} images have the label {labels[0] if len(labels) else '(none)'}.\n"
+            "A classifier needs images of both classes, 0 and 1."
+        )
     return total / 2 / counts[labels]
 
 # %% ../../nbs/classify/probe.ipynb #f387287a
 def fit_probe(
-    features,        # (N, D), from `extract_features`; as they are
-    labels,          # 0 or 1 (N,), both present
-    weight,          # weight of each image (N,), such as `balanced_weights`
-    C: float = 0.01, # inverse regularisation strength; larger follows the data more closely
-    max_iter: int = 10_000 # most steps of the solver
-) -> LogisticRegression:   # raises `CxrError` when it did not converge
+    features,  # (N, D), from `extract_features`; as they are
+    labels,  # 0 or 1 (N,), both present
+    weight,  # weight of each image (N,), such as `balanced_weights`
+    C: float = 0.01,  # inverse regularisation strength; larger follows the data more closely
+    max_iter: int = 10_000,  # most steps of the solver
+) -> LogisticRegression:  # raises `CxrError` when it did not converge
     "Logistic regression on frozen features, solved until nothing moves: the same data give the same answer."
     model = LogisticRegression(C=C, tol=1e-6, max_iter=max_iter)
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConvergenceWarning)
-        try: return model.fit(np.asarray(features, np.float64), np.asarray(labels), sample_weight=weight)
+        try:
+            return model.fit(
+                np.asarray(features, np.float64), np.asarray(labels), sample_weight=weight
+            )
         except ConvergenceWarning as e:
-            raise CxrError(f"the logistic head did not converge in {max_iter} steps (C = {C}).\nLower C, or raise max_iter.") from e
+            raise CxrError(
+                f"the logistic head did not converge in {max_iter} steps (C = {C}).\n"
+                "Lower C, or raise max_iter."
+            ) from e
+
 
 def predict_probe(
-    probe,   # from `fit_probe`
-    features # (N, D)
-):           # P(pneumonia), float64 (N,)
+    probe,  # from `fit_probe`
+    features,  # (N, D)
+):  # P(pneumonia), float64 (N,)
     "Probability of pneumonia."
     return probe.predict_proba(np.asarray(features, np.float64))[:, 1]
 
@@ -60,44 +73,75 @@ def predict_probe(
 CHOICE_VERSION = 1  # of `choose_C` and `fit_probe`: raise it when they choose otherwise
 C_GRID = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
+
 def choose_C(
     features,  # (N, D), real training images
-    labels,    # 0 or 1 (N,)
+    labels,  # 0 or 1 (N,)
     patients,  # of each image (N,)
-    seed: int, # of the folds
-    folds: int = 5, # at most
-    grid = C_GRID     # values to try
-) -> float:    # one of `grid`; raises `CxrError` for fewer than two patients of a class
+    seed: int,  # of the folds
+    folds: int = 5,  # at most
+    grid=C_GRID,  # values to try
+) -> float:  # one of `grid`; raises `CxrError` for fewer than two patients of a class
     "The regularisation with the smallest balanced log loss on patients held out from the training fraction."
     y, who = np.asarray(labels), np.asarray(patients)
     k = min(folds, *(len(set(who[y == c])) for c in (0, 1)))
-    if k < 2: raise CxrError(f"cannot choose C by cross-validation: {len(set(who[y == 0]))} normal and {len(set(who[y == 1]))} pneumonia patients.\nNeeded: two of each. Or set it: --experiments.C 0.01")
+    if k < 2:
+        raise CxrError(
+            f"cannot choose C by cross-validation: {len(set(who[y == 0]))} normal and "
+            f"{len(set(who[y == 1]))} pneumonia patients.\n"
+            "Needed: two of each. Or set it: --experiments.C 0.01"
+        )
     split = StratifiedGroupKFold(k, shuffle=True, random_state=seed % 2**32)
     loss = np.zeros(len(grid))
     for train, held in split.split(features, y, who):
-        if len({*y[train]}) < 2 or len({*y[held]}) < 2: continue
+        if len({*y[train]}) < 2 or len({*y[held]}) < 2:
+            continue
         for i, C in enumerate(grid):
-            p = predict_probe(fit_probe(features[train], y[train], balanced_weights(y[train], len(train)), C), features[held])
-            loss[i] += metrics.log_loss(y[held], p, sample_weight=balanced_weights(y[held], len(held)))
+            p = predict_probe(
+                fit_probe(features[train], y[train], balanced_weights(y[train], len(train)), C),
+                features[held],
+            )
+            loss[i] += metrics.log_loss(
+                y[held], p, sample_weight=balanced_weights(y[held], len(held))
+            )
     return float(grid[int(loss.argmin())])
 
 # %% ../../nbs/classify/probe.ipynb #caed3efc
 def fit_towards(
-    prior,           # from `fit_probe`: what was learnt before
-    features,        # (N, D)
-    labels,          # 0 or 1 (N,), both present
-    weight,          # weight of each image (N,)
-    C: float = 0.01, # inverse strength of the pull towards the prior
-    max_iter: int = 10_000 # most steps of the solver
-) -> LogisticRegression:   # raises `CxrError` when it did not converge
+    prior,  # from `fit_probe`: what was learnt before
+    features,  # (N, D)
+    labels,  # 0 or 1 (N,), both present
+    weight,  # weight of each image (N,)
+    C: float = 0.01,  # inverse strength of the pull towards the prior
+    max_iter: int = 10_000,  # most steps of the solver
+) -> LogisticRegression:  # raises `CxrError` when it did not converge
     "Logistic regression that starts from another one and moves only as far as the data ask."
-    X, sign, w0 = np.asarray(features, np.float64), 2 * np.asarray(labels) - 1, prior.coef_[0]
+    X = np.asarray(features, np.float64)
+    sign = 2 * np.asarray(labels) - 1
+    w0 = prior.coef_[0]
+
     def objective(v):  # v: weights, then intercept; value and gradient
         z = sign * (X @ v[:-1] + v[-1])
         g = -C * weight * sign * expit(-z)
-        return .5 * ((v[:-1] - w0)**2).sum() + C * (weight * np.logaddexp(0, -z)).sum(), np.append(v[:-1] - w0 + X.T @ g, g.sum())
-    found = minimize(objective, np.append(w0, prior.intercept_), jac=True, method="L-BFGS-B", options=dict(maxiter=max_iter, gtol=1e-6, ftol=1e-14))
-    if not found.success and found.nit >= max_iter: raise CxrError(f"the logistic head did not converge in {max_iter} steps (C = {C}).\nLower C, or raise max_iter.")
+        return 0.5 * ((v[:-1] - w0) ** 2).sum() + C * (
+            weight * np.logaddexp(0, -z)
+        ).sum(), np.append(v[:-1] - w0 + X.T @ g, g.sum())
+
+    found = minimize(
+        objective,
+        np.append(w0, prior.intercept_),
+        jac=True,
+        method="L-BFGS-B",
+        options=dict(maxiter=max_iter, gtol=1e-6, ftol=1e-14),
+    )
+    if not found.success and found.nit >= max_iter:
+        raise CxrError(
+            f"the logistic head did not converge in {max_iter} steps (C = {C}).\n"
+            "Lower C, or raise max_iter."
+        )
     model = LogisticRegression(C=C)
-    model.coef_, model.intercept_, model.classes_, model.n_iter_ = found.x[None, :-1], found.x[-1:], np.array([0, 1]), np.array([found.nit])
+    model.coef_ = found.x[None, :-1]
+    model.intercept_ = found.x[-1:]
+    model.classes_ = np.array([0, 1])
+    model.n_iter_ = np.array([found.nit])
     return model

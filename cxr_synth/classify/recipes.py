@@ -19,10 +19,22 @@ from ..base.records import Study
 from ..base.settings import CLASSES, ExperimentsConfig
 from .explain import ProbeNetwork, explain_run, has_maps
 from .feature_store import FeatureStore
-from .finetune import (Stratum, finetune, predict_images, save_network,
-                                         strata_by_class, weighted_rows)
-from .probe import (CHOICE_VERSION, C_GRID, choose_C, fit_probe, fit_towards,
-                                      predict_probe)
+from cxr_synth.classify.finetune import (
+    Stratum,
+    finetune,
+    predict_images,
+    save_network,
+    strata_by_class,
+    weighted_rows,
+)
+from cxr_synth.classify.probe import (
+    CHOICE_VERSION,
+    C_GRID,
+    choose_C,
+    fit_probe,
+    fit_towards,
+    predict_probe,
+)
 from ..images.study_images import assert_disjoint, split_rows, training_rows, val_rows
 from ..protocol.arms import parse_arm
 from ..protocol.plan import Run, generator_of
@@ -32,8 +44,8 @@ from ..stats.auc import score, youden_threshold
 
 # %% ../../nbs/classify/recipes.ipynb #a8ea3b78
 def class_gap(
-    rows: pd.DataFrame # training rows
-) -> dict:             # class -> how many images it lacks to be as frequent as the other
+    rows: pd.DataFrame,  # training rows
+) -> dict:  # class -> how many images it lacks to be as frequent as the other
     "What `rebalanced` adds."
     n = [int((rows.label == c).sum()) for c in (0, 1)]
     return {c: max(n) - k for c, k in zip(CLASSES, n)}
@@ -41,49 +53,81 @@ def class_gap(
 # %% ../../nbs/classify/recipes.ipynb #f6b01cf4
 POOL_SHARE = 0.8  # part of a pool that one seed uses
 
+
 def run_rng(
     run: Run,  # which run
-    seed: int, # of the study
-    what: str  # purpose
+    seed: int,  # of the study
+    what: str,  # purpose
 ) -> np.random.Generator:
     "Random numbers of one purpose; the same in every arm."
     return np.random.default_rng(seed_for(seed, what, run.fraction, run.replicate, run.seed))
 
+
 def pool_indices(
-    labels,    # of a synthetic set (M,)
-    size: int, # of the pool, both classes together
-    what: str  # whose, for the message
-):             # indices of the first size/2 images of either class; raises `CxrError` when there are too few
+    labels,  # of a synthetic set (M,)
+    size: int,  # of the pool, both classes together
+    what: str,  # whose, for the message
+):  # indices of the first size/2 images of either class; raises `CxrError` when there are too few
     "The images of a pool."
     found = [np.flatnonzero(np.asarray(labels) == c) for c in (0, 1)]
     if lack := {c: size // 2 - len(f) for c, f in zip(CLASSES, found) if len(f) < size // 2}:
-        raise CxrError(f"{what} lacks {' and '.join(f'{n} {c}' for c, n in lack.items())} images for a pool of {size}; none is shown twice.\nMake them: cxr-synth generate STUDY, or plan a smaller --plan.pool")
-    return np.concatenate([f[:size // 2] for f in found])
+        raise CxrError(
+            f"{what} lacks {' and '.join(f'{n} {c}' for c, n in lack.items())} images for a pool "
+            f"of {size}; none is shown twice.\n"
+            "Make them: cxr-synth generate STUDY, or plan a smaller --plan.pool"
+        )
+    return np.concatenate([f[: size // 2] for f in found])
+
 
 def draw_subset(
     labels,  # of the images to draw from (M,)
-    rng      # from `run_rng`
-):           # indices, sorted
+    rng,  # from `run_rng`
+):  # indices, sorted
     "Four of five images of either class."
     parts = [np.flatnonzero(np.asarray(labels) == c) for c in (0, 1)]
-    return np.sort(np.concatenate([rng.permutation(p)[:int(np.ceil(POOL_SHARE * len(p)))] for p in parts]))
+    return np.sort(
+        np.concatenate([rng.permutation(p)[: int(np.ceil(POOL_SHARE * len(p)))] for p in parts])
+    )
 
 # %% ../../nbs/classify/recipes.ipynb #551cf4e2
 class RunContext:
     "Where runs are made: images, plan and settings of one study."
+
     def __init__(self, root: str, plan: dict, cfg: ExperimentsConfig, device: str):
-        self.study, self.plan, self.cfg, self.device = Study(root), plan, cfg, device
-        self.material, self.probe = FeatureStore(self.study, cfg, plan["seed"], device), cfg.method == "probe"
-        self.training = cache(lambda fraction, replicate: training_rows(self.study, fraction, replicate))
-        self.rows_of = cache(lambda split, fraction, replicate: val_rows(self.study, fraction, replicate) if split == "val" else split_rows(self.study, split))
+        self.study = Study(root)
+        self.plan = plan
+        self.cfg = cfg
+        self.device = device
+        self.material = FeatureStore(self.study, cfg, plan["seed"], device)
+        self.probe = cfg.method == "probe"
+        self.training = cache(
+            lambda fraction, replicate: training_rows(self.study, fraction, replicate)
+        )
+        self.rows_of = cache(
+            lambda split, fraction, replicate: (
+                val_rows(self.study, fraction, replicate)
+                if split == "val"
+                else split_rows(self.study, split)
+            )
+        )
         self.synthetic = cache(self.material.synthetic)
+
     def real(self, run: Run, rows, how: str = "gentle", number: int = 0):
         "Real training images: for the probe, the view of each that the seed draws (strong ones are never the image itself)."
-        if not self.probe: return self.material.view(0)[[self.material.at[i] for i in rows.image_id]]
+        if not self.probe:
+            return self.material.view(0)[[self.material.at[i] for i in rows.image_id]]
         n, strong = self.cfg.views, how != "gentle"
-        pick = run_rng(run, self.plan["seed"], f"views {how} {number}").integers(strong, n + strong, size=len(rows))
-        views = {v: self.material.view(v, how, rows.image_id.tolist()) if strong else self.material.view(v)[[self.material.at[i] for i in rows.image_id]] for v in set(pick.tolist())}
+        pick = run_rng(run, self.plan["seed"], f"views {how} {number}").integers(
+            strong, n + strong, size=len(rows)
+        )
+        views = {
+            v: self.material.view(v, how, rows.image_id.tolist())
+            if strong
+            else self.material.view(v)[[self.material.at[i] for i in rows.image_id]]
+            for v in set(pick.tolist())
+        }
         return np.stack([views[v][i] for i, v in enumerate(pick.tolist())])
+
     def images(self, run: Run, size: int):
         "Synthetic images of a run: array, labels, and how many marked ones `filtered` left out."
         name = generator_of(run, self.plan)
@@ -92,169 +136,298 @@ class RunContext:
         keep = keep[draw_subset(y[keep], run_rng(run, self.plan["seed"], "synthetic"))]
         gone = marked_images(self.study, name) if run.base == "filtered" else ()
         left = np.array([i for i in keep if names[i] not in gone], int)
-        if len(set(y[left])) < 2: raise CxrError(f"filtered leaves {len(left)} of {len(keep)} images: the others are marked in flags.csv, quality/{name}-copies.csv or curation/{name}.csv.\nBoth classes are needed. Look at the reasons there; a generator whose images are all marked has not learned.")
+        if len(set(y[left])) < 2:
+            raise CxrError(
+                f"filtered leaves {len(left)} of {len(keep)} images: the others are marked in "
+                f"flags.csv, quality/{name}-copies.csv or curation/{name}.csv.\n"
+                "Both classes are needed. Look at the reasons there; a generator whose images "
+                "are all marked has not learned."
+            )
         return x[left], y[left], len(keep) - len(left)
+
     def C(self, fraction: float, replicate: int) -> float:
         "The regularisation of a fraction and replicate, chosen once on its real images."
-        if self.cfg.C: return self.cfg.C
+        if self.cfg.C:
+            return self.cfg.C
         rows, seed = self.training(fraction, replicate), seed_for(self.plan["seed"], "C", fraction)
-        def make(): return np.array(choose_C(self.material.view(0)[[self.material.at[i] for i in rows.image_id]], rows.label, rows.patient_id, seed, folds=5 if len(rows) < 1000 else 3))
-        return float(self.material.kept("C", [digest_json(rows.image_id.tolist()), seed, C_GRID, CHOICE_VERSION], make))
+
+        def make():
+            return np.array(
+                choose_C(
+                    self.material.view(0)[[self.material.at[i] for i in rows.image_id]],
+                    rows.label,
+                    rows.patient_id,
+                    seed,
+                    folds=5 if len(rows) < 1000 else 3,
+                )
+            )
+
+        return float(
+            self.material.kept(
+                "C", [digest_json(rows.image_id.tolist()), seed, C_GRID, CHOICE_VERSION], make
+            )
+        )
 
 # %% ../../nbs/classify/recipes.ipynb #3ab7318c
 def duplicate_times(
-    n_real: int,     # real images
-    n_synthetic: int # synthetic images in `mixed`
-) -> int:            # at least 2
+    n_real: int,  # real images
+    n_synthetic: int,  # synthetic images in `mixed`
+) -> int:  # at least 2
     "How often `duplicate` shows each real image, to reach at least the count of `mixed`: all equally often."
     return max(2, -(-(n_real + n_synthetic) // n_real))
 
+
 def real_only_strata(
-    run: Run,      # of an arm without a synthetic set
-    shop: RunContext,# where
-    rows, x,       # training rows, and the images that the seed draws
-    others: int    # images that `mixed` would add
+    run: Run,  # of an arm without a synthetic set
+    shop: RunContext,  # where
+    rows,
+    x,  # training rows, and the images that the seed draws
+    others: int,  # images that `mixed` would add
 ) -> list[Stratum]:
     "What the arms without synthetic images train on."
     y = rows.label.to_numpy()
-    if run.base == "real_shuffled": return [Stratum(x, y, 1.)]
+    if run.base == "real_shuffled":
+        return [Stratum(x, y, 1.0)]
     if run.base == "duplicate":
         times = duplicate_times(len(y), others)
-        return strata_by_class(np.concatenate([x] * times), np.tile(y, times), 1.)
-    if run.base == "augmented" and shop.probe: return strata_by_class(np.concatenate([x, *(shop.real(run, rows, "strong", k) for k in (0, 1))]), np.tile(y, 3), 1.)
+        return strata_by_class(np.concatenate([x] * times), np.tile(y, times), 1.0)
+    if run.base == "augmented" and shop.probe:
+        return strata_by_class(
+            np.concatenate([x, *(shop.real(run, rows, "strong", k) for k in (0, 1))]),
+            np.tile(y, 3),
+            1.0,
+        )
     if run.base == "roundtrip":
-        return strata_by_class(x, y, 1 - shop.cfg.share) + strata_by_class(shop.material.roundtrip(run.fraction, run.replicate), y, shop.cfg.share)
-    return strata_by_class(x, y, 1.)
+        return strata_by_class(x, y, 1 - shop.cfg.share) + strata_by_class(
+            shop.material.roundtrip(run.fraction, run.replicate), y, shop.cfg.share
+        )
+    return strata_by_class(x, y, 1.0)
 
 # %% ../../nbs/classify/recipes.ipynb #97df4302
 def rebalanced_stratum(
-    run: Run,      # of the arm `rebalanced`
-    shop: RunContext,# where
-    rows, x        # training rows, and the images that the seed draws
-) -> tuple[Stratum, int]: # one pile, as a shuffled list would be; synthetic images in it
+    run: Run,  # of the arm `rebalanced`
+    shop: RunContext,  # where
+    rows,
+    x,  # training rows, and the images that the seed draws
+) -> tuple[Stratum, int]:  # one pile, as a shuffled list would be; synthetic images in it
     "Real images, with synthetic ones of the rarer class until the classes are even."
     gap = class_gap(rows)
     label = int(np.argmax([gap[c] for c in CLASSES]))
     sx, sy, _ = shop.synthetic(run.subset)
     there, need = np.flatnonzero(sy == label), gap[CLASSES[label]]
-    if len(there) < need: raise CxrError(f"synthetic/{run.subset} lacks {need - len(there)} {CLASSES[label]} images to make the classes even.\nMake them: cxr-synth generate {shop.study.root}")
+    if len(there) < need:
+        raise CxrError(
+            f"synthetic/{run.subset} lacks {need - len(there)} {CLASSES[label]} images to make "
+            "the classes even.\n"
+            f"Make them: cxr-synth generate {shop.study.root}"
+        )
     some = np.sort(run_rng(run, shop.plan["seed"], "rebalanced").permutation(there)[:need])
-    return Stratum(np.concatenate([x, sx[some]]), np.concatenate([rows.label, sy[some]]), 1.), need
+    return Stratum(np.concatenate([x, sx[some]]), np.concatenate([rows.label, sy[some]]), 1.0), need
 
 # %% ../../nbs/classify/recipes.ipynb #fdce70cb
 def training_recipe(
-    run: Run,      # which run
-    shop: RunContext # where
-):                 # phases (lists of piles), facts for the record
+    run: Run,  # which run
+    shop: RunContext,  # where
+):  # phases (lists of piles), facts for the record
     "What a run trains on."
     base, share, pool = parse_arm(run.arm)
-    share, pool = share or shop.cfg.share, pool or shop.plan["pools"]["full" if base == "mixed_full_pool" else "mixed"]
+    share = share or shop.cfg.share
+    pool = pool or shop.plan["pools"]["full" if base == "mixed_full_pool" else "mixed"]
     rows = shop.training(run.fraction, run.replicate)
     x, others = shop.real(run, rows), 2 * int(np.ceil(POOL_SHARE * (pool // 2)))
     facts = dict(n_real=len(rows), n_synthetic=0)
-    if not run.synthetic: return [real_only_strata(run, shop, rows, x, others)], facts | dict(others=others)
+    if not run.synthetic:
+        return [real_only_strata(run, shop, rows, x, others)], facts | dict(others=others)
     facts |= dict(generator=generator_of(run, shop.plan), share=share, pool=pool)
     if base == "rebalanced":
         pile, n = rebalanced_stratum(run, shop, rows, x)
-        return [[pile]], facts | dict(n_synthetic=n, share=round(n / len(pile.y), 4), pool=int((shop.synthetic(run.subset)[1] == np.argmax([*class_gap(rows).values()])).sum()))
+        return [[pile]], facts | dict(
+            n_synthetic=n,
+            share=round(n / len(pile.y), 4),
+            pool=int(
+                (shop.synthetic(run.subset)[1] == np.argmax([*class_gap(rows).values()])).sum()
+            ),
+        )
     sx, sy, gone = shop.images(run, pool)
     facts |= dict(n_synthetic=len(sy)) | (dict(removed=gone) if base == "filtered" else {})
-    if base == "permuted": sy = run_rng(run, shop.plan["seed"], "permuted").permutation(sy)
-    if base == "synthetic_only": return [strata_by_class(sx, sy, 1.)], facts | dict(n_real=0, share=1.)
-    if base == "pretrain_finetune": return [strata_by_class(sx, sy, 1.), strata_by_class(x, rows.label, 1.)], facts | dict(share=.5)
+    if base == "permuted":
+        sy = run_rng(run, shop.plan["seed"], "permuted").permutation(sy)
+    if base == "synthetic_only":
+        return [strata_by_class(sx, sy, 1.0)], facts | dict(n_real=0, share=1.0)
+    if base == "pretrain_finetune":
+        return [strata_by_class(sx, sy, 1.0), strata_by_class(x, rows.label, 1.0)], facts | dict(
+            share=0.5
+        )
     return [strata_by_class(x, rows.label, 1 - share) + strata_by_class(sx, sy, share)], facts
 
 # %% ../../nbs/classify/recipes.ipynb #72798ea2
 def fit_run(
-    run: Run,      # which
-    shop: RunContext # where
-):                 # function: images to P(pneumonia); facts for the record; the trained model
+    run: Run,  # which
+    shop: RunContext,  # where
+):  # function: images to P(pneumonia); facts for the record; the trained model
     "Train the classifier of one run."
     phases, facts = training_recipe(run, shop)
     n, others = facts["n_real"], facts.pop("others", 0)
-    part = n / (n + others) if run.base == "real_short" else 1.
-    if not shop.probe: return fit_network(run, shop, phases, facts, part)
-    total, C = part * len(shop.training(run.fraction, run.replicate)), shop.C(run.fraction, run.replicate)
+    part = n / (n + others) if run.base == "real_short" else 1.0
+    if not shop.probe:
+        return fit_network(run, shop, phases, facts, part)
+    total = part * len(shop.training(run.fraction, run.replicate))
+    C = shop.C(run.fraction, run.replicate)
     model = fit_probe(*weighted_rows(phases[0], total), C)
-    for later in phases[1:]: model = fit_towards(model, *weighted_rows(later, total), C)
-    return lambda x: predict_probe(model, x), facts | dict(n_rows=sum(len(p.y) for ph in phases for p in ph), total_weight=round(total, 2), C=C, solver_steps=int(model.n_iter_[0])), model
+    for later in phases[1:]:
+        model = fit_towards(model, *weighted_rows(later, total), C)
+    return (
+        lambda x: predict_probe(model, x),
+        facts
+        | dict(
+            n_rows=sum(len(p.y) for ph in phases for p in ph),
+            total_weight=round(total, 2),
+            C=C,
+            solver_steps=int(model.n_iter_[0]),
+        ),
+        model,
+    )
+
 
 def fit_network(
-    run: Run,      # which
-    shop: RunContext,# where
-    phases, facts, # from `training_recipe`
-    part: float    # of the steps
-):                 # as `fit_run`
+    run: Run,  # which
+    shop: RunContext,  # where
+    phases,
+    facts,  # from `training_recipe`
+    part: float,  # of the steps
+):  # as `fit_run`
     "Fine-tune the network of one run, from its checkpoint if there is one."
     cfg, steps = shop.cfg, max(1, round(shop.cfg.steps * part))
-    model = finetune(phases, cfg, shop.device, shop.study/run.folder/"checkpoint.pt", shop.plan["seed"], run.fraction, run.replicate, run.seed,
-                     steps=steps, how="strong" if run.base == "augmented" else "gentle", desc=f"{run.arm} {run.subset} seed {run.seed}")
-    return lambda x: predict_images(model, x, shop.device, cfg.mixed_precision), facts | dict(optimizer_steps=steps), model
+    model = finetune(
+        phases,
+        cfg,
+        shop.device,
+        shop.study / run.folder / "checkpoint.pt",
+        shop.plan["seed"],
+        run.fraction,
+        run.replicate,
+        run.seed,
+        steps=steps,
+        how="strong" if run.base == "augmented" else "gentle",
+        desc=f"{run.arm} {run.subset} seed {run.seed}",
+    )
+    return (
+        lambda x: predict_images(model, x, shop.device, cfg.mixed_precision),
+        facts | dict(optimizer_steps=steps),
+        model,
+    )
 
 # %% ../../nbs/classify/recipes.ipynb #02901242
 def predictions(
-    run: Run,       # which
-    split: str,     # val, internal or test
-    answer,         # from `fit_run`
-    shop: RunContext  # where
+    run: Run,  # which
+    split: str,  # val, internal or test
+    answer,  # from `fit_run`
+    shop: RunContext,  # where
 ) -> pd.DataFrame:  # image_id, patient_id, split, label, prob
     "Predict one split, after asserting that it shares no patient or image with what the run and its generator saw."
-    rows, seen = shop.rows_of(split, run.fraction, run.replicate), shop.training(run.fraction, run.replicate)
+    rows = shop.rows_of(split, run.fraction, run.replicate)
+    seen = shop.training(run.fraction, run.replicate)
     assert_disjoint(seen, rows)
-    if run.base == "oracle": assert_disjoint(shop.training(.5, 0), rows)
+    if run.base == "oracle":
+        assert_disjoint(shop.training(0.5, 0), rows)
     out = pd.DataFrame({k: rows[k].to_numpy() for k in PREDICTION_COLUMNS})
-    return out.assign(split=split, prob=answer(shop.material.unaltered(rows, split)) if len(rows) else 0.)
+    return out.assign(
+        split=split, prob=answer(shop.material.unaltered(rows, split)) if len(rows) else 0.0
+    )
 
 # %% ../../nbs/classify/recipes.ipynb #42ecb6ee
 def split_scores(
-    table: pd.DataFrame, # from `predictions`
-    split: str           # whose
-) -> dict:               # such as val_auroc; nothing when a class is missing, as in a tiny val
+    table: pd.DataFrame,  # from `predictions`
+    split: str,  # whose
+) -> dict:  # such as val_auroc; nothing when a class is missing, as in a tiny val
     "The scores of one split under their names in results.csv."
     t = table[table.split == split]
-    return {f"{split}_{k}": v for k, v in score(t.label, t.prob).items()} if t.label.nunique() == 2 else {}
+    return (
+        {f"{split}_{k}": v for k, v in score(t.label, t.prob).items()}
+        if t.label.nunique() == 2
+        else {}
+    )
+
 
 def at_threshold(
-    table: pd.DataFrame # from `predictions`, of val and perhaps internal
-) -> dict:              # threshold; at_threshold: split -> sensitivity, specificity
+    table: pd.DataFrame,  # from `predictions`, of val and perhaps internal
+) -> dict:  # threshold; at_threshold: split -> sensitivity, specificity
     "The threshold that is best on val, and what it gives elsewhere; nothing when val lacks a class."
     parts = {s: t for s, t in table.groupby("split") if t.label.nunique() == 2}
-    if "val" not in parts: return {}
+    if "val" not in parts:
+        return {}
     cut = youden_threshold(parts["val"].label, parts["val"].prob)
-    return dict(threshold=cut, at_threshold={s: {k: score(t.label, t.prob, cut)[k] for k in ("sensitivity", "specificity")} for s, t in parts.items()})
+    return dict(
+        threshold=cut,
+        at_threshold={
+            s: {k: score(t.label, t.prob, cut)[k] for k in ("sensitivity", "specificity")}
+            for s, t in parts.items()
+        },
+    )
 
 # %% ../../nbs/classify/recipes.ipynb #f99cc959
 def is_explained(
-    run: Run,      # which
-    shop: RunContext # where
+    run: Run,  # which
+    shop: RunContext,  # where
 ) -> bool:
     "Whether heat maps are made: for the first run of either arm of the primary contrast, if its network has any."
     p = shop.plan["primary"]
-    return run.arm in (p["arm"], p["control"]) and (run.fraction, run.replicate, run.seed) == (p["fraction"], 0, 0) and has_maps(shop.cfg.network)
+    return (
+        run.arm in (p["arm"], p["control"])
+        and (run.fraction, run.replicate, run.seed) == (p["fraction"], 0, 0)
+        and has_maps(shop.cfg.network)
+    )
+
 
 def make_run(
-    run: Run,      # which
-    shop: RunContext # where
-) -> dict:         # run.json
+    run: Run,  # which
+    shop: RunContext,  # where
+) -> dict:  # run.json
     "Train, predict and write one run."
-    start, folder, cfg = time.perf_counter(), shop.study/run.folder, shop.cfg
+    start = time.perf_counter()
+    folder = shop.study / run.folder
+    cfg = shop.cfg
     answer, facts, model = fit_run(run, shop)
     table = pd.concat([predictions(run, s, answer, shop) for s in run.splits])
-    write_csv(folder/"predictions.csv", [*PREDICTION_COLUMNS, "prob"], table.to_dict("records"))
-    write_csv(folder/"test.csv", [*PREDICTION_COLUMNS, "prob"], predictions(run, "test", answer, shop).to_dict("records"))
+    write_csv(folder / "predictions.csv", [*PREDICTION_COLUMNS, "prob"], table.to_dict("records"))
+    write_csv(
+        folder / "test.csv",
+        [*PREDICTION_COLUMNS, "prob"],
+        predictions(run, "test", answer, shop).to_dict("records"),
+    )
     if is_explained(run, shop):
-        net = ProbeNetwork(shop.material.network, model, shop.device, cfg.weights or None) if shop.probe else model
-        explain_run(net, shop.study, table[table.split == run.splits[-1]], cfg.size, folder, shop.device)
+        net = (
+            ProbeNetwork(shop.material.network, model, shop.device, cfg.weights or None)
+            if shop.probe
+            else model
+        )
+        explain_run(
+            net, shop.study, table[table.split == run.splits[-1]], cfg.size, folder, shop.device
+        )
     if not shop.probe:
-        if cfg.save_models: save_network(model, folder/"weights.safetensors")
-        os.replace(folder/"checkpoint.csv", folder/"history.csv")
-    about = facts | {k: v for s in run.splits for k, v in split_scores(table, s).items()} | at_threshold(table) | dict(seconds=round(time.perf_counter() - start, 2))
+        if cfg.save_models:
+            save_network(model, folder / "weights.safetensors")
+        os.replace(folder / "checkpoint.csv", folder / "history.csv")
+    about = (
+        facts
+        | {k: v for s in run.splits for k, v in split_scores(table, s).items()}
+        | at_threshold(table)
+        | dict(seconds=round(time.perf_counter() - start, 2))
+    )
     return run_identity(run, shop) | dict(status="done") | about
 
 # %% ../../nbs/classify/recipes.ipynb #c6c7c5a7
 def run_identity(
-    run: Run,      # which
-    shop: RunContext # where
+    run: Run,  # which
+    shop: RunContext,  # where
 ) -> dict:
     "What names a run in its record."
-    return dict(arm=run.arm, method=shop.cfg.method, network=shop.cfg.network, real_fraction=run.fraction, replicate=run.replicate, seed=run.seed, plan_sha256=shop.plan["sha256"])
+    return dict(
+        arm=run.arm,
+        method=shop.cfg.method,
+        network=shop.cfg.network,
+        real_fraction=run.fraction,
+        replicate=run.replicate,
+        seed=run.seed,
+        plan_sha256=shop.plan["sha256"],
+    )

@@ -32,69 +32,87 @@ from ..stats.auc import cluster_error, fold_auc
 # %% ../../nbs/data/audit.ipynb #5832139f
 FOLDS = 5
 
+
 def class_names(
-    t: pd.DataFrame # with label and class_name
-) -> dict[int, str]:# label: name, in order of the labels
+    t: pd.DataFrame,  # with label and class_name
+) -> dict[int, str]:  # label: name, in order of the labels
     "How the classes are called."
     return {int(k): str(name) for k, name in t.groupby("label").class_name.first().items()}
 
+
 def grouped_folds(
     group,  # what must stay together: one name per image
-    y,      # class of each image, 0 or 1
-    *about  # what the folds are for, see `seed_for`
-) -> np.ndarray: # fold of each image, 0 to 4
+    y,  # class of each image, 0 or 1
+    *about,  # what the folds are for, see `seed_for`
+) -> np.ndarray:  # fold of each image, 0 to 4
     "Divide groups into folds, each class evenly, independent of the order of the rows."
-    g = pd.DataFrame(dict(group=np.asarray(group), y=np.asarray(y, int))).groupby("group", as_index=False).y.max()
+    g = (
+        pd.DataFrame(dict(group=np.asarray(group), y=np.asarray(y, int)))
+        .groupby("group", as_index=False)
+        .y.max()
+    )
     g = g.assign(key=[seed_for(*about, x) for x in g.group]).sort_values(["y", "key"])
     g["fold"] = g.groupby("y").cumcount() % FOLDS
     return pd.Series(np.asarray(group)).map(g.set_index("group").fold).to_numpy()
 
 # %% ../../nbs/data/audit.ipynb #f160bde8
 def spline_columns(
-    x           # one number per image; NaN where there is none
-) -> np.ndarray:# (N, 5): the rank (0-1), the rank beyond each quarter, and whether it is missing
+    x,  # one number per image; NaN where there is none
+) -> np.ndarray:  # (N, 5): the rank (0-1), the rank beyond each quarter, and whether it is missing
     "Columns by which a logistic regression can follow any smooth relation to a number."
     x = np.asarray(x, float)
-    there, u = np.isfinite(x), np.full(len(x), .5)
-    u[there] = rankdata(x[there])/max(1, there.sum())
-    return np.column_stack([u, *(np.maximum(u - k, 0) for k in (.25, .5, .75)), ~there])
+    there, u = np.isfinite(x), np.full(len(x), 0.5)
+    u[there] = rankdata(x[there]) / max(1, there.sum())
+    return np.column_stack([u, *(np.maximum(u - k, 0) for k in (0.25, 0.5, 0.75)), ~there])
+
 
 def one_hot_columns(
-    x,          # one name per image
-    most=50     # only the most frequent names get a column
-) -> np.ndarray:# (N, names), 0 or 1
+    x,  # one name per image
+    most=50,  # only the most frequent names get a column
+) -> np.ndarray:  # (N, names), 0 or 1
     "Columns for names."
-    names = pd.Series(x).value_counts().sort_index().sort_values(ascending=False, kind="stable").index[:most]
+    names = (
+        pd.Series(x)
+        .value_counts()
+        .sort_index()
+        .sort_values(ascending=False, kind="stable")
+        .index[:most]
+    )
     return (np.asarray(x, object)[:, None] == np.asarray(names, object)).astype(float)
 
 # %% ../../nbs/data/audit.ipynb #211404f8
 def logistic(
     x: np.ndarray,  # (N, columns)
     y: np.ndarray,  # class of each image, bool
-    C: float = 1.0, # inverse strength of the ridge penalty; the intercept is free
-    steps: int = 50 # most Newton steps
-) -> np.ndarray:    # (columns + 1,); the intercept comes last
+    C: float = 1.0,  # inverse strength of the ridge penalty; the intercept is free
+    steps: int = 50,  # most Newton steps
+) -> np.ndarray:  # (columns + 1,); the intercept comes last
     "Ridge logistic regression by Newton's method, with halved steps where a full one would overshoot."
-    x, ridge = np.column_stack([x, np.ones(len(x))]), np.append(np.full(x.shape[1], 1/C), 1e-9)
-    def cost(w): return np.logaddexp(0, np.where(y, -1, 1)*(x @ w)).sum() + (ridge*w*w).sum()/2
+    x, ridge = np.column_stack([x, np.ones(len(x))]), np.append(np.full(x.shape[1], 1 / C), 1e-9)
+
+    def cost(w):
+        return np.logaddexp(0, np.where(y, -1, 1) * (x @ w)).sum() + (ridge * w * w).sum() / 2
+
     w = np.zeros(x.shape[1])
     for _ in range(steps):
         p = expit(x @ w)
-        slope = x.T @ (p - y) + ridge*w
-        step = np.linalg.solve((x.T*(p*(1 - p))) @ x + np.diag(ridge), slope)
-        now, half = cost(w), 1.
-        while half > 1e-6 and cost(w - half*step) > now: half /= 2
-        w = w - half*step
-        if abs(step).max() < 1e-6: break
+        slope = x.T @ (p - y) + ridge * w
+        step = np.linalg.solve((x.T * (p * (1 - p))) @ x + np.diag(ridge), slope)
+        now, half = cost(w), 1.0
+        while half > 1e-6 and cost(w - half * step) > now:
+            half /= 2
+        w = w - half * step
+        if abs(step).max() < 1e-6:
+            break
     return w
 
 # %% ../../nbs/data/audit.ipynb #78172592
 def held_out(
-    x: np.ndarray,    # (N, columns)
-    y: np.ndarray,    # class of each image, bool
-    fold: np.ndarray, # fold of each image
-    C: float = 1.0    # inverse strength of the regularisation
-) -> np.ndarray:      # (N,) log odds
+    x: np.ndarray,  # (N, columns)
+    y: np.ndarray,  # class of each image, bool
+    fold: np.ndarray,  # fold of each image
+    C: float = 1.0,  # inverse strength of the regularisation
+) -> np.ndarray:  # (N,) log odds
     "Score each image by a logistic regression that was fitted without its fold."
     score = np.zeros(len(y))
     for k in np.unique(fold):
@@ -105,94 +123,137 @@ def held_out(
 # %% ../../nbs/data/audit.ipynb #1ac0bac6
 def several_folds(
     group,  # patient (or group of patients) of each image
-    y,      # class of each image, 0 or 1
-    *about  # what the folds are for, see `seed_for`
-) -> list:  # two divisions for a large set, up to five for a small one; empty if there are too few patients
+    y,  # class of each image, 0 or 1
+    *about,  # what the folds are for, see `seed_for`
+) -> (
+    list
+):  # two divisions for a large set, up to five for a small one; empty if there are too few patients
     "Divisions into folds."
     y, group = np.asarray(y, bool), np.asarray(group)
-    if min(len(set(group[y])), len(set(group[~y]))) < 2*FOLDS: return []
-    return [grouped_folds(group, y, *about, k) for k in range(int(np.clip(5000//len(y), 2, 5)))]
+    if min(len(set(group[y])), len(set(group[~y]))) < 2 * FOLDS:
+        return []
+    return [grouped_folds(group, y, *about, k) for k in range(int(np.clip(5000 // len(y), 2, 5)))]
+
 
 def separability(
-    x: np.ndarray, # (N, columns), from `spline_columns` or `one_hot_columns`
-    y,             # class of each image, 0 or 1
-    group,         # patient (or group of patients) of each image
-    folds: list,   # from `several_folds`
-    C: float = 1.0 # inverse strength of the regularisation
-) -> dict:         # auc, low, high (95 %; None if there are too few patients), patients (of the smaller class)
+    x: np.ndarray,  # (N, columns), from `spline_columns` or `one_hot_columns`
+    y,  # class of each image, 0 or 1
+    group,  # patient (or group of patients) of each image
+    folds: list,  # from `several_folds`
+    C: float = 1.0,  # inverse strength of the regularisation
+) -> (
+    dict
+):  # auc, low, high (95 %; None if there are too few patients), patients (of the smaller class)
     "How well do some columns tell two classes apart? Cross-validated by patient."
     y, group = np.asarray(y, bool), np.asarray(group)
     few = min(len(set(group[y])), len(set(group[~y])))
-    if not folds: return dict(auc=None, low=None, high=None, patients=few)
-    if (x == x[:1]).all(): return dict(auc=.5, low=.5, high=.5, patients=few)
+    if not folds:
+        return dict(auc=None, low=None, high=None, patients=few)
+    if (x == x[:1]).all():
+        return dict(auc=0.5, low=0.5, high=0.5, patients=few)
     aucs, pulls = zip(*(fold_auc(y, held_out(x, y, f, C), f) for f in folds))
-    auc, half = np.mean(aucs), 1.96*cluster_error(np.mean(pulls, axis=0), group)
-    low = auc - half if auc < 1 else 1 - 3/few   # always right in n patients: the rule of three
-    return dict(auc=round(float(auc), 4), low=round(max(0., float(low)), 4), high=round(min(1., float(auc + half)), 4), patients=few)
+    auc, half = np.mean(aucs), 1.96 * cluster_error(np.mean(pulls, axis=0), group)
+    low = auc - half if auc < 1 else 1 - 3 / few  # always right in n patients: the rule of three
+    return dict(
+        auc=round(float(auc), 4),
+        low=round(max(0.0, float(low)), 4),
+        high=round(min(1.0, float(auc + half)), 4),
+        patients=few,
+    )
 
 # %% ../../nbs/data/audit.ipynb #576b1148
 def roughness(
-    small: np.ndarray # uint8 (N, 32, 32)
-) -> np.ndarray:      # (N,) grey levels
+    small: np.ndarray,  # uint8 (N, 32, 32)
+) -> np.ndarray:  # (N,) grey levels
     "Mean absolute step between neighbouring pixels of the thumbnails."
     s = small.astype(np.float32)
-    return (np.abs(np.diff(s, axis=1)).mean((1, 2)) + np.abs(np.diff(s, axis=2)).mean((1, 2)))/2
+    return (np.abs(np.diff(s, axis=1)).mean((1, 2)) + np.abs(np.diff(s, axis=2)).mean((1, 2))) / 2
+
 
 def shortcut_traits(
     t: pd.DataFrame,  # one row per image
-    small: np.ndarray # uint8 (N, 32, 32)
-) -> list[tuple]:     # stage (before, after, picture), name, columns (N, k)
+    small: np.ndarray,  # uint8 (N, 32, 32)
+) -> list[tuple]:  # stage (before, after, picture), name, columns (N, k)
     "What could tell the class without a look at the lungs; a trait that the table lacks is left out."
-    numbers = {"file size": t.bytes, "bytes per pixel": t.bytes/(t.width*t.height), "height": t.height, "width": t.width, "aspect": t.width/t.height}
-    if "quality" in t: numbers["JPEG quality"] = pd.to_numeric(t.quality, errors="coerce")
-    if "profile" in t: numbers["colour profile"] = t.profile
+    numbers = {
+        "file size": t.bytes,
+        "bytes per pixel": t.bytes / (t.width * t.height),
+        "height": t.height,
+        "width": t.width,
+        "aspect": t.width / t.height,
+    }
+    if "quality" in t:
+        numbers["JPEG quality"] = pd.to_numeric(t.quality, errors="coerce")
+    if "profile" in t:
+        numbers["colour profile"] = t.profile
     names = {"JPEG table": "quant", "colour mode": "mode", "file format": "format"}
     out = [("before", name, spline_columns(x)) for name, x in numbers.items()]
     out += [("before", name, one_hot_columns(t[c])) for name, c in names.items() if c in t]
-    if "prepared_bytes" in t: out.append(("after", "bytes per pixel, prepared", spline_columns(t.prepared_bytes)))
+    if "prepared_bytes" in t:
+        out.append(("after", "bytes per pixel, prepared", spline_columns(t.prepared_bytes)))
     return out + [("picture", "roughness of the thumbnail", spline_columns(roughness(small)))]
 
 # %% ../../nbs/data/audit.ipynb #f6e49206
 def shortcuts(
-    t: pd.DataFrame,   # one row per image
-    small: np.ndarray, # uint8 (N, 32, 32), in the order of t
-    seed: int = 0      # of the folds
-) -> list[dict]:       # part (train, all), stage, name, auc, low, high, patients, same (the trait is the same for all images)
+    t: pd.DataFrame,  # one row per image
+    small: np.ndarray,  # uint8 (N, 32, 32), in the order of t
+    seed: int = 0,  # of the folds
+) -> list[
+    dict
+]:  # part (train, all), stage, name, auc, low, high, patients, same (the trait is the same for all images)
     "Each trait alone against the class."
     training, rows = (t.official_split != "test").to_numpy(), []
     for part, m in (("train", training), ("all", np.ones(len(t), bool))):
-        if part == "all" and training.all(): continue
+        if part == "all" and training.all():
+            continue
         about = t.label[m], t.group[m], several_folds(t.group[m], t.label[m], seed, "shortcut")
-        rows += [dict(part=part, stage=stage, name=name, **separability(x, *about), same=bool((x == x[:1]).all())) for stage, name, x in shortcut_traits(t[m], small[m])]
+        rows += [
+            dict(
+                part=part,
+                stage=stage,
+                name=name,
+                **separability(x, *about),
+                same=bool((x == x[:1]).all()),
+            )
+            for stage, name, x in shortcut_traits(t[m], small[m])
+        ]
     return rows
 
 # %% ../../nbs/data/audit.ipynb #2c566c4b
 def principal_directions(
-    small: np.ndarray, # uint8 (N, 32, 32)
-    most: int = 50     # number of directions
-) -> np.ndarray:       # float32 (N, at most 50)
+    small: np.ndarray,  # uint8 (N, 32, 32)
+    most: int = 50,  # number of directions
+) -> np.ndarray:  # float32 (N, at most 50)
     "Thumbnails along their main directions, each of deviation 1."
     x = small.reshape(len(small), -1).astype(np.float32)
-    x = (x - x.mean(0))/np.maximum(x.std(0), 1)
-    if not x.any(): return x[:, :1]          # all alike
-    return PCA(max(1, min(most, len(x)//4)), whiten=True, svd_solver="covariance_eigh" if len(x) > x.shape[1] else "full").fit_transform(x)
+    x = (x - x.mean(0)) / np.maximum(x.std(0), 1)
+    if not x.any():
+        return x[:, :1]  # all alike
+    return PCA(
+        max(1, min(most, len(x) // 4)),
+        whiten=True,
+        svd_solver="covariance_eigh" if len(x) > x.shape[1] else "full",
+    ).fit_transform(x)
+
 
 def random_patients(
-    group: np.ndarray, # patients, one per image
-    n: int,            # how many to draw
-    *about             # see `seed_for`
-) -> np.ndarray:       # bool, one per image
+    group: np.ndarray,  # patients, one per image
+    n: int,  # how many to draw
+    *about,  # see `seed_for`
+) -> np.ndarray:  # bool, one per image
     "Images of a random choice of patients."
     order = sorted(set(group), key=lambda g: seed_for(*about, g))
     return np.isin(group, order[:n])
 
 # %% ../../nbs/data/audit.ipynb #bea6fdb1
 def shifts(
-    t: pd.DataFrame,   # one row per image
-    small: np.ndarray, # uint8 (N, 32, 32), in the order of t
-    seed: int = 0,     # of folds and control
-    draws: int = 5     # of the control
-) -> list[dict]:       # class_name, auc, low, high, patients, control (mean AUC), train_patients, test_patients
+    t: pd.DataFrame,  # one row per image
+    small: np.ndarray,  # uint8 (N, 32, 32), in the order of t
+    seed: int = 0,  # of folds and control
+    draws: int = 5,  # of the control
+) -> list[
+    dict
+]:  # class_name, auc, low, high, patients, control (mean AUC), train_patients, test_patients
     "Official training against official test, class by class; empty without an official test."
     rows, test = [], (t.official_split == "test").to_numpy()
     for label, name in class_names(t).items() if test.any() else []:
@@ -201,241 +262,712 @@ def shifts(
         n, n_train = len(set(group[y])), len(set(group[~y]))
         folds, control = several_folds(group, y, seed, "shift"), []
         x = principal_directions(small[m]) if folds else np.zeros((len(y), 1))
-        for k in range(draws if folds and n_train >= 4*FOLDS else 0):
+        for k in range(draws if folds and n_train >= 4 * FOLDS else 0):
             g = group[~y]
-            other = random_patients(g, min(n, n_train//2), seed, "control", k)
-            control.append(separability(x[~y], other, g, several_folds(g, other, seed, "control", k)[:1], C=.1)["auc"])
-        row = separability(x, y, group, folds, C=.1) | dict(control=round(float(np.mean(control)), 4) if control else None)
+            other = random_patients(g, min(n, n_train // 2), seed, "control", k)
+            control.append(
+                separability(
+                    x[~y], other, g, several_folds(g, other, seed, "control", k)[:1], C=0.1
+                )["auc"]
+            )
+        row = separability(x, y, group, folds, C=0.1) | dict(
+            control=round(float(np.mean(control)), 4) if control else None
+        )
         rows.append(dict(class_name=name, **row, train_patients=n_train, test_patients=n))
     return rows
 
 # %% ../../nbs/data/audit.ipynb #946c8c95
 def count_by_split(
-    t: pd.DataFrame, # one row per image
-    by: str,         # official_split or split
-    column: str      # what to count: image_id, patient_id
-) -> dict:           # {split: {class: number}}, only of splits that there are
+    t: pd.DataFrame,  # one row per image
+    by: str,  # official_split or split
+    column: str,  # what to count: image_id, patient_id
+) -> dict:  # {split: {class: number}}, only of splits that there are
     "How many images or patients, by split and class."
     order = [s for s in ("train", "val", "internal", "test") if (t[by] == s).any()]
-    return {s: {name: int(t[column][(t[by] == s) & (t.label == label)].nunique()) for label, name in class_names(t).items()} for s in order}
+    return {
+        s: {
+            name: int(t[column][(t[by] == s) & (t.label == label)].nunique())
+            for label, name in class_names(t).items()
+        }
+        for s in order
+    }
+
 
 def crossing(
-    t: pd.DataFrame, # one row per image
-    by: str,         # official_split or split
-    column: str      # patient_id, sha256, pixels_sha256
-) -> dict[str, int]: # such as {"train-test": 0}
+    t: pd.DataFrame,  # one row per image
+    by: str,  # official_split or split
+    column: str,  # patient_id, sha256, pixels_sha256
+) -> dict[str, int]:  # such as {"train-test": 0}
     "How many values of a column stand in two splits."
-    held = {s: set(t[column][t[by] == s]) for s in ("train", "val", "internal", "test") if (t[by] == s).any()}
+    held = {
+        s: set(t[column][t[by] == s])
+        for s in ("train", "val", "internal", "test")
+        if (t[by] == s).any()
+    }
     return {f"{a}-{b}": len(held[a] & held[b]) for a, b in combinations(held, 2)}
 
 # %% ../../nbs/data/audit.ipynb #844ea7f6
 def shapes(
-    t: pd.DataFrame # one row per image
-) -> dict:          # per class: smallest, median and largest width, height (px) and aspect; colour modes; formats
+    t: pd.DataFrame,  # one row per image
+) -> (
+    dict
+):  # per class: smallest, median and largest width, height (px) and aspect; colour modes; formats
     "Sizes, colour modes and formats by class."
-    def three(x): return [round(float(x.quantile(q)), 3) for q in (0, .5, 1)]
-    g = t.assign(aspect=t.width/t.height).groupby("class_name")
-    return dict(sizes={name: {c: three(x[c]) for c in ("width", "height", "aspect")} for name, x in g},
-                **{f"{c}s": {name: dict(sorted(Counter(x[c]).items())) for name, x in g} for c in ("mode", "format")})
+
+    def three(x):
+        return [round(float(x.quantile(q)), 3) for q in (0, 0.5, 1)]
+
+    g = t.assign(aspect=t.width / t.height).groupby("class_name")
+    return dict(
+        sizes={name: {c: three(x[c]) for c in ("width", "height", "aspect")} for name, x in g},
+        **{
+            f"{c}s": {name: dict(sorted(Counter(x[c]).items())) for name, x in g}
+            for c in ("mode", "format")
+        },
+    )
+
 
 def names_report(
-    t: pd.DataFrame # one row per image
-) -> dict:          # kinds, unparsed and contradicting names, patients of both classes, images per patient
+    t: pd.DataFrame,  # one row per image
+) -> dict:  # kinds, unparsed and contradicting names, patients of both classes, images per patient
     "What file names and patients tell."
     unparsed = t[(t.kind == "") & t.patient_id.str.startswith("file-")]
     odd = t[(t.kind != "") & ((t.kind == "normal") != (t.label == 0))]
     per = t.groupby("patient_id").size()
-    return dict(kinds={k: int(n) for k, n in sorted(Counter(t.kind[t.kind != ""]).items())}, unparsed_names=len(unparsed), unparsed=sorted(unparsed.path)[:MAX_PAIRS_SHOWN],
-                contradicting_names=len(odd), contradicting=sorted(odd.path)[:MAX_PAIRS_SHOWN], both_classes=int(t.groupby("group").label.nunique().gt(1).sum()),
-                images_per_patient=dict(median=float(per.median()), most=int(per.max()), patient=min(per.index[per == per.max()])))
+    return dict(
+        kinds={k: int(n) for k, n in sorted(Counter(t.kind[t.kind != ""]).items())},
+        unparsed_names=len(unparsed),
+        unparsed=sorted(unparsed.path)[:MAX_PAIRS_SHOWN],
+        contradicting_names=len(odd),
+        contradicting=sorted(odd.path)[:MAX_PAIRS_SHOWN],
+        both_classes=int(t.groupby("group").label.nunique().gt(1).sum()),
+        images_per_patient=dict(
+            median=float(per.median()),
+            most=int(per.max()),
+            patient=min(per.index[per == per.max()]),
+        ),
+    )
 
 # %% ../../nbs/data/audit.ipynb #05ddc688
-FAINT, CLEAR = .55, .65  # lower end of an AUC's interval from which it is a note, a warning
-SMALL_VAL = 100          # images; a smaller official val is no basis for a number
+FAINT, CLEAR = 0.55, 0.65  # lower end of an AUC's interval from which it is a note, a warning
+SMALL_VAL = 100  # images; a smaller official val is no basis for a number
 LEVELS = ("warning", "note", "ok")
 
-def finding(name, level, found, done): return dict(name=name, level=level, found=found, done=done)
-def many(n, thing, things=""): return f"{n:,} {thing if n == 1 else things or thing + 's'}"
-def shown(r): return f"AUC {r['auc']:.2f} ({r['low']:.2f} to {r['high']:.2f})"
-def level_of(low): return "warning" if low >= CLEAR else "note" if low >= FAINT else "ok"
+
+def finding(name, level, found, done):
+    return dict(name=name, level=level, found=found, done=done)
+
+
+def many(n, thing, things=""):
+    return f"{n:,} {thing if n == 1 else things or thing + 's'}"
+
+
+def shown(r):
+    return f"AUC {r['auc']:.2f} ({r['low']:.2f} to {r['high']:.2f})"
+
+
+def level_of(low):
+    return "warning" if low >= CLEAR else "note" if low >= FAINT else "ok"
 
 # %% ../../nbs/data/audit.ipynb #cb268956
 def about_files(
-    r: dict # report
+    r: dict,  # report
 ) -> list[dict]:
     "Skipped files, the source's notes, kinds of images."
-    out, n = [finding("source", "note", note, "It is said here so that you can decide; nothing was changed.") for note in r["notes"]], len(r["bad"])
-    if n: out.append(finding("bad files", "warning", f"{many(n, 'file')} could not be read, such as {r['bad'][0]['path']}: {r['bad'][0]['reason']}",
-                             "They were skipped and are in no split and no number. All are listed below; mend them and make the data stage again, or leave it so."))
-    else: out.append(finding("bad files", "ok", f"All {many(r['n_images'], 'image')} could be read.", "Nothing was skipped."))
-    if r["blank"]: out.append(finding("blank", "warning", f"{many(r['blank'], 'image is', 'images are')} of one grey all over.", "They are used as they are; look at them and move what is no X-ray out of the folder."))
+    out = [
+        finding(
+            "source",
+            "note",
+            note,
+            "It is said here so that you can decide; nothing was changed.",
+        )
+        for note in r["notes"]
+    ]
+    n = len(r["bad"])
+    if n:
+        out.append(
+            finding(
+                "bad files",
+                "warning",
+                (
+                    f"{many(n, 'file')} could not be read, such as {r['bad'][0]['path']}: "
+                    f"{r['bad'][0]['reason']}"
+                ),
+                (
+                    "They were skipped and are in no split and no number. All are listed below; mend "
+                    "them and make the data stage again, or leave it so."
+                ),
+            )
+        )
+    else:
+        out.append(
+            finding(
+                "bad files",
+                "ok",
+                f"All {many(r['n_images'], 'image')} could be read.",
+                "Nothing was skipped.",
+            )
+        )
+    if r["blank"]:
+        out.append(
+            finding(
+                "blank",
+                "warning",
+                f"{many(r['blank'], 'image is', 'images are')} of one grey all over.",
+                (
+                    "They are used as they are; look at them and move what is no X-ray out of the "
+                    "folder."
+                ),
+            )
+        )
     kinds = {m for c in r["modes"].values() for m in c}
-    if len(kinds) > 1: out.append(finding("colour modes", "note", "Images are stored in several ways: " + "; ".join(f"{name}: " + ", ".join(f"{n:,} {m}" for m, n in c.items()) for name, c in r["modes"].items()) + ".",
-                                          "All become 8-bit grey before anything looks at them."))
+    if len(kinds) > 1:
+        out.append(
+            finding(
+                "colour modes",
+                "note",
+                "Images are stored in several ways: "
+                + "; ".join(
+                    f"{name}: " + ", ".join(f"{n:,} {m}" for m, n in c.items())
+                    for name, c in r["modes"].items()
+                )
+                + ".",
+                "All become 8-bit grey before anything looks at them.",
+            )
+        )
     return out
 
 # %% ../../nbs/data/audit.ipynb #ebfcabf4
 def about_names(
-    r: dict # report
+    r: dict,  # report
 ) -> list[dict]:
     "Names and patients."
-    out, n, odd, per = [], r["unparsed_names"], r["contradicting_names"], r["images_per_patient"]
-    if n: out.append(finding("patients", "warning", f"{many(n, 'file name tells', 'file names tell')} no patient, such as {r['unparsed'][0]}.",
-                             "Each counts as a patient of its own. If some show the same person, say so by --data.patient-rule (a pattern for the names, or a CSV), or training and test may share that person."))
-    else: out.append(finding("patients", "ok", f"A patient is known for every image: {many(r['n_patients'], 'patient')}, with {per['median']:g} {'image' if per['median'] == 1 else 'images'} in the median and {per['most']} at most.",
-                             "Splits, fractions and intervals go by patients, never by images."))
-    if odd: out.append(finding("names against folders", "warning", f"{many(odd, 'file name contradicts its', 'file names contradict their')} class folder, such as {r['contradicting'][0]}.", "The folder counts. Look at these files."))
-    if r["both_classes"]: out.append(finding("both classes", "note", f"{many(r['both_classes'], 'patient has', 'patients have')} images of both classes.", "They stay on one side of every split, where they are dealt out as patients of the second class."))
+    out = []
+    n = r["unparsed_names"]
+    odd = r["contradicting_names"]
+    per = r["images_per_patient"]
+    if n:
+        out.append(
+            finding(
+                "patients",
+                "warning",
+                (
+                    f"{many(n, 'file name tells', 'file names tell')} no patient, such as "
+                    f"{r['unparsed'][0]}."
+                ),
+                (
+                    "Each counts as a patient of its own. If some show the same person, say so by "
+                    "--data.patient-rule (a pattern for the names, or a CSV), or training and test "
+                    "may share that person."
+                ),
+            )
+        )
+    else:
+        out.append(
+            finding(
+                "patients",
+                "ok",
+                (
+                    f"A patient is known for every image: {many(r['n_patients'], 'patient')}, with "
+                    f"{per['median']:g} {'image' if per['median'] == 1 else 'images'} in the median "
+                    f"and {per['most']} at most."
+                ),
+                "Splits, fractions and intervals go by patients, never by images.",
+            )
+        )
+    if odd:
+        out.append(
+            finding(
+                "names against folders",
+                "warning",
+                (
+                    f"{many(odd, 'file name contradicts its', 'file names contradict their')} class "
+                    f"folder, such as {r['contradicting'][0]}."
+                ),
+                "The folder counts. Look at these files.",
+            )
+        )
+    if r["both_classes"]:
+        out.append(
+            finding(
+                "both classes",
+                "note",
+                (
+                    f"{many(r['both_classes'], 'patient has', 'patients have')} images of both "
+                    "classes."
+                ),
+                (
+                    "They stay on one side of every split, where they are dealt out as patients of "
+                    "the second class."
+                ),
+            )
+        )
     return out
 
 # %% ../../nbs/data/audit.ipynb #e2e4a394
 def about_splits(
-    r: dict # report
+    r: dict,  # report
 ) -> list[dict]:
     "Official and own splits."
     out, parts = [], r["official_images"]
     n = {s: sum(c.values()) for s, c in parts.items()}
-    if "test" not in parts: out.append(finding("official test", "note", "There is no official test set.", "The study speaks of its own test set alone, internal: patients whom no run below 100 % trains on."))
-    if 0 < n.get("val", 0) < SMALL_VAL: out.append(finding("official val", "note", f"The official val has {many(n['val'], 'image')}: one error more or less moves its accuracy by {100/n['val']:.1f} points.",
-                                                           "It is no basis for a number. It is pooled with the official train and divided anew by patients."))
+    if "test" not in parts:
+        out.append(
+            finding(
+                "official test",
+                "note",
+                "There is no official test set.",
+                (
+                    "The study speaks of its own test set alone, internal: patients whom no run below "
+                    "100 % trains on."
+                ),
+            )
+        )
+    if 0 < n.get("val", 0) < SMALL_VAL:
+        out.append(
+            finding(
+                "official val",
+                "note",
+                (
+                    f"The official val has {many(n['val'], 'image')}: one error more or less moves "
+                    f"its accuracy by {100 / n['val']:.1f} points."
+                ),
+                (
+                    "It is no basis for a number. It is pooled with the official train and divided "
+                    "anew by patients."
+                ),
+            )
+        )
     leak = {k: v for k, v in r["shared_patients"]["official"].items() if v and "test" in k}
-    if leak: out.append(finding("official overlap", "warning", "The official splits share patients: " + ", ".join(f"{v:,} in {k.replace('-', ' and ')}" for k, v in leak.items()) + ".",
-                                f"The official test keeps its images; {many(r['left_out'], 'training image was', 'training images were')} left out."))
-    elif "test" in parts: out.append(finding("official overlap", "ok", "No patient stands in the official test and in training.",
-        "The test stays the test." + (f" {many(r['left_out'], 'training image is', 'training images are')} left out all the same: copies tie their patients to it." if r["left_out"] else "")))
+    if leak:
+        out.append(
+            finding(
+                "official overlap",
+                "warning",
+                "The official splits share patients: "
+                + ", ".join(f"{v:,} in {k.replace('-', ' and ')}" for k, v in leak.items())
+                + ".",
+                (
+                    "The official test keeps its images; "
+                    f"{many(r['left_out'], 'training image was', 'training images were')} left out."
+                ),
+            )
+        )
+    elif "test" in parts:
+        out.append(
+            finding(
+                "official overlap",
+                "ok",
+                "No patient stands in the official test and in training.",
+                "The test stays the test."
+                + (
+                    (
+                        f" {many(r['left_out'], 'training image is', 'training images are')} left out "
+                        "all the same: copies tie their patients to it."
+                    )
+                    if r["left_out"]
+                    else ""
+                ),
+            )
+        )
     own = sum(r["shared_patients"]["study"].values()) + sum(r["shared_files"]["study"].values())
-    out.append(finding("our splits", "warning", f"{many(own, 'patient or file stands', 'patients or files stand')} on two sides of the study's own splits.", "This must not be; make the data stage again before you train.") if own else
-               finding("our splits", "ok", "No patient and no file stands on two sides of the study's own splits.", "It is checked again whenever a stage trains or scores."))
+    out.append(
+        finding(
+            "our splits",
+            "warning",
+            (
+                f"{many(own, 'patient or file stands', 'patients or files stand')} on two sides of "
+                "the study's own splits."
+            ),
+            "This must not be; make the data stage again before you train.",
+        )
+        if own
+        else finding(
+            "our splits",
+            "ok",
+            "No patient and no file stands on two sides of the study's own splits.",
+            "It is checked again whenever a stage trains or scores.",
+        )
+    )
     return out
 
 # %% ../../nbs/data/audit.ipynb #774117fc
 def about_balance(
-    r: dict # report
+    r: dict,  # report
 ) -> list[dict]:
     "Share of the second class, in the test and in all the rest."
     name, n = r["classes"][-1], {"test": Counter(), "training": Counter()}
-    for s, c in r["images"].items(): n["test" if s == "test" else "training"].update(c)
-    share = {s: c[name]/max(1, sum(c.values())) for s, c in n.items() if c}
-    return [finding("balance", "note" if max(share.values()) - min(share.values()) > .1 else "ok", f"Share of {name}: " + ", ".join(f"{v:.0%} in {s}" for s, v in share.items()) + ".",
-                    "Training draws both classes evenly, and results are AUROCs, which do not depend on the shares; accuracies do.")]
+    for s, c in r["images"].items():
+        n["test" if s == "test" else "training"].update(c)
+    share = {s: c[name] / max(1, sum(c.values())) for s, c in n.items() if c}
+    return [
+        finding(
+            "balance",
+            "note" if max(share.values()) - min(share.values()) > 0.1 else "ok",
+            f"Share of {name}: " + ", ".join(f"{v:.0%} in {s}" for s, v in share.items()) + ".",
+            (
+                "Training draws both classes evenly, and results are AUROCs, which do not depend on "
+                "the shares; accuracies do."
+            ),
+        )
+    ]
 
 # %% ../../nbs/data/audit.ipynb #77f45535
 def about_copies(
-    r: dict # report
+    r: dict,  # report
 ) -> list[dict]:
     "Exact copies."
     d, across = r["duplicates"]["pixels"], r["duplicates"]["pixels"]["across"]
-    if not d["groups"]: return [finding("exact copies", "ok", "No picture is there twice, neither by its bytes nor by its pixels.", "Nothing is to be done.")]
-    where = ", ".join(f"{across[k]:,} across {what}" for k, what in (("patients", "patients"), ("classes", "classes"), ("official", "official test and training")) if across[k]) or "none across patients, classes or splits"
+    if not d["groups"]:
+        return [
+            finding(
+                "exact copies",
+                "ok",
+                "No picture is there twice, neither by its bytes nor by its pixels.",
+                "Nothing is to be done.",
+            )
+        ]
+    where = (
+        ", ".join(
+            f"{across[k]:,} across {what}"
+            for k, what in (
+                ("patients", "patients"),
+                ("classes", "classes"),
+                ("official", "official test and training"),
+            )
+            if across[k]
+        )
+        or "none across patients, classes or splits"
+    )
     found = f"{many(d['groups'], 'picture is', 'pictures are')} there more than once ({d['images']:,} images; {where})."
-    if across["splits"]: return [finding("exact copies", "warning", found, f"{many(across['splits'], 'group stands', 'groups stand')} on two sides of the study's splits: equal pixels in files that differ. Move the copies out of the folder and make the data stage again.")]
-    done = "Copies stand on one side of every split." + (f" {many(r['left_out'], 'training image')} with a tie to the official test took no part." if r["left_out"] else "")
-    if across["classes"]: done += " The same picture under both classes is a wrong label: look at these."
-    return [finding("exact copies", "warning" if across["classes"] or across["official"] else "note", found, done)]
+    if across["splits"]:
+        return [
+            finding(
+                "exact copies",
+                "warning",
+                found,
+                (
+                    f"{many(across['splits'], 'group stands', 'groups stand')} on two sides of the "
+                    "study's splits: equal pixels in files that differ. Move the copies out of the "
+                    "folder and make the data stage again."
+                ),
+            )
+        ]
+    done = "Copies stand on one side of every split." + (
+        f" {many(r['left_out'], 'training image')} with a tie to the official test took no part."
+        if r["left_out"]
+        else ""
+    )
+    if across["classes"]:
+        done += " The same picture under both classes is a wrong label: look at these."
+    return [
+        finding(
+            "exact copies",
+            "warning" if across["classes"] or across["official"] else "note",
+            found,
+            done,
+        )
+    ]
 
 # %% ../../nbs/data/audit.ipynb #fc40cdfa
 def about_near(
-    r: dict # report
+    r: dict,  # report
 ) -> list[dict]:
     "Near copies."
     d, across = r["near_duplicates"], r["near_duplicates"]["across"]
     how = f"(thumbnails correlate at {d['limit']:.3f} or more, as they are, mirrored or negative)"
-    same = f" {many(d['pairs'] - across['patients'], 'pair')} of one patient {'does' if d['pairs'] - across['patients'] == 1 else 'do'}." if d["pairs"] > across["patients"] else ""
-    if not across["patients"]: return [finding("near copies", "ok", f"No images of different patients show nearly the same picture {how}.{same}", "The closest pairs are listed below.")]
+    same = (
+        (
+            f" {many(d['pairs'] - across['patients'], 'pair')} of one patient "
+            f"{'does' if d['pairs'] - across['patients'] == 1 else 'do'}."
+        )
+        if d["pairs"] > across["patients"]
+        else ""
+    )
+    if not across["patients"]:
+        return [
+            finding(
+                "near copies",
+                "ok",
+                f"No images of different patients show nearly the same picture {how}.{same}",
+                "The closest pairs are listed below.",
+            )
+        ]
     found = f"{many(across['patients'], 'pair')} of images of different patients look nearly the same {how}, {across['official']:,} across official test and training.{same}"
-    if across["splits"]: return [finding("near copies", "warning", found, f"{many(across['splits'], 'pair stands', 'pairs stand')} on two sides of the study's splits. Look at them below; if they are copies, move one of each out of the folder or give both the same patient, and make the data stage again.")]
-    return [finding("near copies", "note", found, "None of these pairs stands on two sides of the study's splits.")]
+    if across["splits"]:
+        return [
+            finding(
+                "near copies",
+                "warning",
+                found,
+                (
+                    f"{many(across['splits'], 'pair stands', 'pairs stand')} on two sides of the "
+                    "study's splits. Look at them below; if they are copies, move one of each out of "
+                    "the folder or give both the same patient, and make the data stage again."
+                ),
+            )
+        ]
+    return [
+        finding(
+            "near copies",
+            "note",
+            found,
+            "None of these pairs stands on two sides of the study's splits.",
+        )
+    ]
 
 # %% ../../nbs/data/audit.ipynb #077f5cfe
 def about_shortcuts(
-    r: dict # report
+    r: dict,  # report
 ) -> list[dict]:
     "Traits that tell the class: before the image path, and after it."
     rows = [x for x in r["shortcuts"] if x["part"] == "train"]
-    names, before = " from ".join(r["classes"]), [x for x in rows if x["stage"] == "before" and x["auc"] is not None and not x["same"]]
-    if not rows or rows[0]["patients"] < 2*FOLDS:
-        return [finding("shortcuts", "note", f"Too few patients to tell whether files give the class away: {rows[0]['patients'] if rows else 0} in the smaller class, {2*FOLDS} are needed.", "Nothing was measured. No stage ever sees a file's size, shape or encoding.")]
-    if not before: return [finding("shortcuts", "ok", "Size, shape and encoding are the same for all files and cannot tell the class.", "Nothing is to be done.")] + about_prepared(r, rows)
+    names = " from ".join(r["classes"])
+    before = [x for x in rows if x["stage"] == "before" and x["auc"] is not None and not x["same"]]
+    if not rows or rows[0]["patients"] < 2 * FOLDS:
+        return [
+            finding(
+                "shortcuts",
+                "note",
+                (
+                    "Too few patients to tell whether files give the class away: "
+                    f"{rows[0]['patients'] if rows else 0} in the smaller class, {2 * FOLDS} are "
+                    "needed."
+                ),
+                "Nothing was measured. No stage ever sees a file's size, shape or encoding.",
+            )
+        ]
+    if not before:
+        return [
+            finding(
+                "shortcuts",
+                "ok",
+                "Size, shape and encoding are the same for all files and cannot tell the class.",
+                "Nothing is to be done.",
+            )
+        ] + about_prepared(r, rows)
     before.sort(key=lambda x: -x["low"])
-    level, best = level_of(before[0]["low"]), [f"{x['name']} with {shown(x)}" for x in before if x["low"] >= FAINT][:3]
-    found = f"Files alone tell {names}, without a look at the picture: " + ", ".join(best) + "." if best else f"No trait of the files tells {names}; the best, {before[0]['name']}, has {shown(before[0])}."
+    level = level_of(before[0]["low"])
+    best = [f"{x['name']} with {shown(x)}" for x in before if x["low"] >= FAINT][:3]
+    found = (
+        f"Files alone tell {names}, without a look at the picture: " + ", ".join(best) + "."
+        if best
+        else f"No trait of the files tells {names}; the best, {before[0]['name']}, has {shown(before[0])}."
+    )
     done = "No model sees a file: every image is decoded, made grey, brought to one size and stored again in one way."
-    if any(x["low"] >= FAINT and x["name"] in ("aspect", "height", "width") for x in before): done += " Shape can survive that: padded images show it as black bars, squashed ones as stretched chests."
+    if any(x["low"] >= FAINT and x["name"] in ("aspect", "height", "width") for x in before):
+        done += " Shape can survive that: padded images show it as black bars, squashed ones as stretched chests."
     return [finding("shortcuts", level, found, done)] + about_prepared(r, rows)
 
 # %% ../../nbs/data/audit.ipynb #3b63fdd4
 def about_prepared(
-    r: dict,         # report
-    rows: list[dict] # its shortcuts on the training part
+    r: dict,  # report
+    rows: list[dict],  # its shortcuts on the training part
 ) -> list[dict]:
     "Is what is left after the image path more than picture and shape tell?"
-    png, rough, shape = (next((x for x in rows if (x["stage"], x["name"] == "aspect") == key), None) for key in (("after", False), ("picture", False), ("before", True)))
-    if png is None: return []
-    if png["low"] < FAINT: return [finding("after the image path", "ok", f"The size of the prepared images does not tell the class: {shown(png)}.", "Nothing is to be done.")]
-    why = [(rough["high"], f"the roughness of a thumbnail of 32 px, {shown(rough)}, which no encoder reaches")]
-    if shape["low"] >= FAINT: why.append((shape["high"], f"the shape of the originals, {shown(shape)}, which padded images keep as black bars"))
+    png, rough, shape = (
+        next((x for x in rows if (x["stage"], x["name"] == "aspect") == key), None)
+        for key in (("after", False), ("picture", False), ("before", True))
+    )
+    if png is None:
+        return []
+    if png["low"] < FAINT:
+        return [
+            finding(
+                "after the image path",
+                "ok",
+                f"The size of the prepared images does not tell the class: {shown(png)}.",
+                "Nothing is to be done.",
+            )
+        ]
+    why = [
+        (
+            rough["high"],
+            f"the roughness of a thumbnail of 32 px, {shown(rough)}, which no encoder reaches",
+        )
+    ]
+    if shape["low"] >= FAINT:
+        why.append(
+            (
+                shape["high"],
+                (
+                    f"the shape of the originals, {shown(shape)}, which padded images keep as black "
+                    "bars"
+                ),
+            )
+        )
     found = f"The prepared images' bytes per pixel still tell the classes apart: {shown(png)}."
     if png["low"] > max(high for high, _ in why):
-        return [finding("after the image path", "warning", f"{found} That is more than {' or '.join(text for _, text in why)}: a trace of the encoder may have survived.", "Try a smaller resolution, at which fine traces vanish, and compare.")]
-    return [finding("after the image path", "note", f"{found} So does {', and so does '.join(text for _, text in why)}.",
-                    "It is part of the pictures, and a classifier may use it. Compare its AUROC with these numbers: the rest is what it saw beyond them.")]
+        return [
+            finding(
+                "after the image path",
+                "warning",
+                (
+                    f"{found} That is more than {' or '.join(text for _, text in why)}: a trace of "
+                    "the encoder may have survived."
+                ),
+                "Try a smaller resolution, at which fine traces vanish, and compare.",
+            )
+        ]
+    return [
+        finding(
+            "after the image path",
+            "note",
+            f"{found} So does {', and so does '.join(text for _, text in why)}.",
+            (
+                "It is part of the pictures, and a classifier may use it. Compare its AUROC with "
+                "these numbers: the rest is what it saw beyond them."
+            ),
+        )
+    ]
 
 # %% ../../nbs/data/audit.ipynb #f4275262
 def about_shift(
-    r: dict # report
+    r: dict,  # report
 ) -> list[dict]:
     "Official test against official training."
     out = []
     for x in r["shift"]:
         if x["auc"] is None:
-            out.append(finding(f"shift, {x['class_name']}", "note", f"Too few patients to compare the official test with training for {x['class_name']}: {x['patients']} in the smaller part, {2*FOLDS} are needed.", "Nothing was measured."))
+            out.append(
+                finding(
+                    f"shift, {x['class_name']}",
+                    "note",
+                    (
+                        "Too few patients to compare the official test with training for "
+                        f"{x['class_name']}: {x['patients']} in the smaller part, {2 * FOLDS} are "
+                        "needed."
+                    ),
+                    "Nothing was measured.",
+                )
+            )
             continue
-        control = "" if x["control"] is None else f" Random training patients against the others: {x['control']:.2f}."
+        control = (
+            ""
+            if x["control"] is None
+            else f" Random training patients against the others: {x['control']:.2f}."
+        )
         what = "can be told from" if x["low"] >= FAINT else "look like"
-        out.append(finding(f"shift, {x['class_name']}", level_of(x["low"]), f"Images of {x['class_name']} in the official test {what} those in training: {shown(x)}.{control}",
-                           "The test is no fair draw of the same patients. It is kept as it is, and reported beside internal, the study's own test patients, who are of the training kind: so a loss by shift is seen as such."
-                           if x["low"] >= FAINT else "Nothing is to be done."))
+        out.append(
+            finding(
+                f"shift, {x['class_name']}",
+                level_of(x["low"]),
+                (
+                    f"Images of {x['class_name']} in the official test {what} those in training: "
+                    f"{shown(x)}.{control}"
+                ),
+                (
+                    "The test is no fair draw of the same patients. It is kept as it is, and reported "
+                    "beside internal, the study's own test patients, who are of the training kind: so "
+                    "a loss by shift is seen as such."
+                )
+                if x["low"] >= FAINT
+                else "Nothing is to be done.",
+            )
+        )
     return out
 
 # %% ../../nbs/data/audit.ipynb #cab91aba
 def check_table(
     t: pd.DataFrame,  # one row per image
-    small: np.ndarray # its thumbnails
+    small: np.ndarray,  # its thumbnails
 ):
     "Raises `CxrError` if columns are missing, or thumbnails do not fit the rows."
-    needed = "image_id path class_name label kind patient_id official_split split group width height sha256 bytes mode format quant pixels_sha256".split()
-    if missing := [c for c in needed if c not in t]: raise CxrError(f"the table lacks {', '.join(missing)}.\nGive the table that the data stage makes.")
-    if not len(t): raise CxrError("the table is empty: there is nothing to audit.\nGive a data set with images of two classes.")
+    needed = [
+        "image_id",
+        "path",
+        "class_name",
+        "label",
+        "kind",
+        "patient_id",
+        "official_split",
+        "split",
+        "group",
+        "width",
+        "height",
+        "sha256",
+        "bytes",
+        "mode",
+        "format",
+        "quant",
+        "pixels_sha256",
+    ]
+    if missing := [c for c in needed if c not in t]:
+        raise CxrError(
+            f"the table lacks {', '.join(missing)}.\nGive the table that the data stage makes."
+        )
+    if not len(t):
+        raise CxrError(
+            "the table is empty: there is nothing to audit.\n"
+            "Give a data set with images of two classes."
+        )
     if small.shape != (len(t), 32, 32) or small.dtype != np.uint8:
-        raise CxrError(f"thumbnails of shape {small.shape}, {small.dtype}, do not fit {len(t)} images.\nNeeded: uint8 of shape ({len(t)}, 32, 32), in the order of the table.")
+        raise CxrError(
+            f"thumbnails of shape {small.shape}, {small.dtype}, do not fit {len(t)} images.\n"
+            f"Needed: uint8 of shape ({len(t)}, 32, 32), in the order of the table."
+        )
 
 # %% ../../nbs/data/audit.ipynb #6a454b9b
 def audit(
-    t: pd.DataFrame,   # one row per image: the manifest's columns, group, and those of `inspect_file`
-    small: np.ndarray, # uint8 (N, 32, 32), in the order of t
-    notes=(),          # sentences of the source
-    bad=(),            # dict(path, reason) of skipped files
-    seed: int = 0      # of folds, control and limit
-) -> dict:             # JSON values; findings come first
+    t: pd.DataFrame,  # one row per image: the manifest's columns, group, and those of `inspect_file`
+    small: np.ndarray,  # uint8 (N, 32, 32), in the order of t
+    notes=(),  # sentences of the source
+    bad=(),  # dict(path, reason) of skipped files
+    seed: int = 0,  # of folds, control and limit
+) -> dict:  # JSON values; findings come first
     "Everything there is to know about a data set before a model is trained; raises `CxrError` for an incomplete table."
     check_table(t, small)
     order = np.argsort(t.image_id.to_numpy(str), kind="stable")
     t, small = t.iloc[order].reset_index(drop=True), small[order]
-    r = dict(n_images=len(t), n_patients=t.patient_id.nunique(), classes=list(class_names(t).values()), notes=list(notes), bad=[dict(b) for b in bad],
-             **{f"{prefix}{what}": count_by_split(t, by, c) for prefix, by in (("", "split"), ("official_", "official_split")) for what, c in (("images", "image_id"), ("patients", "patient_id"))},
-             left_out=int((t.split == "").sum()), blank=int((small.max((1, 2)) - small.min((1, 2)) < 4).sum()), **names_report(t), **shapes(t),
-             duplicates=dict(bytes=exact_copies(t, "sha256"), pixels=exact_copies(t, "pixels_sha256")), near_duplicates=near_report(t, small, seed),
-             **{f"shared_{what}": dict(official=crossing(t, "official_split", c), study=crossing(t, "split", c)) for what, c in (("patients", "patient_id"), ("files", "sha256"))},
-             shortcuts=shortcuts(t, small, seed), shift=shifts(t, small, seed))
-    found = [f for about in (about_files, about_names, about_splits, about_balance, about_copies, about_near, about_shortcuts, about_shift) for f in about(r)]
+    r = dict(
+        n_images=len(t),
+        n_patients=t.patient_id.nunique(),
+        classes=list(class_names(t).values()),
+        notes=list(notes),
+        bad=[dict(b) for b in bad],
+        **{
+            f"{prefix}{what}": count_by_split(t, by, c)
+            for prefix, by in (("", "split"), ("official_", "official_split"))
+            for what, c in (("images", "image_id"), ("patients", "patient_id"))
+        },
+        left_out=int((t.split == "").sum()),
+        blank=int((small.max((1, 2)) - small.min((1, 2)) < 4).sum()),
+        **names_report(t),
+        **shapes(t),
+        duplicates=dict(bytes=exact_copies(t, "sha256"), pixels=exact_copies(t, "pixels_sha256")),
+        near_duplicates=near_report(t, small, seed),
+        **{
+            f"shared_{what}": dict(
+                official=crossing(t, "official_split", c), study=crossing(t, "split", c)
+            )
+            for what, c in (("patients", "patient_id"), ("files", "sha256"))
+        },
+        shortcuts=shortcuts(t, small, seed),
+        shift=shifts(t, small, seed),
+    )
+    found = [
+        f
+        for about in (
+            about_files,
+            about_names,
+            about_splits,
+            about_balance,
+            about_copies,
+            about_near,
+            about_shortcuts,
+            about_shift,
+        )
+        for f in about(r)
+    ]
     return dict(findings=sorted(found, key=lambda f: LEVELS.index(f["level"])), **r)
 
 # %% ../../nbs/data/audit.ipynb #f7fc6882
 CLASS_COLOURS = "#0072B2", "#D55E00"  # class 0, class 1
 
+
 def panel(
-    ax,        # where to draw
-    title: str # its title
+    ax,  # where to draw
+    title: str,  # its title
 ):
     "Plain axes."
     ax.set_title(title, fontsize=8, loc="left")
@@ -443,113 +975,195 @@ def panel(
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
+
 def plot_counts(
-    r: dict, # report
-    ax       # where to draw
+    r: dict,  # report
+    ax,  # where to draw
 ):
     "Images by split and class: official splits, then the study's."
-    groups = [(f"official\n{s}", c) for s, c in r["official_images"].items()] + list(r["images"].items())
+    groups = [(f"official\n{s}", c) for s, c in r["official_images"].items()] + list(
+        r["images"].items()
+    )
     for k, (name, colour) in enumerate(zip(r["classes"], CLASS_COLOURS)):
-        bars = ax.bar(np.arange(len(groups)) + .4*k - .2, [c[name] for _, c in groups], .38, color=colour, label=name, hatch="//"*k, edgecolor="white", linewidth=0)
+        bars = ax.bar(
+            np.arange(len(groups)) + 0.4 * k - 0.2,
+            [c[name] for _, c in groups],
+            0.38,
+            color=colour,
+            label=name,
+            hatch="//" * k,
+            edgecolor="white",
+            linewidth=0,
+        )
         ax.bar_label(bars, fontsize=5.5)
     ax.set_xticks(range(len(groups)), [s for s, _ in groups], fontsize=5.5)
     ax.legend(fontsize=7, frameon=False)
 
 # %% ../../nbs/data/audit.ipynb #806e38dd
 def plot_sizes(
-    t: pd.DataFrame, # one row per image
-    ax               # where to draw
+    t: pd.DataFrame,  # one row per image
+    ax,  # where to draw
 ):
     "Width and height by class."
     if len(set(zip(t.width, t.height))) == 1:
-        ax.text(.5, .5, f"all images are\n{t.width.iloc[0]} x {t.height.iloc[0]} px", ha="center", va="center", fontsize=9, transform=ax.transAxes)
+        ax.text(
+            0.5,
+            0.5,
+            f"all images are\n{t.width.iloc[0]} x {t.height.iloc[0]} px",
+            ha="center",
+            va="center",
+            fontsize=9,
+            transform=ax.transAxes,
+        )
         ax.axis("off")
         return
     for (label, name), colour, marker in zip(class_names(t).items(), CLASS_COLOURS, "ox"):
-        ax.scatter(t.width[t.label == label], t.height[t.label == label], s=8, alpha=.5, color=colour, marker=marker, linewidths=.8, label=name)
+        ax.scatter(
+            t.width[t.label == label],
+            t.height[t.label == label],
+            s=8,
+            alpha=0.5,
+            color=colour,
+            marker=marker,
+            linewidths=0.8,
+            label=name,
+        )
     ax.set_xlabel("width, px", fontsize=7), ax.set_ylabel("height, px", fontsize=7)
 
 # %% ../../nbs/data/audit.ipynb #feb00c84
 def plot_bytes(
-    t: pd.DataFrame, # one row per image
-    ax               # where to draw
+    t: pd.DataFrame,  # one row per image
+    ax,  # where to draw
 ):
     "Bytes per pixel by class."
-    x = t.bytes/(t.width*t.height)
-    edges = np.geomspace(x.min()*.999, x.max()*1.001, 40)
+    x = t.bytes / (t.width * t.height)
+    edges = np.geomspace(x.min() * 0.999, x.max() * 1.001, 40)
     for (label, name), colour, style in zip(class_names(t).items(), CLASS_COLOURS, ("-", "--")):
-        ax.hist(x[t.label == label], edges, weights=np.full((t.label == label).sum(), 1/(t.label == label).sum()), histtype="step", color=colour, ls=style, lw=1.3, label=name)
+        ax.hist(
+            x[t.label == label],
+            edges,
+            weights=np.full((t.label == label).sum(), 1 / (t.label == label).sum()),
+            histtype="step",
+            color=colour,
+            ls=style,
+            lw=1.3,
+            label=name,
+        )
     ax.set_xscale("log")
-    ax.set_xlabel("bytes per pixel of the file", fontsize=7), ax.set_ylabel("share of the class", fontsize=7)
+    (
+        ax.set_xlabel("bytes per pixel of the file", fontsize=7),
+        ax.set_ylabel("share of the class", fontsize=7),
+    )
     ticks = sorted({float(f"{v:.1g}") for v in np.geomspace(x.min(), x.max(), 5)})
     ax.set_xticks(ticks, [f"{v:g}" for v in ticks]), ax.minorticks_off()
 
 # %% ../../nbs/data/audit.ipynb #ccada9b0
 def plot_aucs(
-    rows: list[tuple], # name, result of `separability`, colour
-    ax,                # where to draw
-    marks=None         # a further value per row, drawn as a hollow diamond; None for none
+    rows: list[tuple],  # name, result of `separability`, colour
+    ax,  # where to draw
+    marks=None,  # a further value per row, drawn as a hollow diamond; None for none
 ):
     "AUCs as bars from 0.5, with their intervals."
-    rows = [(name, r, c, m) for (name, r, c), m in zip(rows, marks or [None]*len(rows)) if r["auc"] is not None]
+    rows = [
+        (name, r, c, m)
+        for (name, r, c), m in zip(rows, marks or [None] * len(rows))
+        if r["auc"] is not None
+    ]
     for y, (name, r, c, m) in enumerate(rows[::-1]):
-        ax.barh(y, r["auc"] - .5, .6, .5, color=c)
+        ax.barh(y, r["auc"] - 0.5, 0.6, 0.5, color=c)
         ax.plot([r["low"], r["high"]], [y, y], color="black", lw=1)
-        if m is not None: ax.plot(m, y, "D", mfc="white", mec="black", ms=5)
+        if m is not None:
+            ax.plot(m, y, "D", mfc="white", mec="black", ms=5)
     ax.set_yticks(range(len(rows)), [r[0] for r in rows[::-1]], fontsize=6.5)
-    ax.axvline(.5, color="black", lw=.8)
-    ax.set_xlim(min([.4, *(r["low"] for _, r, *_ in rows)]), 1.02)
-    if not rows: ax.text(.7, .5, "not measured", ha="center", va="center", fontsize=8)
+    ax.axvline(0.5, color="black", lw=0.8)
+    ax.set_xlim(min([0.4, *(r["low"] for _, r, *_ in rows)]), 1.02)
+    if not rows:
+        ax.text(0.7, 0.5, "not measured", ha="center", va="center", fontsize=8)
     ax.set_xlabel("AUC (0.5 is a guess, 1 always right)", fontsize=7)
 
 # %% ../../nbs/data/audit.ipynb #d1d15043
 def plot_images_per_patient(
-    t: pd.DataFrame, # one row per image
-    ax               # where to draw
+    t: pd.DataFrame,  # one row per image
+    ax,  # where to draw
 ):
     "How many patients have one image, two, three, ..."
     per = t.groupby("patient_id").size().clip(upper=6)
-    ax.bar_label(ax.bar(range(1, 7), [(per == k).sum() for k in range(1, 7)], color="#999999"), fontsize=6)
+    ax.bar_label(
+        ax.bar(range(1, 7), [(per == k).sum() for k in range(1, 7)], color="#999999"), fontsize=6
+    )
     ax.set_xticks(range(1, 7), [1, 2, 3, 4, 5, "6 or more"])
     ax.set_xlabel("images", fontsize=7), ax.set_ylabel("patients", fontsize=7)
 
 # %% ../../nbs/data/audit.ipynb #e671969b
 def plot_copy_pairs(
-    pairs: list[dict], # of the report
-    pictures: dict,    # image_id: thumbnail
-    axes               # one per pair
+    pairs: list[dict],  # of the report
+    pictures: dict,  # image_id: thumbnail
+    axes,  # one per pair
 ):
     "Pairs of thumbnails."
-    for ax in axes: ax.axis("off")
-    for p, ax in zip(pairs, axes): plot_copy_pair(p, pictures, ax)
+    for ax in axes:
+        ax.axis("off")
+    for p, ax in zip(pairs, axes):
+        plot_copy_pair(p, pictures, ax)
+
 
 def plot_copy_pair(
-    p: dict,           # a pair of the report
-    pictures: dict,    # image_id: thumbnail
-    ax                 # where to draw
+    p: dict,  # a pair of the report
+    pictures: dict,  # image_id: thumbnail
+    ax,  # where to draw
 ):
     "Two thumbnails side by side."
     gap = np.full((32, 2), 255, np.uint8)
-    ax.imshow(np.hstack([pictures[p["a"]], gap, pictures[p["b"]]]), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    ax.set_title(f"{p['correlation']:.3f}, {p['how']}" + ("\na copy?" if p["copy"] else "\nbelow the limit"), fontsize=6.5)
+    ax.imshow(
+        np.hstack([pictures[p["a"]], gap, pictures[p["b"]]]),
+        cmap="gray",
+        vmin=0,
+        vmax=255,
+        interpolation="nearest",
+    )
+    ax.set_title(
+        f"{p['correlation']:.3f}, {p['how']}" + ("\na copy?" if p["copy"] else "\nbelow the limit"),
+        fontsize=6.5,
+    )
 
 # %% ../../nbs/data/audit.ipynb #556717ce
 def audit_figure(
-    r: dict,          # from `audit`
+    r: dict,  # from `audit`
     t: pd.DataFrame,  # as given to `audit`
-    small: np.ndarray # as given to `audit`
+    small: np.ndarray,  # as given to `audit`
 ) -> Figure:
     "The audit at a glance."
     fig = Figure((7.4, 7.6), dpi=70, layout="constrained")
     top, bottom = fig.subfigures(2, 1, height_ratios=(4.6, 1))
     a, b, c, d, e, f = top.subplots(3, 2).flat
-    plot_counts(r, panel(a, "Images")), plot_sizes(t, panel(b, "Sizes")), plot_bytes(t, panel(c, "File size"))
+    (
+        plot_counts(r, panel(a, "Images")),
+        plot_sizes(t, panel(b, "Sizes")),
+        plot_bytes(t, panel(c, "File size")),
+    )
     rows = [x for x in r["shortcuts"] if x["part"] == "train" and not x["same"]]
-    plot_aucs([(x["name"], x, dict(before="#E69F00", after="#56B4E9", picture="#999999")[x["stage"]]) for x in rows], panel(d, "Class by one trait: the file (orange),\nprepared (blue), the picture (grey)"))
-    plot_aucs([(x["class_name"], x, CLASS_COLOURS[k % 2]) for k, x in enumerate(r["shift"])], panel(e, "Official test against training (diamond: control)"), [x["control"] for x in r["shift"]])
+    plot_aucs(
+        [
+            (x["name"], x, dict(before="#E69F00", after="#56B4E9", picture="#999999")[x["stage"]])
+            for x in rows
+        ],
+        panel(d, "Class by one trait: the file (orange),\nprepared (blue), the picture (grey)"),
+    )
+    plot_aucs(
+        [(x["class_name"], x, CLASS_COLOURS[k % 2]) for k, x in enumerate(r["shift"])],
+        panel(e, "Official test against training (diamond: control)"),
+        [x["control"] for x in r["shift"]],
+    )
     plot_images_per_patient(t, panel(f, "Patients by their number of images"))
-    bottom.suptitle("Closest pairs of different patients, not counting exact copies", fontsize=8, x=.01, ha="left")
-    plot_copy_pairs(r["near_duplicates"]["listed"], dict(zip(t.image_id, small)), bottom.subplots(1, 6))
+    bottom.suptitle(
+        "Closest pairs of different patients, not counting exact copies",
+        fontsize=8,
+        x=0.01,
+        ha="left",
+    )
+    plot_copy_pairs(
+        r["near_duplicates"]["listed"], dict(zip(t.image_id, small)), bottom.subplots(1, 6)
+    )
     return fig
 
 # %% ../../nbs/data/audit.ipynb #52d428a9
@@ -561,76 +1175,192 @@ AUDIT_CSS = """
 """
 LEVEL_WORDS = dict(warning="Warning", note="Note", ok="Fine")
 
+
 def audit_tag(
-    name: str, # such as p
-    *parts,    # HTML
-    cls=""     # class attribute
+    name: str,  # such as p
+    *parts,  # HTML
+    cls="",  # class attribute
 ) -> str:
     "One HTML element."
     return f"<{name}{f' class={chr(34)}{cls}{chr(34)}' if cls else ''}>{''.join(parts)}</{name}>"
 
 # %% ../../nbs/data/audit.ipynb #f54f336a
 def rows_html(
-    caption: str, # what the table shows
-    head: list,   # names of the columns
-    rows: list    # lists of cells: numbers or texts, to be escaped
-) -> str:         # empty without rows
+    caption: str,  # what the table shows
+    head: list,  # names of the columns
+    rows: list,  # lists of cells: numbers or texts, to be escaped
+) -> str:  # empty without rows
     "A table that scrolls sideways on a narrow screen."
-    if not rows: return ""
-    def cell(kind, x, k): return audit_tag(kind, html.escape(str(x)), cls="n" if isinstance(x, (int, float)) and k else "")
-    line = lambda cells, kind: audit_tag("tr", *(cell(kind, f"{x:,}" if isinstance(x, int) else x, k) for k, x in enumerate(cells)))
+    if not rows:
+        return ""
+
+    def cell(kind, x, k):
+        return audit_tag(
+            kind, html.escape(str(x)), cls="n" if isinstance(x, (int, float)) and k else ""
+        )
+
+    line = lambda cells, kind: audit_tag(
+        "tr", *(cell(kind, f"{x:,}" if isinstance(x, int) else x, k) for k, x in enumerate(cells))
+    )
     body = audit_tag("thead", line(head, "th")) + audit_tag("tbody", *(line(r, "td") for r in rows))
-    return audit_tag("p", html.escape(caption), cls="cap") + f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(caption)}">{audit_tag("table", body)}</div>'
+    return (
+        audit_tag("p", html.escape(caption), cls="cap")
+        + f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(caption)}">{audit_tag("table", body)}</div>'
+    )
 
 # %% ../../nbs/data/audit.ipynb #2e23a5bc
 def finding_html(
-    f: dict # a finding
+    f: dict,  # a finding
 ) -> str:
     "A finding that asks for attention."
     e = html.escape
-    return audit_tag("div", audit_tag("p", audit_tag("strong", LEVEL_WORDS[f["level"]]), " · ", e(f["name"])), audit_tag("p", e(f["found"])), audit_tag("p", e(f["done"]), cls="done"), cls=f"finding {f['level']}")
+    return audit_tag(
+        "div",
+        audit_tag("p", audit_tag("strong", LEVEL_WORDS[f["level"]]), " · ", e(f["name"])),
+        audit_tag("p", e(f["found"])),
+        audit_tag("p", e(f["done"]), cls="done"),
+        cls=f"finding {f['level']}",
+    )
 
 # %% ../../nbs/data/audit.ipynb #0f4b19b7
 def tables_html(
-    r: dict # report
+    r: dict,  # report
 ) -> str:
     "The numbers behind the findings."
-    def auc(x): return [f"{x['auc']:.3f}", f"{x['low']:.3f} to {x['high']:.3f}"] if x["auc"] is not None else ["too few patients", ""]
-    parts = [(f"official {s}", "official_", s) for s in r["official_images"]] + [(s, "", s) for s in r["images"]]
+
+    def auc(x):
+        return (
+            [f"{x['auc']:.3f}", f"{x['low']:.3f} to {x['high']:.3f}"]
+            if x["auc"] is not None
+            else ["too few patients", ""]
+        )
+
+    parts = [(f"official {s}", "official_", s) for s in r["official_images"]] + [
+        (s, "", s) for s in r["images"]
+    ]
     same = ", ".join(dict.fromkeys(x["name"] for x in r["shortcuts"] if x["same"]))
-    stages, where = dict(before="the file", after="the prepared image", picture="the picture"), dict(train="official training", all="all images")
-    return "".join((
-        rows_html("Images (and patients) by split", ["", *r["classes"]], [[name, *(f"{n:,} ({r[p + 'patients'][s][c]:,})" for c, n in r[p + "images"][s].items())] for name, p, s in parts]),
-        rows_html("One trait against the class" + (f"; the same for all images: {same}" if same else ""), ["trait", "of", "images", "AUC", "95 % interval"],
-                  [[x["name"], stages[x["stage"]], where[x["part"]], *auc(x)] for x in r["shortcuts"] if not x["same"]]),
-        rows_html("Official test against official training, by the picture", ["class", "patients in training", "in test", "AUC", "95 % interval", "control"],
-                  [[x["class_name"], x["train_patients"], x["test_patients"], *auc(x), "" if x["control"] is None else f"{x['control']:.3f}"] for x in r["shift"]]),
-        rows_html("Closest pictures of different patients, not counting exact copies", ["image", "image", "correlation", "how", "classes", "official", "study"],
-                  [[p["a"], p["b"], f"{p['correlation']:.4f}", p["how"] + (" (copy?)" if p["copy"] else ""), *(" / ".join(x or "left out" for x in p[k]) for k in ("classes", "official", "splits"))] for p in r["near_duplicates"]["listed"][:12]]),
-        rows_html(f"The same picture more than once ({r['duplicates']['pixels']['groups']:,} groups)", ["images"], [[", ".join(g)] for g in r["duplicates"]["pixels"]["listed"]]),
-        rows_html(f"Names that tell no patient ({r['unparsed_names']:,})", ["file"], [[p] for p in r["unparsed"]]),
-        rows_html(f"Names that contradict their folder ({r['contradicting_names']:,})", ["file"], [[p] for p in r["contradicting"]]),
-        rows_html("Files that were skipped", ["file", "why"], [[b["path"], b["reason"]] for b in r["bad"]])))
+    stages = dict(before="the file", after="the prepared image", picture="the picture")
+    where = dict(train="official training", all="all images")
+    return "".join(
+        (
+            rows_html(
+                "Images (and patients) by split",
+                ["", *r["classes"]],
+                [
+                    [
+                        name,
+                        *(
+                            f"{n:,} ({r[p + 'patients'][s][c]:,})"
+                            for c, n in r[p + "images"][s].items()
+                        ),
+                    ]
+                    for name, p, s in parts
+                ],
+            ),
+            rows_html(
+                "One trait against the class"
+                + (f"; the same for all images: {same}" if same else ""),
+                ["trait", "of", "images", "AUC", "95 % interval"],
+                [
+                    [x["name"], stages[x["stage"]], where[x["part"]], *auc(x)]
+                    for x in r["shortcuts"]
+                    if not x["same"]
+                ],
+            ),
+            rows_html(
+                "Official test against official training, by the picture",
+                ["class", "patients in training", "in test", "AUC", "95 % interval", "control"],
+                [
+                    [
+                        x["class_name"],
+                        x["train_patients"],
+                        x["test_patients"],
+                        *auc(x),
+                        "" if x["control"] is None else f"{x['control']:.3f}",
+                    ]
+                    for x in r["shift"]
+                ],
+            ),
+            rows_html(
+                "Closest pictures of different patients, not counting exact copies",
+                ["image", "image", "correlation", "how", "classes", "official", "study"],
+                [
+                    [
+                        p["a"],
+                        p["b"],
+                        f"{p['correlation']:.4f}",
+                        p["how"] + (" (copy?)" if p["copy"] else ""),
+                        *(
+                            " / ".join(x or "left out" for x in p[k])
+                            for k in ("classes", "official", "splits")
+                        ),
+                    ]
+                    for p in r["near_duplicates"]["listed"][:12]
+                ],
+            ),
+            rows_html(
+                f"The same picture more than once ({r['duplicates']['pixels']['groups']:,} groups)",
+                ["images"],
+                [[", ".join(g)] for g in r["duplicates"]["pixels"]["listed"]],
+            ),
+            rows_html(
+                f"Names that tell no patient ({r['unparsed_names']:,})",
+                ["file"],
+                [[p] for p in r["unparsed"]],
+            ),
+            rows_html(
+                f"Names that contradict their folder ({r['contradicting_names']:,})",
+                ["file"],
+                [[p] for p in r["contradicting"]],
+            ),
+            rows_html(
+                "Files that were skipped",
+                ["file", "why"],
+                [[b["path"], b["reason"]] for b in r["bad"]],
+            ),
+        )
+    )
 
 # %% ../../nbs/data/audit.ipynb #0731cc13
-HOW_TO_READ = ("Some findings have an AUC. It says how well something tells two groups of images apart: of 100 pairs, one from each group, an AUC of 0.80 puts 80 in the right order; "
-           "0.50 is a guess, 1.00 is never wrong. In brackets stands where the true value lies with 95 % confidence.")
+HOW_TO_READ = (
+    "Some findings have an AUC. It says how well something tells two groups of images apart: of 100 pairs, one from each group, an AUC of 0.80 puts 80 in the right order; "
+    "0.50 is a guess, 1.00 is never wrong. In brackets stands where the true value lies with 95 % confidence."
+)
 CAPTION = "Black lines are 95 % intervals. Every rule was learned from other patients than those it was tried on; so a useless one comes out near 0.5, by chance also below it."
 
+
 def audit_fragment(
-    r: dict,       # from `audit`
-    figure: Figure # from `audit_figure`
-) -> str:          # a section, self-contained; all text from outside is escaped
+    r: dict,  # from `audit`
+    figure: Figure,  # from `audit_figure`
+) -> str:  # a section, self-contained; all text from outside is escaped
     "The audit as a fragment of a page."
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=130, facecolor="white", metadata={"Software": None})
     n, e = Counter(f["level"] for f in r["findings"]), html.escape
-    loud, fine = ([f for f in r["findings"] if (f["level"] == "ok") == quiet] for quiet in (False, True))
+    loud, fine = (
+        [f for f in r["findings"] if (f["level"] == "ok") == quiet] for quiet in (False, True)
+    )
     alt = "Images by split, sizes, file sizes, what single traits tell about the class, official test against training, images per patient, closest pairs"
-    return audit_tag("section", audit_tag("style", AUDIT_CSS), audit_tag("h2", "What the data give away"),
-               audit_tag("p", f"{many(r['n_images'], 'image')} of {many(r['n_patients'], 'patient')} were looked at before any training: {many(n['warning'], 'warning')}, {many(n['note'], 'note')}, {many(n['ok'], 'check')} without a finding. " + HOW_TO_READ),
-               *map(finding_html, loud), audit_tag("h3", "Looked at and fine") if fine else "", audit_tag("ul", *(audit_tag("li", e(f["found"])) for f in fine), cls="fine") if fine else "",
-               f'<figure class="grid"><img alt="{alt}" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">' + audit_tag("figcaption", CAPTION) + "</figure>", tables_html(r), cls="audit")
+    return audit_tag(
+        "section",
+        audit_tag("style", AUDIT_CSS),
+        audit_tag("h2", "What the data give away"),
+        audit_tag(
+            "p",
+            f"{many(r['n_images'], 'image')} of {many(r['n_patients'], 'patient')} were looked at before any training: {many(n['warning'], 'warning')}, {many(n['note'], 'note')}, {many(n['ok'], 'check')} without a finding. "
+            + HOW_TO_READ,
+        ),
+        *map(finding_html, loud),
+        audit_tag("h3", "Looked at and fine") if fine else "",
+        audit_tag("ul", *(audit_tag("li", e(f["found"])) for f in fine), cls="fine")
+        if fine
+        else "",
+        f'<figure class="grid"><img alt="{alt}" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">'
+        + audit_tag("figcaption", CAPTION)
+        + "</figure>",
+        tables_html(r),
+        cls="audit",
+    )
 
 # %% ../../nbs/data/audit.ipynb #2d1c071d
 PAGE_CSS = """
@@ -646,14 +1376,25 @@ table{border-collapse:collapse;min-width:100%;font-variant-numeric:tabular-nums}
 @media print{:root{--paper:#fff;--ink:#000;--soft:#444;--rule:#bbb;--box:#f5f5f5}.scroll{overflow:visible}.finding,figure{break-inside:avoid}}
 """
 
+
 def write_audit(
-    path,          # where to; audit.html
-    r: dict,       # from `audit`
-    figure: Figure # from `audit_figure`
+    path,  # where to; audit.html
+    r: dict,  # from `audit`
+    figure: Figure,  # from `audit_figure`
 ):
     "Write the audit as a page of its own: light or dark, readable on a phone, without network."
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    foot = audit_tag("p", "Written by cxr_synth; all numbers are in audit.json beside this page. Not for clinical use.", cls="small")
-    write_text(path, '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-               f'<meta http-equiv="Content-Security-Policy" content="{policy}"><title>Data audit</title><style>{PAGE_CSS}</style></head>'
-               f"<body>{audit_tag('main', audit_fragment(r, figure), foot)}</body></html>\n")
+    foot = audit_tag(
+        "p",
+        (
+            "Written by cxr_synth; all numbers are in audit.json beside this page. Not for clinical "
+            "use."
+        ),
+        cls="small",
+    )
+    write_text(
+        path,
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}"><title>Data audit</title><style>{PAGE_CSS}</style></head>'
+        f"<body>{audit_tag('main', audit_fragment(r, figure), foot)}</body></html>\n",
+    )

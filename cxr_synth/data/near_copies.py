@@ -16,82 +16,108 @@ from ..base.compute import seed_for
 
 # %% ../../nbs/data/near_copies.ipynb #5327febf
 def pair_crossings(
-    t: pd.DataFrame # images
-) -> dict:          # column of what may be crossed: number or name per image; empty or -1 stands for none
+    t: pd.DataFrame,  # images
+) -> dict:  # column of what may be crossed: number or name per image; empty or -1 stands for none
     "What a pair of copies should not cross."
     official = (t.official_split == "test").astype(int).where(t.official_split != "", -1)
-    codes = {"patients": pd.factorize(t.patient_id)[0], "classes": t.label.to_numpy(), "official": official.to_numpy()}
+    codes = {
+        "patients": pd.factorize(t.patient_id)[0],
+        "classes": t.label.to_numpy(),
+        "official": official.to_numpy(),
+    }
     return codes | {"splits": pd.factorize(t.split.where(t.split != ""))[0]}
 
-MAX_PAIRS_SHOWN = 24   # most pairs and groups that are listed; counts are always complete
+
+MAX_PAIRS_SHOWN = 24  # most pairs and groups that are listed; counts are always complete
+
 
 def exact_copies(
-    t: pd.DataFrame, # one row per image
-    column: str      # sha256 (equal bytes) or pixels_sha256 (equal pixels)
-) -> dict:           # groups, images, how many groups cross patients, classes, official (test and the rest), splits; listed
+    t: pd.DataFrame,  # one row per image
+    column: str,  # sha256 (equal bytes) or pixels_sha256 (equal pixels)
+) -> dict:  # groups, images, how many groups cross patients, classes, official (test and the rest), splits; listed
     "Images that are equal."
     twice = t[t.duplicated(column, keep=False)]
     codes = pd.DataFrame(pair_crossings(t), index=t.index).loc[twice.index]
     over = codes.where(codes >= 0).groupby(twice[column]).nunique().gt(1).sum()
     listed = sorted(sorted(g) for g in twice.groupby(column).image_id.agg(list))[:MAX_PAIRS_SHOWN]
-    return dict(groups=int(twice[column].nunique()), images=len(twice), across={k: int(v) for k, v in over.items()}, listed=listed)
+    return dict(
+        groups=int(twice[column].nunique()),
+        images=len(twice),
+        across={k: int(v) for k, v in over.items()},
+        listed=listed,
+    )
 
 # %% ../../nbs/data/near_copies.ipynb #0cf204e3
 def rank_vectors(
-    small: np.ndarray, # uint8 (N, 32, 32)
-    block: int = 1024  # images at a time
-) -> np.ndarray:       # float32 (N, 1024), length 1; zeros for an image of one grey
+    small: np.ndarray,  # uint8 (N, 32, 32)
+    block: int = 1024,  # images at a time
+) -> np.ndarray:  # float32 (N, 1024), length 1; zeros for an image of one grey
     "Ranks of the pixels, centred and normalised: products are Spearman correlations."
     x = small.reshape(len(small), -1)
-    z = np.concatenate([rankdata(x[k:k + block], axis=1).astype(np.float32) for k in range(0, len(x), block)])
-    z -= (x.shape[1] + 1)/2
+    z = np.concatenate(
+        [rankdata(x[k : k + block], axis=1).astype(np.float32) for k in range(0, len(x), block)]
+    )
+    z -= (x.shape[1] + 1) / 2
     z /= np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-6)
     return z
 
 # %% ../../nbs/data/near_copies.ipynb #258cda3c
 def copy_limit(
     z: np.ndarray,  # from `rank_vectors`
-    patient,        # patient of each image
-    *about,         # seed of the sample
-    chance=.01,     # that any pair of different patients reaches the limit
-    sample=700      # images whose pairs are looked at
-) -> float:         # 0.95 to 0.999
+    patient,  # patient of each image
+    *about,  # seed of the sample
+    chance=0.01,  # that any pair of different patients reaches the limit
+    sample=700,  # images whose pairs are looked at
+) -> float:  # 0.95 to 0.999
     "Correlation that different patients hardly reach."
     who = np.random.default_rng(seed_for(*about, "copy limit")).permutation(len(z))[:sample]
     i, j = np.triu_indices(len(who), 1)
     other = np.asarray(patient)[who][i] != np.asarray(patient)[who][j]
-    if other.sum() < 100: return .98
-    a = np.arctanh(np.clip((z[who] @ z[who].T)[i, j][other], -.9999, .9999))
-    low, middle, high = np.quantile(a, [.16, .5, .84])
-    return float(np.clip(np.tanh(middle + (high - low)/2*norm.isf(chance/(len(z)*(len(z) - 1)/2))), .95, .999))
+    if other.sum() < 100:
+        return 0.98
+    a = np.arctanh(np.clip((z[who] @ z[who].T)[i, j][other], -0.9999, 0.9999))
+    low, middle, high = np.quantile(a, [0.16, 0.5, 0.84])
+    return float(
+        np.clip(
+            np.tanh(middle + (high - low) / 2 * norm.isf(chance / (len(z) * (len(z) - 1) / 2))),
+            0.95,
+            0.999,
+        )
+    )
 
 # %% ../../nbs/data/near_copies.ipynb #7784022b
 COPY_TRANSFORMS = "as it is", "mirrored", "negative", "mirrored negative"
 
+
 def block_pairs(
-    z: np.ndarray,      # from `rank_vectors`
-    pixels: np.ndarray, # equal numbers for exact copies, which are no news
-    block: int          # rows at a time
-):                      # yields first row k; correlations (block, N - k), -1 for what is no pair; index into HOW, same shape
+    z: np.ndarray,  # from `rank_vectors`
+    pixels: np.ndarray,  # equal numbers for exact copies, which are no news
+    block: int,  # rows at a time
+):  # yields first row k; correlations (block, N - k), -1 for what is no pair; index into HOW, same shape
     "Every row against the rows below it, each pair with the best of four ways to be a copy."
     mirror = z.reshape(len(z), 32, 32)[:, :, ::-1].reshape(len(z), -1)
     for k in range(0, len(z), block):
-        straight, flipped = z[k:k + block] @ z[k:].T, z[k:k + block] @ mirror[k:].T
+        straight, flipped = z[k : k + block] @ z[k:].T, z[k : k + block] @ mirror[k:].T
         turned = np.abs(flipped) > np.abs(straight)
         c = np.where(turned, flipped, straight)
-        how, c = turned + 2*(c < 0), np.abs(c)
-        c[(np.arange(c.shape[1]) <= np.arange(len(c))[:, None]) | (pixels[k:k + block, None] == pixels[k:])] = -1
+        how, c = turned + 2 * (c < 0), np.abs(c)
+        c[
+            (np.arange(c.shape[1]) <= np.arange(len(c))[:, None])
+            | (pixels[k : k + block, None] == pixels[k:])
+        ] = -1
         yield k, c, how
 
 # %% ../../nbs/data/near_copies.ipynb #c57cdf06
 def near_copies(
-    z: np.ndarray,    # from `rank_vectors`
-    pixels,           # equal for exact copies
-    codes: dict,      # from `pair_crossings`
-    limit: float,     # from `copy_limit`
-    keep: int = MAX_PAIRS_SHOWN, # pairs to list
-    block: int = 256  # rows at a time
-) -> tuple[list, Counter]: # the closest pairs of different patients (i, j, correlation, how), above the limit or not; counts of all above it
+    z: np.ndarray,  # from `rank_vectors`
+    pixels,  # equal for exact copies
+    codes: dict,  # from `pair_crossings`
+    limit: float,  # from `copy_limit`
+    keep: int = MAX_PAIRS_SHOWN,  # pairs to list
+    block: int = 256,  # rows at a time
+) -> tuple[
+    list, Counter
+]:  # the closest pairs of different patients (i, j, correlation, how), above the limit or not; counts of all above it
     "Pairs of pictures that are nearly the same."
     best, count = [], Counter(pairs=0, **dict.fromkeys(codes, 0))
     for k, c, how in block_pairs(z, pd.factorize(np.asarray(pixels))[0], block):
@@ -100,23 +126,43 @@ def near_copies(
         for name, code in codes.items():
             a, b = code[i + k], code[j + k]
             count[name] += int(((a != b) & (a >= 0) & (b >= 0)).sum())
-        c[codes["patients"][k:k + len(c), None] == codes["patients"][k:]] = -1
-        top = np.argpartition(c, -min(keep, c.size), axis=None)[-min(keep, c.size):]
-        best += [(k + int(a), k + int(b), float(c[a, b]), COPY_TRANSFORMS[how[a, b]]) for a, b in zip(*np.unravel_index(top, c.shape)) if c[a, b] > 0]
+        c[codes["patients"][k : k + len(c), None] == codes["patients"][k:]] = -1
+        top = np.argpartition(c, -min(keep, c.size), axis=None)[-min(keep, c.size) :]
+        best += [
+            (k + int(a), k + int(b), float(c[a, b]), COPY_TRANSFORMS[how[a, b]])
+            for a, b in zip(*np.unravel_index(top, c.shape))
+            if c[a, b] > 0
+        ]
         best = sorted(best, key=lambda p: (-round(p[2], 5), p[:2]))[:keep]
     return best, count
 
 # %% ../../nbs/data/near_copies.ipynb #c67138d0
 def near_report(
-    t: pd.DataFrame,   # one row per image
-    small: np.ndarray, # uint8 (N, 32, 32), in the order of t
-    seed: int = 0      # of the limit
-) -> dict:             # limit, pairs (how many reach it), across, listed (the closest of different patients, whether they reach it or not)
+    t: pd.DataFrame,  # one row per image
+    small: np.ndarray,  # uint8 (N, 32, 32), in the order of t
+    seed: int = 0,  # of the limit
+) -> dict:  # limit, pairs (how many reach it), across, listed (the closest of different patients, whether they reach it or not)
     "Near copies, by name."
     z, codes = rank_vectors(small), pair_crossings(t)
     limit = copy_limit(z, t.patient_id, seed)
     best, count = near_copies(z, t.pixels_sha256, codes, limit)
+
     def row(i, j, c, how):
         a, b = t.iloc[i], t.iloc[j]
-        return dict(a=a.image_id, b=b.image_id, correlation=round(c, 4), how=how, classes=[a.class_name, b.class_name], official=[a.official_split, b.official_split], splits=[a.split, b.split], copy=bool(c >= limit))
-    return dict(limit=round(limit, 4), pairs=count.pop("pairs"), across=dict(count), listed=[row(*p) for p in best])
+        return dict(
+            a=a.image_id,
+            b=b.image_id,
+            correlation=round(c, 4),
+            how=how,
+            classes=[a.class_name, b.class_name],
+            official=[a.official_split, b.official_split],
+            splits=[a.split, b.split],
+            copy=bool(c >= limit),
+        )
+
+    return dict(
+        limit=round(limit, 4),
+        pairs=count.pop("pairs"),
+        across=dict(count),
+        listed=[row(*p) for p in best],
+    )

@@ -14,172 +14,306 @@ import os, re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Callable
+from collections.abc import Callable
 import pandas as pd
 
 # %% ../../nbs/data/sources.ipynb #b68e0fc4
-from ..base.files import (CxrError, check_apart, digest_json, one_of, read_json, remove_files,
-                                  write_json)
+from cxr_synth.base.files import (
+    CxrError,
+    check_apart,
+    digest_json,
+    one_of,
+    read_json,
+    remove_files,
+    write_json,
+)
 from ..base.records import Study, make_room
 from ..base.settings import CLASSES, DataConfig
 from ..images.images import IMAGE_SUFFIXES
 from ..images.phantom import DRAWING, STRENGTH_RANGE, write_phantoms
-from ..protocol.dataset import (DatasetCard, dataset_card, find_card, parse_name, read_card,
-                                        write_card_file)
+from cxr_synth.protocol.dataset import (
+    DatasetCard,
+    dataset_card,
+    find_card,
+    parse_name,
+    read_card,
+    write_card_file,
+)
 
 # %% ../../nbs/data/sources.ipynb #9c1b7b10
 def patients_by_regex(
-    paths: list[str], # relative paths with /
-    rule: str         # regular expression, searched in each path; its one group is the patient
-) -> list[str]:       # one patient each; empty where the rule finds nothing
+    paths: list[str],  # relative paths with /
+    rule: str,  # regular expression, searched in each path; its one group is the patient
+) -> list[str]:  # one patient each; empty where the rule finds nothing
     "Patients by a rule on names; raises `CxrError` for a bad rule, and for one that finds no patient at all."
-    try: pattern = re.compile(rule)
-    except re.error as e: raise CxrError(f"--data.patient-rule {rule!r} is no regular expression: {e}.\nExample for names such as 00000013_005.png: '(\\d+)_\\d+'.") from e
-    if pattern.groups != 1: raise CxrError(f"--data.patient-rule {rule!r} has {pattern.groups} groups.\nAllowed: one, around the part that names the patient, such as '(\\d+)_\\d+'.")
+    try:
+        pattern = re.compile(rule)
+    except re.error as e:
+        raise CxrError(
+            f"--data.patient-rule {rule!r} is no regular expression: {e}.\n"
+            "Example for names such as 00000013_005.png: '(\\d+)_\\d+'."
+        ) from e
+    if pattern.groups != 1:
+        raise CxrError(
+            f"--data.patient-rule {rule!r} has {pattern.groups} groups.\n"
+            "Allowed: one, around the part that names the patient, such as '(\\d+)_\\d+'."
+        )
     found = [m[1] or "" if (m := pattern.search(p)) else "" for p in paths]
-    if any(found): return found
-    raise CxrError(f"--data.patient-rule {rule!r} fits none of {len(paths)} names, such as {min(paths)}.\nThe rule is searched in the path within the source; correct it, or give a CSV (image, patient_id).")
+    if any(found):
+        return found
+    raise CxrError(
+        f"--data.patient-rule {rule!r} fits none of {len(paths)} names, such as {min(paths)}.\n"
+        "The rule is searched in the path within the source; correct it, or give a CSV (image, "
+        "patient_id)."
+    )
 
 # %% ../../nbs/data/sources.ipynb #d2403c4e
 def patients_by_table(
-    paths: list[str], # relative paths with /
-    table             # CSV file with the columns image and patient_id
-) -> list[str]:       # one patient each; empty where the table has no row
+    paths: list[str],  # relative paths with /
+    table,  # CSV file with the columns image and patient_id
+) -> list[str]:  # one patient each; empty where the table has no row
     "Patients from a table; raises `CxrError` if it lacks a column, names unknown files or contradicts itself."
-    if not Path(table).is_file(): raise CxrError(f"{table} does not exist.\nGive a CSV with the columns image and patient_id, or a regular expression.")
+    if not Path(table).is_file():
+        raise CxrError(
+            f"{table} does not exist.\n"
+            "Give a CSV with the columns image and patient_id, or a regular expression."
+        )
     t = pd.read_csv(table, dtype=str, keep_default_na=False)
-    for c in ("image", "patient_id"): one_of(c, list(t.columns), f"{table}: a needed column is missing;")
+    for c in ("image", "patient_id"):
+        one_of(c, list(t.columns), f"{table}: a needed column is missing;")
     names = {q: p for p in paths for q in (PurePosixPath(p).name, p)}
     if strange := sorted(set(t.image) - set(names)):
-        raise CxrError(f"{table} names {len(strange)} files that the source does not have, such as {strange[0]}.\nAllowed: file names, or paths within the source, such as {min(paths)}.")
+        raise CxrError(
+            f"{table} names {len(strange)} files that the source does not have, such as "
+            f"{strange[0]}.\n"
+            f"Allowed: file names, or paths within the source, such as {min(paths)}."
+        )
     t = t.assign(path=t.image.map(names)).drop_duplicates(["path", "patient_id"])
-    if len(twice := t.path[t.path.duplicated()]): raise CxrError(f"{table} gives {twice.iloc[0]} two patients.\nA name that stands for several files must be given as a path.")
+    if len(twice := t.path[t.path.duplicated()]):
+        raise CxrError(
+            f"{table} gives {twice.iloc[0]} two patients.\n"
+            "A name that stands for several files must be given as a path."
+        )
     return t.set_index("path").patient_id.reindex(paths, fill_value="").tolist()
 
 # %% ../../nbs/data/sources.ipynb #8cc81486
 def patients_of(
-    t: pd.DataFrame, # with path and image_id
-    rule: str = ""   # regular expression, name of a CSV file, or empty for this data set's names
-) -> pd.DataFrame:   # kind and patient_id added
+    t: pd.DataFrame,  # with path and image_id
+    rule: str = "",  # regular expression, name of a CSV file, or empty for this data set's names
+) -> pd.DataFrame:  # kind and patient_id added
     "Who is on each image."
     named = [parse_name(PurePosixPath(p).stem) for p in t.path]
-    if rule: ids = patients_by_table(list(t.path), rule) if rule.lower().endswith(".csv") else patients_by_regex(list(t.path), rule)
-    else: ids = [patient for _, patient in named]
-    return t.assign(kind=[kind for kind, _ in named], patient_id=[f"patient-{p}" if p and rule else p or f"file-{i}" for p, i in zip(ids, t.image_id)])
+    if rule:
+        ids = (
+            patients_by_table(list(t.path), rule)
+            if rule.lower().endswith(".csv")
+            else patients_by_regex(list(t.path), rule)
+        )
+    else:
+        ids = [patient for _, patient in named]
+    return t.assign(
+        kind=[kind for kind, _ in named],
+        patient_id=[
+            f"patient-{p}" if p and rule else p or f"file-{i}" for p, i in zip(ids, t.image_id)
+        ],
+    )
 
 # %% ../../nbs/data/sources.ipynb #1279b5fe
-CLASS_WORDS = {"normal": ("normal", "healthy", "no finding", "negative", "0"), "pneumonia": ("pneumonia", "positive", "1")}
+CLASS_WORDS = {
+    "normal": ("normal", "healthy", "no finding", "negative", "0"),
+    "pneumonia": ("pneumonia", "positive", "1"),
+}
+
 
 def normalise_name(
-    name # of a folder or a label
+    name,  # of a folder or a label
 ) -> str:
     "Lower case, with single spaces for whatever is no letter or digit."
     return " ".join(re.findall(r"[^\W_]+", str(name).lower()))
 
+
 def class_rule(
-    spec: str = "" # normal=NAME,pneumonia=NAME+NAME; empty: `CLASS_WORDS`
-) -> dict:         # plain name: class
+    spec: str = "",  # normal=NAME,pneumonia=NAME+NAME; empty: `CLASS_WORDS`
+) -> dict:  # plain name: class
     "Which name means which class; raises `CxrError` for a text of another form."
-    pairs = [part.partition("=") for part in spec.split(",")] if spec else [(c, "=", "+".join(names)) for c, names in CLASS_WORDS.items()]
-    rule = {normalise_name(name): c.strip() for c, _, names in pairs for name in names.split("+") if normalise_name(name)}
-    if set(rule.values()) == set(CLASSES) and sum(len(names.split("+")) for *_, names in pairs) == len(rule): return rule
-    raise CxrError(f"--classes {spec!r} does not name both classes, or names a folder twice.\nAllowed: normal=NAME,pneumonia=NAME, such as normal=CLEAR,pneumonia=BACTERIA+VIRUS.")
+    pairs = (
+        [part.partition("=") for part in spec.split(",")]
+        if spec
+        else [(c, "=", "+".join(names)) for c, names in CLASS_WORDS.items()]
+    )
+    rule = {
+        normalise_name(name): c.strip()
+        for c, _, names in pairs
+        for name in names.split("+")
+        if normalise_name(name)
+    }
+    if set(rule.values()) == set(CLASSES) and sum(
+        len(names.split("+")) for *_, names in pairs
+    ) == len(rule):
+        return rule
+    raise CxrError(
+        f"--classes {spec!r} does not name both classes, or names a folder twice.\n"
+        "Allowed: normal=NAME,pneumonia=NAME, such as normal=CLEAR,pneumonia=BACTERIA+VIRUS."
+    )
 
 # %% ../../nbs/data/sources.ipynb #6014b09f
 @dataclass
 class ImageSource:
     "Images to be had somewhere."
-    rows: list[dict]              # path (relative, with /), class_name, official_split (train, val, test or empty)
+
+    rows: list[
+        dict
+    ]  # path (relative, with /), class_name, official_split (train, val, test or empty)
     read: Callable[[str], bytes]  # the bytes of a path
     notes: list[str] = field(default_factory=list)  # what a user should know about it, in sentences
-    commit: str = ""              # Hub only: the commit that was read
+    commit: str = ""  # Hub only: the commit that was read
 
-SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+SPLIT_FOLDERS = {
+    "train": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+}
 LAYOUT_HELP = "Expected train/NORMAL, train/PNEUMONIA, test/NORMAL, ... or just two class folders; other names with --classes normal=NAME,pneumonia=NAME."
 
 # %% ../../nbs/data/sources.ipynb #f8caa3b9
 def subfolders(
-    folder # where to look
+    folder,  # where to look
 ) -> list[Path]:
     "Visible folders in a folder, sorted by name."
     return sorted(p for p in Path(folder).iterdir() if p.is_dir() and not p.name.startswith("."))
 
+
 def class_folders(
-    root,         # the folder the user gave
-    rule=None     # from `class_rule`
-) -> list[tuple[Path, str, str]]: # folder, class name, official split
+    root,  # the folder the user gave
+    rule=None,  # from `class_rule`
+) -> list[tuple[Path, str, str]]:  # folder, class name, official split
     "The folders that hold images, in either layout."
     rule = rule or class_rule()
-    def classes(top, split): return [(c, rule[normalise_name(c.name)], split) for c in subfolders(top) if normalise_name(c.name) in rule]
-    split = [f for d in subfolders(root) if d.name.lower() in SPLIT_FOLDERS for f in classes(d, SPLIT_FOLDERS[d.name.lower()])]
+
+    def classes(top, split):
+        return [
+            (c, rule[normalise_name(c.name)], split)
+            for c in subfolders(top)
+            if normalise_name(c.name) in rule
+        ]
+
+    split = [
+        f
+        for d in subfolders(root)
+        if d.name.lower() in SPLIT_FOLDERS
+        for f in classes(d, SPLIT_FOLDERS[d.name.lower()])
+    ]
     return split or classes(Path(root), "")
 
 # %% ../../nbs/data/sources.ipynb #de04680c
 def check_classes(
-    rows: list[dict], # with class_name and official_split
-    where             # how the user knows the source
+    rows: list[dict],  # with class_name and official_split
+    where,  # how the user knows the source
 ):
     "Both classes must be there, in training and (if there is one) in the official test; raises `CxrError`."
     for part in ("training", "test"):
-        found = {r["class_name"] for r in rows if (r["official_split"] == "test") == (part == "test")}
+        found = {
+            r["class_name"] for r in rows if (r["official_split"] == "test") == (part == "test")
+        }
         if len(found) == 1 or (part == "training" and not found):
-            raise CxrError(f"{where} has {'only ' + found.pop() if found else 'no'} images for {part}.\n"
-                           f"Both classes are needed: {' and '.join(CLASSES)}.\n{LAYOUT_HELP}")
+            raise CxrError(
+                f"{where} has {'only ' + found.pop() if found else 'no'} images for {part}.\n"
+                f"Both classes are needed: {' and '.join(CLASSES)}.\n{LAYOUT_HELP}"
+            )
 
 # %% ../../nbs/data/sources.ipynb #3a5682b7
 def files_in(
-    folder # a class folder
+    folder,  # a class folder
 ) -> list[Path]:
     "Visible files in a folder and below it, sorted; links to other folders are not followed."
-    found = [Path(top)/name for top, _, names in os.walk(folder) for name in names]
-    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    found = [Path(top) / name for top, _, names in os.walk(folder) for name in names]
+    return sorted(
+        p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts)
+    )
+
 
 def read_inside(
-    root,     # the source's folder
-    path: str # within it
-) -> bytes:   # raises `CxrError` for a link that leads out of the folder, OSError for a file that can't be read
+    root,  # the source's folder
+    path: str,  # within it
+) -> bytes:  # raises `CxrError` for a link that leads out of the folder, OSError for a file that can't be read
     "The bytes of a file, if it really lies in the folder."
-    file = (Path(root)/path).resolve()
-    if file.is_relative_to(Path(root).resolve()): return file.read_bytes()
-    raise CxrError("it is a link to a place outside the data folder.\nCopy the file there in place of the link.")
+    file = (Path(root) / path).resolve()
+    if file.is_relative_to(Path(root).resolve()):
+        return file.read_bytes()
+    raise CxrError(
+        "it is a link to a place outside the data folder.\n"
+        "Copy the file there in place of the link."
+    )
 
 # %% ../../nbs/data/sources.ipynb #497b1a70
 def unused_notes(
-    root: Path,     # the source's folder
+    root: Path,  # the source's folder
     folders: list,  # from `class_folders`
-    files: list,    # of (path, class, split): all files there
-    kept: list      # of those, the images
+    files: list,  # of (path, class, split): all files there
+    kept: list,  # of those, the images
 ) -> list[str]:
     "Sentences about what a folder source does not use."
-    empty = [f.relative_to(root).as_posix() for f, *_ in folders if not any(f in p.parents for p, *_ in kept)]
-    other = sorted({d.relative_to(root).as_posix() for f, *_ in folders for d in subfolders(f.parent)} - {f.relative_to(root).as_posix() for f, *_ in folders}
-                   - {d.name for d in subfolders(root) if d.name.lower() in SPLIT_FOLDERS})
-    found = {f"Files in the class folders that are no images ({', '.join(IMAGE_SUFFIXES)}) were left out: {len(files) - len(kept)}.": len(files) > len(kept),
-             f"Empty class folders: {', '.join(empty[:4])} ({len(empty)} in all).": empty,
-             f"Folders that are no class were left out: {', '.join(other[:4])} ({len(other)} in all).": other}
+    empty = [
+        f.relative_to(root).as_posix()
+        for f, *_ in folders
+        if not any(f in p.parents for p, *_ in kept)
+    ]
+    other = sorted(
+        {d.relative_to(root).as_posix() for f, *_ in folders for d in subfolders(f.parent)}
+        - {f.relative_to(root).as_posix() for f, *_ in folders}
+        - {d.name for d in subfolders(root) if d.name.lower() in SPLIT_FOLDERS}
+    )
+    found = {
+        f"Files in the class folders that are no images ({', '.join(IMAGE_SUFFIXES)}) were left out: {len(files) - len(kept)}.": len(
+            files
+        )
+        > len(kept),
+        f"Empty class folders: {', '.join(empty[:4])} ({len(empty)} in all).": empty,
+        f"Folders that are no class were left out: {', '.join(other[:4])} ({len(other)} in all).": other,
+    }
     return [text for text, there in found.items() if there]
 
 # %% ../../nbs/data/sources.ipynb #1ad210fc
 def folder_source(
-    root,            # folder in the Kaggle layout, or with only class folders
-    classes: str="", # see `class_rule`
-) -> ImageSource: # raises `CxrError` for a missing or empty folder, and for one without class folders
+    root,  # folder in the Kaggle layout, or with only class folders
+    classes: str = "",  # see `class_rule`
+) -> (
+    ImageSource
+):  # raises `CxrError` for a missing or empty folder, and for one without class folders
     "A folder as a source."
     root = Path(root)
-    if not root.is_dir(): raise CxrError(f"{root} {'is not a folder' if root.exists() else 'does not exist'}.\n{LAYOUT_HELP}\nOr use --data phantom, or --data hub.")
+    if not root.is_dir():
+        raise CxrError(
+            f"{root} {'is not a folder' if root.exists() else 'does not exist'}.\n"
+            f"{LAYOUT_HELP}\n"
+            "Or use --data phantom, or --data hub."
+        )
     rule = class_rule(classes)
-    if not (folders := class_folders(root, rule)): raise CxrError(no_class_folders(root, rule))
+    if not (folders := class_folders(root, rule)):
+        raise CxrError(no_class_folders(root, rule))
     files = [(p, name, split) for f, name, split in folders for p in files_in(f)]
     kept = [(p, name, split) for p, name, split in files if p.suffix.lower() in IMAGE_SUFFIXES]
-    rows = [dict(path=p.relative_to(root).as_posix(), class_name=name, official_split=split) for p, name, split in kept]
-    if not rows: raise CxrError(f"{root} is empty: no images in {', '.join(f.name for f, *_ in folders[:4])}.\n{LAYOUT_HELP}")
+    rows = [
+        dict(path=p.relative_to(root).as_posix(), class_name=name, official_split=split)
+        for p, name, split in kept
+    ]
+    if not rows:
+        raise CxrError(
+            f"{root} is empty: no images in {', '.join(f.name for f, *_ in folders[:4])}.\n"
+            f"{LAYOUT_HELP}"
+        )
     check_classes(rows, root)
-    return ImageSource(rows, lambda path: read_inside(root, path), unused_notes(root, folders, files, kept))
+    return ImageSource(
+        rows, lambda path: read_inside(root, path), unused_notes(root, folders, files, kept)
+    )
 
 # %% ../../nbs/data/sources.ipynb #f5a5de86
 def no_class_folders(
-    root: Path, # a folder
-    rule: dict  # from `class_rule`
+    root: Path,  # a folder
+    rule: dict,  # from `class_rule`
 ) -> str:
     "The message for a folder without class folders: what was found, and where to look instead."
     found = ", ".join(sorted(p.name for p in root.iterdir())[:5]) or "nothing"
@@ -188,26 +322,39 @@ def no_class_folders(
 
 # %% ../../nbs/data/sources.ipynb #5f62bf97
 def hub_tables(
-    hub_id: str,           # data set id, or a local folder in the Hub's layout
-    revision: str = "main",# branch, tag or commit
-    cache_dir=None         # where to keep the download; None is the library's own place
-):                         # DatasetDict and the commit; raises `CxrError` if it can't be had
+    hub_id: str,  # data set id, or a local folder in the Hub's layout
+    revision: str = "main",  # branch, tag or commit
+    cache_dir=None,  # where to keep the download; None is the library's own place
+):  # DatasetDict and the commit; raises `CxrError` if it can't be had
     "Load a data set from the Hub."
     import datasets
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
-    if os.environ.get("CXR_QUIET"): datasets.disable_progress_bars()
+
+    if os.environ.get("CXR_QUIET"):
+        datasets.disable_progress_bars()
     try:
-        commit = "" if Path(hub_id).is_dir() else HfApi().dataset_info(hub_id, revision=revision, timeout=10).sha
+        commit = (
+            ""
+            if Path(hub_id).is_dir()
+            else HfApi().dataset_info(hub_id, revision=revision, timeout=10).sha
+        )
         return datasets.load_dataset(hub_id, revision=commit or None, cache_dir=cache_dir), commit
-    except (OSError, ValueError, datasets.exceptions.DatasetsError, *HfHubHTTPError.__bases__) as e:  # the bases: the HTTP library's own errors
+    except (
+        OSError,
+        ValueError,
+        datasets.exceptions.DatasetsError,
+        *HfHubHTTPError.__bases__,
+    ) as e:  # the bases: the HTTP library's own errors
         why = (str(e).strip() or type(e).__name__).splitlines()[0][:150]
-        raise CxrError(f"cannot load the data set {hub_id!r} (revision {revision}) from the Hub:\n  {why}\n"
-                       "Check the id and the network; or download the data and use --data FOLDER,\nor use --data phantom, which needs no network.") from e
+        raise CxrError(
+            f"cannot load the data set {hub_id!r} (revision {revision}) from the Hub:\n  {why}\n"
+            "Check the id and the network; or download the data and use --data FOLDER,\nor use --data phantom, which needs no network."
+        ) from e
 
 # %% ../../nbs/data/sources.ipynb #dcef06ba
 def hub_names(
-    paths: list, # the original paths of the images; some may be None
+    paths: list,  # the original paths of the images; some may be None
 ) -> list[str]:  # one file name each, all different
     "File names of a Hub table's images; where a name is missing or repeated, the row number stands in."
     names = [PurePosixPath((p or "").replace("\\", "/")).name for p in paths]
@@ -216,56 +363,90 @@ def hub_names(
 
 # %% ../../nbs/data/sources.ipynb #ed1c90ff
 def hub_columns(
-    t,          # a datasets.Dataset
-    hub_id: str # how the user knows it
-) -> tuple[str, str]: # names of the image column and of the label column; raises `CxrError` if there is none
+    t,  # a datasets.Dataset
+    hub_id: str,  # how the user knows it
+) -> tuple[
+    str, str
+]:  # names of the image column and of the label column; raises `CxrError` if there is none
     "Which columns hold image and label: by their type, else by the usual names."
     from datasets import ClassLabel, Image as Column
+
     images = [c for c, f in t.features.items() if isinstance(f, Column)]
-    labels = [c for c in t.column_names if c.lower() in ("label", "labels")] or [c for c, f in t.features.items() if isinstance(f, ClassLabel)]
+    labels = [c for c in t.column_names if c.lower() in ("label", "labels")] or [
+        c for c, f in t.features.items() if isinstance(f, ClassLabel)
+    ]
     for what, found in (("image", images), ("label", labels)):
         if len(found) != 1:
-            raise CxrError(f"{hub_id} has {len(found)} {what} columns (columns: {', '.join(t.column_names)}).\n"
-                           f"Needed: one column of images and one named label. Choose another data set, or save its\nimages in class folders and use --data FOLDER.")
+            raise CxrError(
+                f"{hub_id} has {len(found)} {what} columns (columns: {', '.join(t.column_names)}).\n"
+                f"Needed: one column of images and one named label. Choose another data set, or save its\nimages in class folders and use --data FOLDER."
+            )
     return images[0], labels[0]
 
+
 def label_names(
-    t,         # a datasets.Dataset
-    label: str # its label column
+    t,  # a datasets.Dataset
+    label: str,  # its label column
 ) -> list[str]:
     "The label of each row by name, or as text where it has none."
     feature = t.features[label]
-    return [feature.int2str(v) for v in t[label]] if hasattr(feature, "int2str") else [str(int(v) if isinstance(v, bool) else v) for v in t[label]]
+    return (
+        [feature.int2str(v) for v in t[label]]
+        if hasattr(feature, "int2str")
+        else [str(int(v) if isinstance(v, bool) else v) for v in t[label]]
+    )
 
 # %% ../../nbs/data/sources.ipynb #3b8f849d
 def hub_source(
-    hub_id: str,           # data set id, or a local folder in the Hub's layout
-    revision: str = "main",# branch, tag or commit
-    classes: str = "",     # see `class_rule`
-    cache_dir=None         # see `hub_tables`
+    hub_id: str,  # data set id, or a local folder in the Hub's layout
+    revision: str = "main",  # branch, tag or commit
+    classes: str = "",  # see `class_rule`
+    cache_dir=None,  # see `hub_tables`
 ) -> ImageSource:
     "A Hub data set with an image and a label column as a source."
     from datasets import Image as Column
     import pyarrow.compute as pc
-    rule, (tables, commit), where, rows, other = class_rule(classes), hub_tables(hub_id, revision, cache_dir), {}, [], Counter()
+
+    rule, (tables, commit), where, rows, other = (
+        class_rule(classes),
+        hub_tables(hub_id, revision, cache_dir),
+        {},
+        [],
+        Counter(),
+    )
     for split, t in tables.items():
         image, label = hub_columns(t, hub_id)
-        t, official = t.cast_column(image, Column(decode=False)), SPLIT_FOLDERS.get(split.lower(), "")
+        t = t.cast_column(image, Column(decode=False))
+        official = SPLIT_FOLDERS.get(split.lower(), "")
         names = hub_names(pc.struct_field(t.data[image], "path").to_pylist())
         for k, (name, text) in enumerate(zip(names, label_names(t, label))):
-            if normalise_name(text) not in rule: other[text] += 1; continue
+            if normalise_name(text) not in rule:
+                other[text] += 1
+                continue
             path = f"{official or split}/{text}/{name}"
             where[path] = t, image, k
-            rows.append(dict(path=path, class_name=rule[normalise_name(text)], official_split=official))
-    if not rows: raise CxrError(f"{hub_id}: no label means normal or pneumonia (found: {', '.join(sorted(other)[:5])}).\nSay which does: --classes normal=NAME,pneumonia=NAME.")
+            rows.append(
+                dict(path=path, class_name=rule[normalise_name(text)], official_split=official)
+            )
+    if not rows:
+        raise CxrError(
+            f"{hub_id}: no label means normal or pneumonia (found: "
+            f"{', '.join(sorted(other)[:5])}).\n"
+            "Say which does: --classes normal=NAME,pneumonia=NAME."
+        )
     check_classes(rows, hub_id)
-    return ImageSource(rows, lambda path: cell_bytes(*where[path]), [f"{n} images with the label {text} were left out." for text, n in sorted(other.items())], commit)
+    return ImageSource(
+        rows,
+        lambda path: cell_bytes(*where[path]),
+        [f"{n} images with the label {text} were left out." for text, n in sorted(other.items())],
+        commit,
+    )
 
 # %% ../../nbs/data/sources.ipynb #3c971ff5
 def cell_bytes(
-    table,      # a datasets.Dataset read with decode=False
-    image: str, # its image column
-    row: int    # which row
+    table,  # a datasets.Dataset read with decode=False
+    image: str,  # its image column
+    row: int,  # which row
 ) -> bytes:
     "The bytes of one image: stored in the table, or in the file that it names."
     cell = table[row][image]
@@ -273,74 +454,118 @@ def cell_bytes(
 
 # %% ../../nbs/data/sources.ipynb #678028bf
 def phantom_source(
-    study: Study,   # the study, for its cache
-    cfg: DataConfig # patients, test_share, strength, shift, shortcut, seed, resolution
+    study: Study,  # the study, for its cache
+    cfg: DataConfig,  # patients, test_share, strength, shift, shortcut, seed, resolution
 ) -> ImageSource:
     "Drawn phantoms as a source."
-    what = dict(patients=cfg.patients, seed=cfg.seed, size=max(128, cfg.resolution), test_share=cfg.test_share,
-                strength=[cfg.strength*s for s in STRENGTH_RANGE], shift=cfg.shift, shortcut=cfg.shortcut)
-    folder = study/"cache"/f"phantom-{digest_json(what | dict(drawing=DRAWING))[:12]}"
-    if not folder.is_dir(): write_phantoms(folder, **what)
+    what = dict(
+        patients=cfg.patients,
+        seed=cfg.seed,
+        size=max(128, cfg.resolution),
+        test_share=cfg.test_share,
+        strength=[cfg.strength * s for s in STRENGTH_RANGE],
+        shift=cfg.shift,
+        shortcut=cfg.shortcut,
+    )
+    folder = study / "cache" / f"phantom-{digest_json(what | dict(drawing=DRAWING))[:12]}"
+    if not folder.is_dir():
+        write_phantoms(folder, **what)
     return folder_source(folder)
 
+
 def open_source(
-    study: Study,   # the study
-    cfg: DataConfig # `source` is phantom, hub, or a folder
+    study: Study,  # the study
+    cfg: DataConfig,  # `source` is phantom, hub, or a folder
 ) -> ImageSource:
     "The source that the settings name."
-    if cfg.source == "phantom": return phantom_source(study, cfg)
-    return hub_source(cfg.hub_id, cfg.revision, cfg.classes) if cfg.source == "hub" else folder_source(cfg.source, cfg.classes)
+    if cfg.source == "phantom":
+        return phantom_source(study, cfg)
+    return (
+        hub_source(cfg.hub_id, cfg.revision, cfg.classes)
+        if cfg.source == "hub"
+        else folder_source(cfg.source, cfg.classes)
+    )
 
 # %% ../../nbs/data/sources.ipynb #6bbca638
-PLACES = ("data", "data/images", "models", "synthetic", "quality", "curation", "runs", "runs-cv", "guide", "report")
+PLACES = (
+    "data",
+    "data/images",
+    "models",
+    "synthetic",
+    "quality",
+    "curation",
+    "runs",
+    "runs-cv",
+    "guide",
+    "report",
+)
+
 
 def check_place(
-    study: Study,    # the study
-    cfg: DataConfig, # as given now
-    redo: bool       # move other data aside instead of refusing
+    study: Study,  # the study
+    cfg: DataConfig,  # as given now
+    redo: bool,  # move other data aside instead of refusing
 ):
     "Raise `CxrError` if the data to be read lie where a study is written, or if there are data that no record knows."
-    sources = [cfg.source] if cfg.source not in ("phantom", "hub") else [cfg.hub_id] if cfg.source == "hub" else []
-    if cfg.settings().get("patient_rule") == "csv": sources.append(cfg.patient_rule)
+    sources = (
+        [cfg.source]
+        if cfg.source not in ("phantom", "hub")
+        else [cfg.hub_id]
+        if cfg.source == "hub"
+        else []
+    )
+    if cfg.settings().get("patient_rule") == "csv":
+        sources.append(cfg.patient_rule)
     for source in sources:
-        if Path(source).exists(): check_apart(source, [study/p for p in PLACES])
-    if redo or study.record_path("data").exists(): return
+        if Path(source).exists():
+            check_apart(source, [study / p for p in PLACES])
+    if redo or study.record_path("data").exists():
+        return
     make_room(study, "data", "data")
-    made_of = study.info()["source"] if (study/"study.json").is_file() else cfg.settings()["source"]
+    made_of = (
+        study.info()["source"] if (study / "study.json").is_file() else cfg.settings()["source"]
+    )
     if made_of != cfg.settings()["source"]:
-        raise CxrError(f"{study.root} was made of the source {made_of}, and its data are gone; now the source is {cfg.settings()['source']}.\n"
-                       "Put the folder data back, or give the same data again (--data), or use another study folder.")
+        raise CxrError(
+            f"{study.root} was made of the source {made_of}, and its data are gone; now the source is {cfg.settings()['source']}.\n"
+            "Put the folder data back, or give the same data again (--data), or use another study folder."
+        )
 
 # %% ../../nbs/data/sources.ipynb #da7a0202
 def card_of(
-    cfg: DataConfig, # source, card, hub_id, patient_rule
-    source: ImageSource   # the source
-) -> DatasetCard:    # raises `CxrError` for a card that can't be read
+    cfg: DataConfig,  # source, card, hub_id, patient_rule
+    source: ImageSource,  # the source
+) -> DatasetCard:  # raises `CxrError` for a card that can't be read
     "Whose images these are: as the user says, or as far as it can be told."
-    if cfg.card and cfg.source != "phantom": return read_card(cfg.card)
+    if cfg.card and cfg.source != "phantom":
+        return read_card(cfg.card)
     kind = cfg.settings()["source"]
     card = find_card(kind, cfg.hub_id, [PurePosixPath(r["path"]).stem for r in source.rows])
     rule = cfg.settings().get("patient_rule")
     return replace(card, patient_rule=f"--data.patient-rule {rule}") if rule else card
 
+
 def correct_card(
-    study: Study,   # with a finished data stage
-    cfg: DataConfig # as given now
+    study: Study,  # with a finished data stage
+    cfg: DataConfig,  # as given now
 ):
     "Take over what `--data.card` says now; raises `CxrError` if it can't be read, unless it is the one of the first run."
     record = read_json(study.record_path("data"))
-    if not cfg.card or cfg.source == "phantom": return
-    if cfg.card == record["runtime"].get("card") and not Path(cfg.card).is_file(): return   # the study has it
+    if not cfg.card or cfg.source == "phantom":
+        return
+    if cfg.card == record["runtime"].get("card") and not Path(cfg.card).is_file():
+        return  # the study has it
     card = read_card(cfg.card)
-    if card == dataset_card(study): return
+    if card == dataset_card(study):
+        return
     write_card_file(study, card)
     record["runtime"]["card"] = cfg.card
     write_json(study.record_path("data"), record)
 
 # %% ../../nbs/data/sources.ipynb #c5657700
 def undo(
-    stage # the open stage
+    stage,  # the open stage
 ):
     "Remove the images that an unfinished stage made, and its record."
-    remove_files(stage.path/"images", [f"{i}.png" for i in stage.record["making"]])
+    remove_files(stage.path / "images", [f"{i}.png" for i in stage.record["making"]])
     remove_files(stage.path, ["stage.json"])

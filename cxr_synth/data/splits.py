@@ -19,76 +19,103 @@ from ..images.study_images import FRACTIONS, REPLICATES
 
 # %% ../../nbs/data/splits.ipynb #c63d767d
 def add_groups(
-    t: pd.DataFrame # with image_id, patient_id, pixels_sha256
+    t: pd.DataFrame,  # with image_id, patient_id, pixels_sha256
 ) -> pd.DataFrame:  # duplicate_group (empty for a unique image) and group (never empty) added
     "What must stay on one side of a split."
     patient, people = pd.factorize(t.patient_id)
     sha, images = pd.factorize(t.pixels_sha256)
-    edges = coo_matrix((np.ones(len(t)), (patient, sha + len(people))), shape=[len(people) + len(images)]*2)
+    edges = coo_matrix(
+        (np.ones(len(t)), (patient, sha + len(people))), shape=[len(people) + len(images)] * 2
+    )
     component = connected_components(edges, directed=False)[1][patient]
     copies = t.groupby("pixels_sha256").image_id.transform("size")
-    return t.assign(group=t.groupby(component).patient_id.transform("min"),
-                    duplicate_group=[f"dup-{s[:8]}" if n > 1 else "" for s, n in zip(t.pixels_sha256, copies)])
+    return t.assign(
+        group=t.groupby(component).patient_id.transform("min"),
+        duplicate_group=[f"dup-{s[:8]}" if n > 1 else "" for s, n in zip(t.pixels_sha256, copies)],
+    )
 
 # %% ../../nbs/data/splits.ipynb #fcd13493
 def strata(
-    t: pd.DataFrame # with group, label, kind
+    t: pd.DataFrame,  # with group, label, kind
 ) -> pd.DataFrame:  # one row per group: group, label, kind
     "The class and kind of each group; a group with both classes counts as pneumonia."
-    return t.sort_values(["label", "image_id"]).groupby("group", as_index=False).last()[["group", "label", "kind"]]
+    return (
+        t.sort_values(["label", "image_id"])
+        .groupby("group", as_index=False)
+        .last()[["group", "label", "kind"]]
+    )
+
 
 def stratified_order(
-    groups: pd.DataFrame, # from `strata`
-    *about                # what the order is for, see `seed_for`
-) -> pd.DataFrame:        # the same rows with `place`, 0, 1, 2, ... within each class
+    groups: pd.DataFrame,  # from `strata`
+    *about,  # what the order is for, see `seed_for`
+) -> pd.DataFrame:  # the same rows with `place`, 0, 1, 2, ... within each class
     "Random order within each class, in which every prefix has the kinds in proportion."
-    g = groups.assign(key=[seed_for(*about, x) for x in groups.group]).sort_values(["label", "kind", "key"])
+    g = groups.assign(key=[seed_for(*about, x) for x in groups.group]).sort_values(
+        ["label", "kind", "key"]
+    )
     kinds = g.groupby(["label", "kind"]).key
-    g["even"] = (kinds.cumcount() + .5)/kinds.transform("size")
+    g["even"] = (kinds.cumcount() + 0.5) / kinds.transform("size")
     g = g.sort_values(["label", "even", "kind"], ignore_index=True)
     return g.assign(place=g.groupby("label").cumcount()).drop(columns=["key", "even"])
 
 # %% ../../nbs/data/splits.ipynb #c2434f5f
 def rounded_share(
     n: int,  # how many there are
-    f: float # part of them, 0-1
+    f: float,  # part of them, 0-1
 ) -> int:
     "`f * n`, halves rounded up."
-    return math.floor(n*f + .5)
+    return math.floor(n * f + 0.5)
+
 
 def add_splits(
-    t: pd.DataFrame, # with official_split, group, label, kind
-    val_share: float,# share of the training patients for val, 0-1
-    seed: int        # seed of the study
-) -> pd.DataFrame:   # split (train, val, internal, test; empty: left out) and fold ("0" to "4", or empty) added
+    t: pd.DataFrame,  # with official_split, group, label, kind
+    val_share: float,  # share of the training patients for val, 0-1
+    seed: int,  # seed of the study
+) -> (
+    pd.DataFrame
+):  # split (train, val, internal, test; empty: left out) and fold ("0" to "4", or empty) added
     "Divide the patients."
     test = t.official_split == "test"
     pool = stratified_order(strata(t[~t.group.isin(t.group[test])]), seed, "split")
     n = pool.groupby("label").group.transform("size")
     n_val = n.map(lambda k: rounded_share(k, val_share))
-    n_train = (n - n_val).map(lambda k: rounded_share(k, .5))
-    pool["split"] = np.select([pool.place < n_val, pool.place < n_val + n_train], ["val", "train"], "internal")
+    n_train = (n - n_val).map(lambda k: rounded_share(k, 0.5))
+    pool["split"] = np.select(
+        [pool.place < n_val, pool.place < n_val + n_train], ["val", "train"], "internal"
+    )
     fold = stratified_order(pool, seed, "fold").set_index("group").place.mod(5).astype(str)
     split = pool.set_index("group").split
-    return t.assign(split=np.where(test, "test", [split.get(g, "") for g in t.group]), fold=[fold.get(g, "") for g in t.group])
+    return t.assign(
+        split=np.where(test, "test", [split.get(g, "") for g in t.group]),
+        fold=[fold.get(g, "") for g in t.group],
+    )
 
 # %% ../../nbs/data/splits.ipynb #890502ed
 def smallest_fraction(
-    groups: pd.DataFrame, # from `strata`
-    total: dict,          # label: number of groups that the fractions refer to
-    least: int,           # fewest groups of a class in a fraction
-    *about                # see `seed_for`
-) -> dict:                # group: the smallest fraction that holds it
+    groups: pd.DataFrame,  # from `strata`
+    total: dict,  # label: number of groups that the fractions refer to
+    least: int,  # fewest groups of a class in a fraction
+    *about,  # see `seed_for`
+) -> dict:  # group: the smallest fraction that holds it
     "Nested draws: one order, several cuts."
     order = stratified_order(groups, *about)
-    def first(row): return next((f for f in FRACTIONS if row.place < max(least, rounded_share(total[row.label], f))), 1.0)
+
+    def first(row):
+        return next(
+            (f for f in FRACTIONS if row.place < max(least, rounded_share(total[row.label], f))),
+            1.0,
+        )
+
     return {row.group: first(row) for row in order.itertuples()}
 
 # %% ../../nbs/data/splits.ipynb #833fc7aa
 def draw_fractions(
-    t: pd.DataFrame, # manifest with split and group
-    seed: int        # seed of the study
-) -> list[dict]:     # image_id, replicate, min_fraction; one row per train, val or internal image and replicate
+    t: pd.DataFrame,  # manifest with split and group
+    seed: int,  # seed of the study
+) -> list[
+    dict
+]:  # image_id, replicate, min_fraction; one row per train, val or internal image and replicate
     "Who belongs to which fraction, for each replicate."
     parts = {s: t[t.split == s] for s in ("train", "val", "internal")}
     groups = {s: strata(p) for s, p in parts.items()}
@@ -99,21 +126,41 @@ def draw_fractions(
         least = dict.fromkeys(groups["internal"].group, 1.0)
         least |= smallest_fraction(groups["train"], total, 0, seed, "fraction", k)
         least |= smallest_fraction(groups["val"], size, 2, seed, "fraction", k)
-        rows += [dict(image_id=i, replicate=k, min_fraction=f"{least[g]:.2f}") for p in parts.values() for i, g in zip(p.image_id, p.group)]
+        rows += [
+            dict(image_id=i, replicate=k, min_fraction=f"{least[g]:.2f}")
+            for p in parts.values()
+            for i, g in zip(p.image_id, p.group)
+        ]
     return sorted(rows, key=lambda r: (r["replicate"], r["image_id"]))
 
+
 def training_patients(
-    t: pd.DataFrame # manifest with split and group
-) -> dict:          # label: number of groups
+    t: pd.DataFrame,  # manifest with split and group
+) -> dict:  # label: number of groups
     "How many patients (or groups of them) each class has in train and internal together."
-    return strata(t[t.split.isin(["train", "internal"])]).label.value_counts().reindex([0, 1], fill_value=0).to_dict()
+    return (
+        strata(t[t.split.isin(["train", "internal"])])
+        .label.value_counts()
+        .reindex([0, 1], fill_value=0)
+        .to_dict()
+    )
 
 # %% ../../nbs/data/splits.ipynb #5a8228cb
 def too_small(
-    t: pd.DataFrame # manifest with split and group
-) -> list[str]:     # one sentence, or none
+    t: pd.DataFrame,  # manifest with split and group
+) -> list[str]:  # one sentence, or none
     "Which fractions have fewer than two patients of a class."
     total = training_patients(t)
     gone = [f for f in FRACTIONS if min(rounded_share(n, f) for n in total.values()) < 2]
     few = " and ".join(f"{total[label]} {name}" for label, name in enumerate(CLASSES))
-    return [f"Too few patients for the fractions {', '.join(f'{f:.0%}' for f in gone)}: there are {few} patients to train on; each fraction needs two of each class (5 % does from 30 on)."] if gone else []
+    return (
+        [
+            (
+                f"Too few patients for the fractions {', '.join(f'{f:.0%}' for f in gone)}: there are "
+                f"{few} patients to train on; each fraction needs two of each class (5 % does from 30 "
+                "on)."
+            )
+        ]
+        if gone
+        else []
+    )

@@ -24,91 +24,150 @@ from ..images.study_images import assert_disjoint
 
 # %% ../../nbs/data/survey.ipynb #5922c824
 def try_inspect(
-    source: ImageSource, # the source
-    row: dict       # one of its rows
-) -> dict:          # the row with what `inspect_file` finds and sha256; or path and reason, if the image is unusable
+    source: ImageSource,  # the source
+    row: dict,  # one of its rows
+) -> dict:  # the row with what `inspect_file` finds and sha256; or path and reason, if the image is unusable
     "Look at one file; a damaged one is an answer, not an error."
     path = row["path"]
     try:
         path.encode()
-        with naming_errors(path): raw = source.read(path)
+        with naming_errors(path):
+            raw = source.read(path)
         return row | inspect_file(raw, path) | dict(sha256=hashlib.sha256(raw).hexdigest())
-    except UnicodeEncodeError: return dict(path=os.fsencode(path).decode(errors="backslashreplace"), reason="its name is not valid UTF-8")
-    except CxrError as e: return dict(path=path, reason=str(e).splitlines()[0].removeprefix(f"cannot read the image {path}: "))
+    except UnicodeEncodeError:
+        return dict(
+            path=os.fsencode(path).decode(errors="backslashreplace"),
+            reason="its name is not valid UTF-8",
+        )
+    except CxrError as e:
+        return dict(
+            path=path, reason=str(e).splitlines()[0].removeprefix(f"cannot read the image {path}: ")
+        )
 
 # %% ../../nbs/data/survey.ipynb #e1ea41eb
 def inspect_files(
-    source: ImageSource,      # the source
-    workers: int,        # threads
-    on_bad: str = "stop" # stop or skip
-) -> tuple[list[dict], list[dict]]: # rows with what was found; path and reason of the unusable images
+    source: ImageSource,  # the source
+    workers: int,  # threads
+    on_bad: str = "stop",  # stop or skip
+) -> tuple[
+    list[dict], list[dict]
+]:  # rows with what was found; path and reason of the unusable images
     "Look at every file once; raises `CxrError` for unusable images unless they are to be skipped."
     one_of(on_bad, ("stop", "skip"), "on_bad")
     found = map_threads(lambda row: try_inspect(source, row), source.rows, workers, "reading files")
     good, bad = [r for r in found if "reason" not in r], [r for r in found if "reason" in r]
     if bad and on_bad == "stop":
-        raise CxrError(f"{len(bad)} of {len(found):,} images cannot be used; cannot read the image {bad[0]['path']}: {bad[0]['reason']}\n"
-                       + (f"Others: {', '.join(b['path'] for b in bad[1:4])}{', ...' if len(bad) > 4 else ''}\n" if bad[1:] else "")
-                       + "Replace the files or move them out of the folder, then repeat the command;\nor leave them out with --on-bad skip, which the audit records.")
+        raise CxrError(
+            (
+                f"{len(bad)} of {len(found):,} images cannot be used; cannot read the image "
+                f"{bad[0]['path']}: {bad[0]['reason']}\n"
+            )
+            + (
+                (
+                    "Others: "
+                    f"{', '.join(b['path'] for b in bad[1:4])}{', ...' if len(bad) > 4 else ''}\n"
+                )
+                if bad[1:]
+                else ""
+            )
+            + "Replace the files or move them out of the folder, then repeat the command;\nor leave them out with --on-bad skip, which the audit records."
+        )
     return good, bad
 
 # %% ../../nbs/data/survey.ipynb #f8dd9d53
 def image_ids(
-    paths: list[str] # relative paths with /
-) -> list[str]:      # unique, usable as file names
+    paths: list[str],  # relative paths with /
+) -> list[str]:  # unique, usable as file names
     "Short unique ids: the file stems, or the whole path where stems collide."
     seen = Counter(PurePosixPath(p).stem.lower() for p in paths)
-    ids = [PurePosixPath(p).stem if seen[PurePosixPath(p).stem.lower()] == 1 else p.replace("/", "__") for p in paths]
+    ids = [
+        PurePosixPath(p).stem if seen[PurePosixPath(p).stem.lower()] == 1 else p.replace("/", "__")
+        for p in paths
+    ]
     again = Counter(i.lower() for i in ids)
-    return [i if again[i.lower()] == 1 else f"{i}-{hashlib.sha256(p.encode()).hexdigest()[:8]}" for i, p in zip(ids, paths)]
+    return [
+        i if again[i.lower()] == 1 else f"{i}-{hashlib.sha256(p.encode()).hexdigest()[:8]}"
+        for i, p in zip(ids, paths)
+    ]
+
 
 def manifest_rows(
-    rows: list[dict], # from `inspect_files`
-    rule: str = ""    # see `patients_of`
-) -> pd.DataFrame:    # sorted by image_id; image_id, label, kind, patient_id added
+    rows: list[dict],  # from `inspect_files`
+    rule: str = "",  # see `patients_of`
+) -> pd.DataFrame:  # sorted by image_id; image_id, label, kind, patient_id added
     "One row per image."
     t = pd.DataFrame(rows)
     t["image_id"], t["label"] = image_ids(t.path), t.class_name.map(CLASSES.index)
     return patients_of(t, rule).sort_values("image_id", ignore_index=True)
 
 # %% ../../nbs/data/survey.ipynb #c24c2522
-MANIFEST_COLUMNS = ["image_id", "path", "class_name", "label", "kind", "patient_id", "official_split", "split", "fold", "duplicate_group", "width", "height", "sha256"]
+MANIFEST_COLUMNS = [
+    "image_id",
+    "path",
+    "class_name",
+    "label",
+    "kind",
+    "patient_id",
+    "official_split",
+    "split",
+    "fold",
+    "duplicate_group",
+    "width",
+    "height",
+    "sha256",
+]
 
-FILE_FACTS = ["bytes", "mode", "format", "profile", "quant", "quality", "pixels_sha256"]  # what only the audit wants to know
+FILE_FACTS = [
+    "bytes",
+    "mode",
+    "format",
+    "profile",
+    "quant",
+    "quality",
+    "pixels_sha256",
+]  # what only the audit wants to know
+
 
 def inspect_source(
-    source: ImageSource, # the source
-    cfg: DataConfig # classes, patient_rule, on_bad, val_share, seed, workers
-) -> tuple[pd.DataFrame, np.ndarray, list[dict]]: # manifest with `FILE_FACTS` and group; uint8 (N, 32, 32) in its order; unusable images
+    source: ImageSource,  # the source
+    cfg: DataConfig,  # classes, patient_rule, on_bad, val_share, seed, workers
+) -> tuple[
+    pd.DataFrame, np.ndarray, list[dict]
+]:  # manifest with `FILE_FACTS` and group; uint8 (N, 32, 32) in its order; unusable images
     "Everything that is known about the images before one is used; raises `CxrError` for bad images and for leaks."
     rows, bad = inspect_files(source, cfg.workers, cfg.on_bad)
     check_classes(rows, "what is left of the source")
     t = add_splits(add_groups(manifest_rows(rows, cfg.patient_rule)), cfg.val_share, cfg.seed)
     part = {s: t[t.split == s] for s in ("train", "val", "internal", "test")}
-    for a, b in combinations(part, 2): assert_disjoint(part[a], part[b])
+    for a, b in combinations(part, 2):
+        assert_disjoint(part[a], part[b])
     return t[[*MANIFEST_COLUMNS, *FILE_FACTS, "group"]], np.stack(t.small.tolist()), bad
 
+
 def make_manifest(
-    source: ImageSource, # the source
-    cfg: DataConfig # see `inspect_source`
+    source: ImageSource,  # the source
+    cfg: DataConfig,  # see `inspect_source`
 ) -> pd.DataFrame:  # the manifest's columns, `FILE_FACTS`, and group
     "The table alone."
     return inspect_source(source, cfg)[0]
 
 # %% ../../nbs/data/survey.ipynb #cab0a6dc
 def write_prepared(
-    study: Study,    # the study
+    study: Study,  # the study
     source: ImageSource,  # the source
-    t: pd.DataFrame, # manifest
-    cfg: DataConfig  # resolution, fit, workers
-) -> list[int]:      # sizes of the files in `t`'s order, bytes
+    t: pd.DataFrame,  # manifest
+    cfg: DataConfig,  # resolution, fit, workers
+) -> list[int]:  # sizes of the files in `t`'s order, bytes
     "Prepare all images that are not there yet: data/images/IMAGE_ID.png."
-    folder = study/"data"/"images"
+    folder = study / "data" / "images"
     remove_leftovers(folder, {f"{i}.png" for i in t.image_id})
     there = {p.stem for p in folder.glob("*.png")}
     todo = [(path, i) for path, i in zip(t.path, t.image_id) if i not in there]
+
     def prepare(job):
-        with naming_errors(job[0]): raw = source.read(job[0])
-        prepare_file(raw, job[0], folder/f"{job[1]}.png", cfg.resolution, cfg.fit)
+        with naming_errors(job[0]):
+            raw = source.read(job[0])
+        prepare_file(raw, job[0], folder / f"{job[1]}.png", cfg.resolution, cfg.fit)
+
     map_threads(prepare, todo, cfg.workers, "preparing images")
-    return [(folder/f"{i}.png").stat().st_size for i in t.image_id]
+    return [(folder / f"{i}.png").stat().st_size for i in t.image_id]

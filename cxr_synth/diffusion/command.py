@@ -18,8 +18,14 @@ from ..base.files import CxrError, check_apart, lies_in, one_of, read_json, remo
 from ..base.loop import Mirror, checkpoint_files
 from ..base.records import differences
 from ..base.settings import TrainConfig
-from .dreambooth import (TRAINING, TrainingTask, fine_tune, make_class_images,
-                                            print_preflight, read_prompts)
+from cxr_synth.diffusion.dreambooth import (
+    TRAINING,
+    TrainingTask,
+    fine_tune,
+    make_class_images,
+    print_preflight,
+    read_prompts,
+)
 from ..images.folders import read_image_folder
 from ..protocol.dataset import find_card
 
@@ -27,133 +33,238 @@ from ..protocol.dataset import find_card
 @dataclass
 class GuideFlags:
     "The flags of the guide's commands (section 7), and three of ours."
-    pretrained_model_name_or_path: str      # name, folder or Hub id
-    instance_data_dir: str                  # folder of the class's images
-    output_dir: str                         # the model folder; a run that was begun there goes on
-    instance_prompt: str                    # for all of them
-    class_data_dir: str = None              # folder of prior images; what is missing is drawn by the base
-    class_prompt: str = "a chest xray image"# prompt of the prior images
-    resolution: int = 512                   # px
-    train_batch_size: int = 8               # images per pass (with prior preservation twice as many)
-    gradient_accumulation_steps: int = 1    # passes per optimizer step
-    learning_rate: float = 5e-6             # peak
-    lr_scheduler: str = "cosine"            # cosine or constant
-    lr_warmup_steps: int = 0                # optimizer steps
-    max_train_steps: int = 800              # optimizer steps
-    train_text_encoder: bool = False        # tune the text encoder too
-    with_prior_preservation: bool = False   # mix in prior images
-    prior_loss_weight: float = 1.0          # weight of their loss
-    num_class_images: int = 200             # how many of them
-    mixed_precision: str = "no"             # no, bf16 or fp16
-    validation_prompt: str = None           # of the previews; None: the instance prompt
-    num_validation_images: int = 4          # images per preview
-    validation_steps: int = 100             # optimizer steps between previews
-    seed: int = 0                           # of order, noise, times and initial LoRA weights
-    rank: int = None                        # LoRA of this rank; None: all weights
-    heldout_data_dir: str = None            # ours: images of other patients, for the held-out loss
-    watch: bool = False                     # ours: redraw a figure in the notebook
-    more: dict = None                       # ours: other fields of `TrainConfig`
+
+    pretrained_model_name_or_path: str  # name, folder or Hub id
+    instance_data_dir: str  # folder of the class's images
+    output_dir: str  # the model folder; a run that was begun there goes on
+    instance_prompt: str  # for all of them
+    class_data_dir: str = None  # folder of prior images; what is missing is drawn by the base
+    class_prompt: str = "a chest xray image"  # prompt of the prior images
+    resolution: int = 512  # px
+    train_batch_size: int = 8  # images per pass (with prior preservation twice as many)
+    gradient_accumulation_steps: int = 1  # passes per optimizer step
+    learning_rate: float = 5e-6  # peak
+    lr_scheduler: str = "cosine"  # cosine or constant
+    lr_warmup_steps: int = 0  # optimizer steps
+    max_train_steps: int = 800  # optimizer steps
+    train_text_encoder: bool = False  # tune the text encoder too
+    with_prior_preservation: bool = False  # mix in prior images
+    prior_loss_weight: float = 1.0  # weight of their loss
+    num_class_images: int = 200  # how many of them
+    mixed_precision: str = "no"  # no, bf16 or fp16
+    validation_prompt: str = None  # of the previews; None: the instance prompt
+    num_validation_images: int = 4  # images per preview
+    validation_steps: int = 100  # optimizer steps between previews
+    seed: int = 0  # of order, noise, times and initial LoRA weights
+    rank: int = None  # LoRA of this rank; None: all weights
+    heldout_data_dir: str = None  # ours: images of other patients, for the held-out loss
+    watch: bool = False  # ours: redraw a figure in the notebook
+    more: dict = None  # ours: other fields of `TrainConfig`
+
     def config(self) -> TrainConfig:
         "Settings: a rank means LoRA, and without prior preservation the prior has no weight."
         names = dict(validation_steps="preview_steps", num_validation_images="preview_images")
-        same = {names.get(k, k): v for k, v in vars(self).items() if names.get(k, k) in TrainConfig.__dataclass_fields__ and v is not None}
+        same = {
+            names.get(k, k): v
+            for k, v in vars(self).items()
+            if names.get(k, k) in TrainConfig.__dataclass_fields__ and v is not None
+        }
         lora = {} if self.rank is None else dict(method="lora", lora_alpha=self.rank)
-        prior = dict(prior="generated", prior_loss_weight=self.prior_loss_weight if self.with_prior_preservation else 0.0)
-        return TrainConfig(**dict(base=str(self.pretrained_model_name_or_path), ema_decay=0.0, preview_guidance=7.5) | same | lora | prior | (self.more or {}))
+        prior = dict(
+            prior="generated",
+            prior_loss_weight=self.prior_loss_weight if self.with_prior_preservation else 0.0,
+        )
+        return TrainConfig(
+            **dict(
+                base=str(self.pretrained_model_name_or_path), ema_decay=0.0, preview_guidance=7.5
+            )
+            | same
+            | lora
+            | prior
+            | (self.more or {})
+        )
 
 # %% ../../nbs/diffusion/command.ipynb #0dd3b524
 def guide_prior(
-    pipe,              # the base
-    folder,            # of class images
+    pipe,  # the base
+    folder,  # of class images
     cfg: TrainConfig,  # settings
-    resolution: int    # px
-) -> np.ndarray:       # (N, S, S) uint8
+    resolution: int,  # px
+) -> np.ndarray:  # (N, S, S) uint8
     "Class images: those that a person put there, otherwise drawn by the base as the folder says."
     folder = Path(folder)
-    facts = read_json(folder/"class_images.json") if (folder/"class_images.json").exists() else {}
-    if not facts and folder.is_dir() and any(folder.iterdir()): return read_image_folder(folder, resolution)[1]
-    how = {k: facts[k] for k in ("steps", "guidance", "batch", "precision") if k in facts} or dict(precision=cfg.mixed_precision)
-    return make_class_images(pipe.to(pick_device(cfg.device)), folder, cfg.class_prompt, cfg.num_class_images, resolution, **how)
+    facts = (
+        read_json(folder / "class_images.json") if (folder / "class_images.json").exists() else {}
+    )
+    if not facts and folder.is_dir() and any(folder.iterdir()):
+        return read_image_folder(folder, resolution)[1]
+    how = {k: facts[k] for k in ("steps", "guidance", "batch", "precision") if k in facts} or dict(
+        precision=cfg.mixed_precision
+    )
+    return make_class_images(
+        pipe.to(pick_device(cfg.device)),
+        folder,
+        cfg.class_prompt,
+        cfg.num_class_images,
+        resolution,
+        **how,
+    )
+
 
 def guide_task(
-    pipe,              # the base
-    flags: GuideFlags, # what the user asked for
-    cfg: TrainConfig   # the same as settings
+    pipe,  # the base
+    flags: GuideFlags,  # what the user asked for
+    cfg: TrainConfig,  # the same as settings
 ) -> TrainingTask:
     "What the guide's flags say is to be learned."
     names, images = read_image_folder(flags.instance_data_dir, flags.resolution)
-    prompts, which = read_prompts(cfg.prompts, names) if cfg.prompts else ([flags.instance_prompt], np.zeros(len(images), int))
-    other = read_image_folder(flags.heldout_data_dir, flags.resolution)[1] if flags.heldout_data_dir else np.empty((0, 8, 8), np.uint8)
-    prior = (guide_prior(pipe, flags.class_data_dir or Path(flags.output_dir)/"class_images", cfg, flags.resolution), cfg.class_prompt) if cfg.prior_loss_weight else None
-    return TrainingTask(images, prompts, which, prior, (other, [flags.instance_prompt], np.zeros(len(other), int)), [flags.validation_prompt or flags.instance_prompt])
+    prompts, which = (
+        read_prompts(cfg.prompts, names)
+        if cfg.prompts
+        else ([flags.instance_prompt], np.zeros(len(images), int))
+    )
+    other = (
+        read_image_folder(flags.heldout_data_dir, flags.resolution)[1]
+        if flags.heldout_data_dir
+        else np.empty((0, 8, 8), np.uint8)
+    )
+    prior = (
+        (
+            guide_prior(
+                pipe,
+                flags.class_data_dir or Path(flags.output_dir) / "class_images",
+                cfg,
+                flags.resolution,
+            ),
+            cfg.class_prompt,
+        )
+        if cfg.prior_loss_weight
+        else None
+    )
+    return TrainingTask(
+        images,
+        prompts,
+        which,
+        prior,
+        (other, [flags.instance_prompt], np.zeros(len(other), int)),
+        [flags.validation_prompt or flags.instance_prompt],
+    )
 
 # %% ../../nbs/diffusion/command.ipynb #e9161843
 def is_model_finished(
-    out,              # model folder
-    cfg: TrainConfig, # settings asked for now
-    seed: int         # and seed
+    out,  # model folder
+    cfg: TrainConfig,  # settings asked for now
+    seed: int,  # and seed
 ) -> bool:
     "Whether the model is there; raises `CxrError` if it was made with other settings."
-    if not (Path(out)/"provenance.json").exists(): return False
-    old = read_json(Path(out)/"provenance.json")
-    changed = differences(old["settings"] | dict(seed=old["seed"]), json.loads(json.dumps(cfg.settings())) | dict(seed=seed))
-    if changed: raise CxrError(f"{out} holds a model made with other settings:\n  {'; '.join(changed[:3])}\nName another output folder, or move this one away.")
+    if not (Path(out) / "provenance.json").exists():
+        return False
+    old = read_json(Path(out) / "provenance.json")
+    changed = differences(
+        old["settings"] | dict(seed=old["seed"]),
+        json.loads(json.dumps(cfg.settings())) | dict(seed=seed),
+    )
+    if changed:
+        raise CxrError(
+            f"{out} holds a model made with other settings:\n"
+            f"  {'; '.join(changed[:3])}\n"
+            "Name another output folder, or move this one away."
+        )
     return True
 
+
 def guide_flags(
-    flags: dict # as `train_dreambooth` takes them
+    flags: dict,  # as `train_dreambooth` takes them
 ) -> GuideFlags:
     "Sort the flags into the guide's and ours; raises `CxrError` for an unknown or a missing one, and for a size that is not divisible by 8."
-    guide, ours = ([f.name for f in dataclasses.fields(c) if f.name != "more"] for c in (GuideFlags, TrainConfig))
-    for k in flags: one_of(k, [*guide, *(o for o in ours if o not in guide)], "argument")
+    guide, ours = (
+        [f.name for f in dataclasses.fields(c) if f.name != "more"]
+        for c in (GuideFlags, TrainConfig)
+    )
+    for k in flags:
+        one_of(k, [*guide, *(o for o in ours if o not in guide)], "argument")
     lost = [f for f in guide[:4] if f not in flags]
-    if lost: raise CxrError(f"train_dreambooth needs {', '.join(lost)}.\nSee the guide, section 7, or GuideFlags.")
-    run = GuideFlags(**{k: v for k, v in flags.items() if k in guide}, more={k: v for k, v in flags.items() if k not in guide})
-    if run.resolution % 8: raise CxrError(f"resolution {run.resolution} does not fit.\nAllowed: multiples of 8, such as 512.")
+    if lost:
+        raise CxrError(
+            f"train_dreambooth needs {', '.join(lost)}.\nSee the guide, section 7, or GuideFlags."
+        )
+    run = GuideFlags(
+        **{k: v for k, v in flags.items() if k in guide},
+        more={k: v for k, v in flags.items() if k not in guide},
+    )
+    if run.resolution % 8:
+        raise CxrError(
+            f"resolution {run.resolution} does not fit.\nAllowed: multiples of 8, such as 512."
+        )
     return run
 
 # %% ../../nbs/diffusion/command.ipynb #98022655
 def train_dreambooth(
-    **flags # fields of `GuideFlags`, and any other of `TrainConfig`: lora_alpha, snr_gamma, ema_decay, mirror, device, ...
+    **flags,  # fields of `GuideFlags`, and any other of `TrainConfig`: lora_alpha, snr_gamma, ema_decay, mirror, device, ...
 ) -> Path:  # the output folder
     "Fine-tune a Stable Diffusion on a folder of images; takes each flag of the guide's commands (section 7)."
     run = guide_flags(flags)
     cfg, out = run.config(), Path(run.output_dir)
-    if is_model_finished(out, cfg, run.seed): return remove_checkpoints(out)
+    if is_model_finished(out, cfg, run.seed):
+        return remove_checkpoints(out)
     for source in (run.instance_data_dir, run.heldout_data_dir):
-        if source: check_apart(source, [out])
-    if run.class_data_dir and lies_in(out, run.class_data_dir): check_apart(run.class_data_dir, [out])
+        if source:
+            check_apart(source, [out])
+    if run.class_data_dir and lies_in(out, run.class_data_dir):
+        check_apart(run.class_data_dir, [out])
     mirror = Mirror(cfg.mirror, out, cfg.mirror_gb) if cfg.mirror else None
     print_preflight(cfg, run.resolution, out)
     card = find_card("folder", stems=[p.stem for p in Path(run.instance_data_dir).glob("*")])
-    fine_tune(cfg.base, lambda pipe: guide_task(pipe, run, cfg), out, out/"checkpoints/last.pt", cfg, run.seed, out.name, run.watch,
-              previews=out/"previews", cache=out/"checkpoints/cache", mirror=mirror, card=card)
+    fine_tune(
+        cfg.base,
+        lambda pipe: guide_task(pipe, run, cfg),
+        out,
+        out / "checkpoints/last.pt",
+        cfg,
+        run.seed,
+        out.name,
+        run.watch,
+        previews=out / "previews",
+        cache=out / "checkpoints/cache",
+        mirror=mirror,
+        card=card,
+    )
     return remove_checkpoints(out)
 
+
 def remove_checkpoints(
-    out # model folder, complete
-) -> Path: # the same
+    out,  # model folder, complete
+) -> Path:  # the same
     "Keep the log and drop what only served to go on: for Stable Diffusion 14 GB. Other files stay."
-    out, work = Path(out), Path(out)/"checkpoints"
-    if not (out/TRAINING).exists(): return out          # tidied before: whatever is there now is not ours
-    if (work/"last.csv").exists(): os.replace(work/"last.csv", out/"train.csv")
-    remove_files(work/"cache", [p.name for p in (work/"cache").glob("latents-*.npy")])
+    out, work = Path(out), Path(out) / "checkpoints"
+    if not (out / TRAINING).exists():
+        return out  # tidied before: whatever is there now is not ours
+    if (work / "last.csv").exists():
+        os.replace(work / "last.csv", out / "train.csv")
+    remove_files(work / "cache", [p.name for p in (work / "cache").glob("latents-*.npy")])
     remove_files(work, checkpoint_files("last"))
     remove_files(out, [TRAINING])
     return out
 
 # %% ../../nbs/diffusion/command.ipynb #d5d768eb
 def parse_command(
-    text: str # shell block: export lines, then accelerate launch SCRIPT --flag=value ...
-) -> dict:    # keyword arguments of `train_dreambooth`
+    text: str,  # shell block: export lines, then accelerate launch SCRIPT --flag=value ...
+) -> dict:  # keyword arguments of `train_dreambooth`
     "Read one of the guide's training commands; raises `CxrError` for a flag that does not exist."
-    env, kw, hints = {}, {}, {f.name: f.type for f in dataclasses.fields(GuideFlags) if f.name != "more"}
+    env = {}
+    kw = {}
+    hints = {f.name: f.type for f in dataclasses.fields(GuideFlags) if f.name != "more"}
     for line in re.sub(r"\\\n", " ", text).splitlines():
-        words = [re.sub(r"\$\{?(\w+)\}?", lambda m: env.get(m[1], m[0]), w) for w in shlex.split(line, comments=True)]
-        if words[:1] == ["export"]: env |= dict(w.split("=", 1) for w in words[1:])
+        words = [
+            re.sub(r"\$\{?(\w+)\}?", lambda m: env.get(m[1], m[0]), w)
+            for w in shlex.split(line, comments=True)
+        ]
+        if words[:1] == ["export"]:
+            env |= dict(w.split("=", 1) for w in words[1:])
         elif script := [w for w in words if w.endswith(".py")]:
-            if "lora" in script[0]: kw["rank"] = 4   # the script's default
-            for w in words[words.index(script[0]) + 1:]:
+            if "lora" in script[0]:
+                kw["rank"] = 4  # the script's default
+            for w in words[words.index(script[0]) + 1 :]:
                 name, _, value = w.removeprefix("--").partition("=")
                 kw[name] = hints[one_of(name, hints, "flag")](value or True)
     return kw

@@ -19,9 +19,22 @@ from safetensors.torch import load_file, save_file
 # %% ../../nbs/diffusion/dreambooth.ipynb #12f11962
 from ..base.cache import weights_key
 from ..base.compute import pick_device, pick_precision, progress
-from ..base.files import (CxrError, atomic_path, check_apart, claim, digest_file,
-                                  library_versions, one_of, read_csv, read_json, remove_leftovers,
-                                  remove_temporary, temporary_for, write_json, write_text)
+from cxr_synth.base.files import (
+    CxrError,
+    atomic_path,
+    check_apart,
+    claim,
+    digest_file,
+    library_versions,
+    one_of,
+    read_csv,
+    read_json,
+    remove_leftovers,
+    remove_temporary,
+    temporary_for,
+    write_json,
+    write_text,
+)
 from ..base.loop import Loop, TrainedPart, fit_batch, steps_for
 from ..base.records import differences
 from ..base.settings import PROMPTS, TrainConfig, is_scratch, known_base
@@ -30,22 +43,37 @@ from .lora import add_lora, save_lora
 from .pipelines import load_pipeline
 from .preflight import device_memory, preflight, preflight_text
 from .small_pipeline import tiny_pipeline, tiny_vae, train_vae, vae_channels
-from .trainer import (HeldOutLoss, LatentSet, Previews, Trainer, TrainingMonitor,
-                                         sample_images, tensorboard_reader)
+from cxr_synth.diffusion.trainer import (
+    HeldOutLoss,
+    LatentSet,
+    Previews,
+    Trainer,
+    TrainingMonitor,
+    sample_images,
+    tensorboard_reader,
+)
 from ..protocol.dataset import DatasetCard, hub_licence, lineage
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #101ce389
 def read_prompts(
-    file,           # CSV with the columns image_id, prompt
-    ids: list[str], # the images that need one
-    default: str="" # for images that the table leaves out; empty: that is an error
-) -> tuple[list[str], np.ndarray]: # different prompts, and for each image the number of its own
+    file,  # CSV with the columns image_id, prompt
+    ids: list[str],  # the images that need one
+    default: str = "",  # for images that the table leaves out; empty: that is an error
+) -> tuple[list[str], np.ndarray]:  # different prompts, and for each image the number of its own
     "A prompt per image; raises `CxrError` for missing columns or images."
     rows = read_csv(file)
-    if not rows or not {"image_id", "prompt"} <= set(rows[0]): raise CxrError(f"{file} needs the columns image_id, prompt; it has {', '.join(rows[0]) if rows else 'no rows'}.")
+    if not rows or not {"image_id", "prompt"} <= set(rows[0]):
+        raise CxrError(
+            f"{file} needs the columns image_id, prompt; it has "
+            f"{', '.join(rows[0]) if rows else 'no rows'}."
+        )
     known = {r["image_id"]: r["prompt"].strip() for r in rows}
     lost = [i for i in ids if not known.get(i, default)]
-    if lost: raise CxrError(f"{file} has no prompt for {len(lost)} of {len(ids)} images, such as {lost[0]}.\nAdd a row for each, or leave --train.prompts away.")
+    if lost:
+        raise CxrError(
+            f"{file} has no prompt for {len(lost)} of {len(ids)} images, such as {lost[0]}.\n"
+            "Add a row for each, or leave --train.prompts away."
+        )
     texts = [known.get(i) or default for i in ids]
     different = sorted(set(texts))
     return different, np.array([different.index(t) for t in texts])
@@ -54,235 +82,400 @@ def read_prompts(
 @dataclass
 class TrainingTask:
     "What one model is to learn, and what it is watched with."
-    images: np.ndarray     # (N, S, S) uint8: the instance images
-    prompts: list          # different instance prompts
-    which: np.ndarray      # (N,) number of each image's prompt
-    prior: tuple = None    # (images, prompt) that should not be forgotten
+
+    images: np.ndarray  # (N, S, S) uint8: the instance images
+    prompts: list  # different instance prompts
+    which: np.ndarray  # (N,) number of each image's prompt
+    prior: tuple = None  # (images, prompt) that should not be forgotten
     heldout: tuple = None  # (images, prompts, which) of other patients
     previews: list = None  # prompts to draw; None: the first few instance prompts
+
     def key(self) -> str:
         "Fingerprint of what is learned."
-        h = hashlib.sha256(json.dumps([list(self.prompts), self.which.tolist(), self.prior and self.prior[1]]).encode())
-        for images in (self.images, *(self.prior or ())[:1]): h.update(np.ascontiguousarray(images))
+        h = hashlib.sha256(
+            json.dumps(
+                [list(self.prompts), self.which.tolist(), self.prior and self.prior[1]]
+            ).encode()
+        )
+        for images in (self.images, *(self.prior or ())[:1]):
+            h.update(np.ascontiguousarray(images))
         return h.hexdigest()
 
+
 def class_task(
-    images: np.ndarray, # (N, S, S) uint8
-    prompt: str,        # for all of them
-    **more              # prior, heldout, previews
+    images: np.ndarray,  # (N, S, S) uint8
+    prompt: str,  # for all of them
+    **more,  # prior, heldout, previews
 ) -> TrainingTask:
     "One class, one prompt: the guide's case."
     return TrainingTask(images, [prompt], np.zeros(len(images), int), **more)
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #4baf2fd7
 def model_key(
-    pipe # a pipeline
+    pipe,  # a pipeline
 ) -> str:
     "Fingerprint of the weights of its three networks."
     return weights_key(pipe.unet, pipe.text_encoder, pipe.vae)[:24]
 
+
 def check_class_images(
-    folder,     # of class images
-    facts: dict # what is to be drawn now
+    folder,  # of class images
+    facts: dict,  # what is to be drawn now
 ):
     "A folder of class images says what it holds; raises `CxrError` if that is something else."
-    path = Path(folder)/"class_images.json"
+    path = Path(folder) / "class_images.json"
     changed = differences(read_json(path), facts) if path.exists() else []
-    if changed: raise CxrError(f"{folder} holds class images made with other settings:\n  {'; '.join(changed[:3])}\nName another folder, or move this one away.")
+    if changed:
+        raise CxrError(
+            f"{folder} holds class images made with other settings:\n"
+            f"  {'; '.join(changed[:3])}\n"
+            "Name another folder, or move this one away."
+        )
     claim(folder, path.name, facts)
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #35e15d19
 def make_class_images(
-    pipe,               # the base, not yet tuned
-    folder,             # 0000.png, ... and class_images.json go here
-    prompt: str,        # what to draw
-    n: int,             # how many
-    resolution: int,    # px
-    steps: int = 30,    # of the sampler (guide: 30)
-    guidance: float=7.5,# classifier-free (guide: 7.5)
-    batch: int = 8,     # images per call; always padded to it, so that image k depends on seed k alone
-    precision: str="no" # no, bf16 or fp16
-) -> np.ndarray:        # (n, S, S) uint8
+    pipe,  # the base, not yet tuned
+    folder,  # 0000.png, ... and class_images.json go here
+    prompt: str,  # what to draw
+    n: int,  # how many
+    resolution: int,  # px
+    steps: int = 30,  # of the sampler (guide: 30)
+    guidance: float = 7.5,  # classifier-free (guide: 7.5)
+    batch: int = 8,  # images per call; always padded to it, so that image k depends on seed k alone
+    precision: str = "no",  # no, bf16 or fp16
+) -> np.ndarray:  # (n, S, S) uint8
     "Draw the class images that are missing; image k has seed k. Raises `CxrError` if the folder was made with other settings."
-    folder, facts = Path(folder), dict(prompt=prompt, model=model_key(pipe), resolution=resolution, steps=steps, guidance=guidance, batch=batch, precision=precision)
+    folder = Path(folder)
+    facts = dict(
+        prompt=prompt,
+        model=model_key(pipe),
+        resolution=resolution,
+        steps=steps,
+        guidance=guidance,
+        batch=batch,
+        precision=precision,
+    )
     check_class_images(folder, facts)
-    missing = [k for k in range(n) if not (folder/f"{k:04d}.png").exists()]
+    missing = [k for k in range(n) if not (folder / f"{k:04d}.png").exists()]
     for i in progress(range(0, len(missing), batch), "class images", unit="batch"):
-        part = missing[i:i + batch]
-        drawn = sample_images(pipe, [prompt]*batch, part + part[:1]*(batch - len(part)), steps, guidance, precision, resolution // pipe.vae_scale_factor)
+        part = missing[i : i + batch]
+        drawn = sample_images(
+            pipe,
+            [prompt] * batch,
+            part + part[:1] * (batch - len(part)),
+            steps,
+            guidance,
+            precision,
+            resolution // pipe.vae_scale_factor,
+        )
         for k, image in zip(part, drawn):
-            with atomic_path(folder/f"{k:04d}.png") as tmp: Image.fromarray(image).save(tmp, format="PNG")
-    return np.stack([np.asarray(Image.open(folder/f"{k:04d}.png")) for k in range(n)])
+            with atomic_path(folder / f"{k:04d}.png") as tmp:
+                Image.fromarray(image).save(tmp, format="PNG")
+    return np.stack([np.asarray(Image.open(folder / f"{k:04d}.png")) for k in range(n)])
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #21ccc0f0
 def generate_class_images(
-    num_images: int = 200,               # how many
+    num_images: int = 200,  # how many
     output_dir: str = "./class_images",  # 0000.png, ... go here
-    prompt: str = "a chest x-ray image, medical radiograph", # what to draw
-    base: str = "sd21-base",             # name, folder or Hub id
-    steps: int = 30,                     # of the sampler
-    guidance_scale: float = 7.5,         # classifier-free
-    batch_size: int = 8,                 # images per call
-    device: str = "auto"                 # auto, cuda, mps or cpu
-) -> str: # `output_dir`
+    prompt: str = "a chest x-ray image, medical radiograph",  # what to draw
+    base: str = "sd21-base",  # name, folder or Hub id
+    steps: int = 30,  # of the sampler
+    guidance_scale: float = 7.5,  # classifier-free
+    batch_size: int = 8,  # images per call
+    device: str = "auto",  # auto, cuda, mps or cpu
+) -> str:  # `output_dir`
     "Draw class images for prior preservation (guide, section 6); image k has seed k, and what exists is kept."
     device = pick_device(device)
     pipe = load_pipeline(base, device=device)
-    make_class_images(pipe, output_dir, prompt, num_images, pipe.unet.config.sample_size * pipe.vae_scale_factor, steps, guidance_scale, batch_size,
-                      "fp16" if device == "cuda" else "no")
+    make_class_images(
+        pipe,
+        output_dir,
+        prompt,
+        num_images,
+        pipe.unet.config.sample_size * pipe.vae_scale_factor,
+        steps,
+        guidance_scale,
+        batch_size,
+        "fp16" if device == "cuda" else "no",
+    )
     return output_dir
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #56e45178
 def resolve_precision(
-    cfg: TrainConfig # settings
-) -> tuple[str, TrainConfig]: # device; the settings with the precision that `auto` means there
+    cfg: TrainConfig,  # settings
+) -> tuple[str, TrainConfig]:  # device; the settings with the precision that `auto` means there
     "What `auto` means here."
     device = pick_device(cfg.device)
-    return device, dataclasses.replace(cfg, mixed_precision=pick_precision(device)) if cfg.mixed_precision == "auto" else cfg
+    return device, dataclasses.replace(
+        cfg, mixed_precision=pick_precision(device)
+    ) if cfg.mixed_precision == "auto" else cfg
+
 
 def choose_weights(
-    pipe,             # the base in float32; changed in place
-    cfg: TrainConfig, # settings
-    seed: int = 0     # of the initial LoRA weights
+    pipe,  # the base in float32; changed in place
+    cfg: TrainConfig,  # settings
+    seed: int = 0,  # of the initial LoRA weights
 ):
     "Mark what is trained, add LoRA if asked, and switch on what saves memory or time."
     one_of(cfg.method, ("full", "lora"), "method")
-    half = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[one_of(cfg.mixed_precision, ("no", "bf16", "fp16"), "mixed_precision")]
+    half = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
+        one_of(cfg.mixed_precision, ("no", "bf16", "fp16"), "mixed_precision")
+    ]
     if cfg.method == "lora":
-        for m in (pipe.unet, pipe.text_encoder): torch.nn.Module.to(m, half)   # the plain cast: diffusers' own warns about parts that no model here has
-        add_lora(pipe.unet, pipe.text_encoder if cfg.train_text_encoder else None, cfg.rank, cfg.lora_alpha, seed=seed)
-    else: pipe.unet.requires_grad_(True)
-    if cfg.method == "full" or not cfg.train_text_encoder: pipe.text_encoder.requires_grad_(cfg.train_text_encoder)
+        for m in (pipe.unet, pipe.text_encoder):
+            torch.nn.Module.to(
+                m, half
+            )  # the plain cast: diffusers' own warns about parts that no model here has
+        add_lora(
+            pipe.unet,
+            pipe.text_encoder if cfg.train_text_encoder else None,
+            cfg.rank,
+            cfg.lora_alpha,
+            seed=seed,
+        )
+    else:
+        pipe.unet.requires_grad_(True)
+    if cfg.method == "full" or not cfg.train_text_encoder:
+        pipe.text_encoder.requires_grad_(cfg.train_text_encoder)
     if cfg.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
-        if cfg.train_text_encoder: pipe.text_encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
-    if cfg.channels_last: pipe.unet.to(memory_format=torch.channels_last)
-    if cfg.compile: pipe.unet.compile_repeated_blocks()
+        if cfg.train_text_encoder:
+            pipe.text_encoder.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs=dict(use_reentrant=False)
+            )
+    if cfg.channels_last:
+        pipe.unet.to(memory_format=torch.channels_last)
+    if cfg.compile:
+        pipe.unet.compile_repeated_blocks()
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #b40e4fda
 def latent_task(
-    pipe,             # whose autoencoder counts
-    task: TrainingTask,       # what to learn
-    cfg: TrainConfig, # settings
-    device: str,      # for encoding
-    cache=None        # folder for latents
-) -> tuple: # instance, prior or None, held-out or None: `LatentSet`s
+    pipe,  # whose autoencoder counts
+    task: TrainingTask,  # what to learn
+    cfg: TrainConfig,  # settings
+    device: str,  # for encoding
+    cache=None,  # folder for latents
+) -> tuple:  # instance, prior or None, held-out or None: `LatentSet`s
     "A task's images as latents; raises `CxrError` for a side that is not divisible by 8."
     side = task.images.shape[-1]
-    if side % 8: raise CxrError(f"images of {side} px do not fit.\nAllowed: sides divisible by 8, such as 512.")
-    latents = lambda images, prompts, which: LatentSet(pipe.vae.to(device), images, prompts, which, device, cache)
-    prior = latents(task.prior[0], [task.prior[1]], np.zeros(len(task.prior[0]), int)) if task.prior and cfg.prior_loss_weight else None
-    heldout = latents(*task.heldout) if task.heldout and len(task.heldout[0]) and cfg.heldout_images else None
+    if side % 8:
+        raise CxrError(
+            f"images of {side} px do not fit.\nAllowed: sides divisible by 8, such as 512."
+        )
+    latents = lambda images, prompts, which: LatentSet(
+        pipe.vae.to(device), images, prompts, which, device, cache
+    )
+    prior = (
+        latents(task.prior[0], [task.prior[1]], np.zeros(len(task.prior[0]), int))
+        if task.prior and cfg.prior_loss_weight
+        else None
+    )
+    heldout = (
+        latents(*task.heldout)
+        if task.heldout and len(task.heldout[0]) and cfg.heldout_images
+        else None
+    )
     return latents(task.images, task.prompts, task.which), prior, heldout
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #8559d548
 def add_hooks(
-    t: Trainer,       # gets hooks and readers
-    cfg: TrainConfig, # settings
-    heldout=None,     # `LatentSet` of other patients
-    previews=None,    # folder for them
-    prompts=(),       # to draw
-    seed: int = 0     # of the run
-) -> Trainer: # the same
+    t: Trainer,  # gets hooks and readers
+    cfg: TrainConfig,  # settings
+    heldout=None,  # `LatentSet` of other patients
+    previews=None,  # folder for them
+    prompts=(),  # to draw
+    seed: int = 0,  # of the run
+) -> Trainer:  # the same
     "Add held-out loss, previews and TensorBoard, as the settings say."
-    if heldout: t.loop.hooks.append(HeldOutLoss(t, heldout, cfg.heldout_images, cfg.heldout_steps, seed))
-    if previews and cfg.preview_steps: t.loop.hooks.append(Previews(t, previews, prompts, cfg.preview_steps, cfg.preview_images, seed, cfg.preview_guidance))
-    if cfg.tensorboard: t.loop.log.readers.append(tensorboard_reader(Path(previews or t.loop.keeper.path).parent/"tensorboard"/t.loop.keeper.path.stem, t.device))
+    if heldout:
+        t.loop.hooks.append(HeldOutLoss(t, heldout, cfg.heldout_images, cfg.heldout_steps, seed))
+    if previews and cfg.preview_steps:
+        t.loop.hooks.append(
+            Previews(
+                t,
+                previews,
+                prompts,
+                cfg.preview_steps,
+                cfg.preview_images,
+                seed,
+                cfg.preview_guidance,
+            )
+        )
+    if cfg.tensorboard:
+        t.loop.log.readers.append(
+            tensorboard_reader(
+                Path(previews or t.loop.keeper.path).parent
+                / "tensorboard"
+                / t.loop.keeper.path.stem,
+                t.device,
+            )
+        )
     return t
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #4a0d303a
 def make_trainer(
-    pipe,               # the base in float32; changed in place
-    task: TrainingTask,         # what to learn
-    path,               # checkpoint file
-    cfg: TrainConfig,   # settings
-    seed: int = 0,      # of weights, order, noise, times
-    previews=None,      # folder for them
-    cache=None,         # folder for latents
-    mirror=None,        # `Mirror`
-    views: int = 0      # most times an image is seen, and let the batch shrink to a small set; 0: steps and batch as set
+    pipe,  # the base in float32; changed in place
+    task: TrainingTask,  # what to learn
+    path,  # checkpoint file
+    cfg: TrainConfig,  # settings
+    seed: int = 0,  # of weights, order, noise, times
+    previews=None,  # folder for them
+    cache=None,  # folder for latents
+    mirror=None,  # `Mirror`
+    views: int = 0,  # most times an image is seen, and let the batch shrink to a small set; 0: steps and batch as set
 ) -> Trainer:
     "A trainer with all that the settings ask for; raises `CxrError` for a batch larger than the data, and a checkpoint of another run."
     device, cfg = resolve_precision(cfg)
     config = cfg.settings() | dict(model=model_key(pipe), data=task.key(), seed=seed, views=views)
     data, prior, heldout = latent_task(pipe, task, cfg, device, cache)
-    batch = fit_batch(cfg.train_batch_size, min(len(data), len(prior or data))) if views else cfg.train_batch_size
-    total = steps_for(len(data), batch * cfg.gradient_accumulation_steps, cfg.max_train_steps, views) if views else cfg.max_train_steps
+    batch = (
+        fit_batch(cfg.train_batch_size, min(len(data), len(prior or data)))
+        if views
+        else cfg.train_batch_size
+    )
+    total = (
+        steps_for(len(data), batch * cfg.gradient_accumulation_steps, cfg.max_train_steps, views)
+        if views
+        else cfg.max_train_steps
+    )
     choose_weights(pipe, cfg, seed)
-    t = Trainer(pipe, data, path, total, batch, cfg.learning_rate, cfg.gradient_accumulation_steps, 0.0, prior, cfg.prior_loss_weight, cfg.snr_gamma,
-                cfg.text_encoder_lr, cfg.text_encoder_steps, seed, device, cfg.mixed_precision, warmup=cfg.lr_warmup_steps, shape=cfg.lr_scheduler,
-                ema_decay=cfg.ema_decay, clip=cfg.max_grad_norm, eight_bit=cfg.use_8bit_adam, every=cfg.checkpoint_steps, config=config, mirror=mirror)
+    t = Trainer(
+        pipe,
+        data,
+        path,
+        total,
+        batch,
+        cfg.learning_rate,
+        cfg.gradient_accumulation_steps,
+        0.0,
+        prior,
+        cfg.prior_loss_weight,
+        cfg.snr_gamma,
+        cfg.text_encoder_lr,
+        cfg.text_encoder_steps,
+        seed,
+        device,
+        cfg.mixed_precision,
+        warmup=cfg.lr_warmup_steps,
+        shape=cfg.lr_scheduler,
+        ema_decay=cfg.ema_decay,
+        clip=cfg.max_grad_norm,
+        eight_bit=cfg.use_8bit_adam,
+        every=cfg.checkpoint_steps,
+        config=config,
+        mirror=mirror,
+    )
     return add_hooks(t, cfg, heldout, previews, task.previews or task.prompts[:4], seed)
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #688c05da
 def choose_saved_weights(
-    trainer: Trainer, # after its run
-    folder,           # gets last.safetensors or best.safetensors
-    weights: str      # last or best: what the model gets
+    trainer: Trainer,  # after its run
+    folder,  # gets last.safetensors or best.safetensors
+    weights: str,  # last or best: what the model gets
 ):
     "Give the model the weights that were asked for and keep the others as a file."
     loop, keep = trainer.loop, one_of(weights, ("last", "best"), "weights")
-    if not loop.best or loop.best["step"] == loop.step: return
+    if not loop.best or loop.best["step"] == loop.step:
+        return
     Path(folder).mkdir(parents=True, exist_ok=True)
-    if keep == "last": return shutil.copyfile(loop.best_path, Path(folder)/"best.safetensors")
-    save_file({n: p.detach().contiguous() for n, p in loop.stepper.params.items()}, Path(folder)/"last.safetensors")
+    if keep == "last":
+        return shutil.copyfile(loop.best_path, Path(folder) / "best.safetensors")
+    save_file(
+        {n: p.detach().contiguous() for n, p in loop.stepper.params.items()},
+        Path(folder) / "last.safetensors",
+    )
     load_trained_weights(trainer, loop.best_path)
+
 
 @torch.no_grad()
 def load_trained_weights(
-    trainer: Trainer, # whose parameters are set
-    file              # last.safetensors or best.safetensors
+    trainer: Trainer,  # whose parameters are set
+    file,  # last.safetensors or best.safetensors
 ):
     "Set the trained parameters from a file; raises `CxrError` if it holds others."
     state, params = load_file(file), trainer.loop.stepper.params
-    if set(state) != set(params): raise CxrError(f"{file} holds {len(state)} tensors for other weights than the {len(params)} that are trained here.\nUse the settings that it was made with.")
-    for n, p in params.items(): p.copy_(state[n])
+    if set(state) != set(params):
+        raise CxrError(
+            f"{file} holds {len(state)} tensors for other weights than the {len(params)} that are "
+            "trained here.\n"
+            "Use the settings that it was made with."
+        )
+    for n, p in params.items():
+        p.copy_(state[n])
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #f1eaeaa4
 def generator_facts(
-    trainer: Trainer, # after its run
-    task: TrainingTask,       # what it learned
-    cfg: TrainConfig, # settings
-    seed: int,        # of the run
-    base: str,        # as the user named it
-    source=None,      # `Source` of the base
-    card=DatasetCard()# of the images
+    trainer: Trainer,  # after its run
+    task: TrainingTask,  # what it learned
+    cfg: TrainConfig,  # settings
+    seed: int,  # of the run
+    base: str,  # as the user named it
+    source=None,  # `Source` of the base
+    card=DatasetCard(),  # of the images
 ) -> dict:
     "What a model was made from and with."
     loop = trainer.loop
     rows, used = loop.log.table(), [task.prompts[k] for k in np.unique(task.which)]
     known = known_base(base)
     name = Path(base).name if Path(base).is_dir() else known.repo if known else base
-    return dict(base=name, dataset=dataclasses.asdict(card), revision=getattr(source, "revision", None), model=loop.keeper.config["model"], settings=cfg.settings(), seed=seed, steps=loop.step, images=len(task.images), prompts=used[:20],
-                data=task.key(), prior=dict(images=len(task.prior[0]), prompt=task.prior[1]) if task.prior and cfg.prior_loss_weight else None,
-                loss=loop.log.recent(), heldout={str(r["step"]): r["heldout"] for r in rows if "heldout" in r}, best=loop.best,
-                device=trainer.device, threads=torch.get_num_threads(), versions=library_versions())
+    return dict(
+        base=name,
+        dataset=dataclasses.asdict(card),
+        revision=getattr(source, "revision", None),
+        model=loop.keeper.config["model"],
+        settings=cfg.settings(),
+        seed=seed,
+        steps=loop.step,
+        images=len(task.images),
+        prompts=used[:20],
+        data=task.key(),
+        prior=dict(images=len(task.prior[0]), prompt=task.prior[1])
+        if task.prior and cfg.prior_loss_weight
+        else None,
+        loss=loop.log.recent(),
+        heldout={str(r["step"]): r["heldout"] for r in rows if "heldout" in r},
+        best=loop.best,
+        device=trainer.device,
+        threads=torch.get_num_threads(),
+        versions=library_versions(),
+    )
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #421111c0
 def generator_card(
-    facts: dict # from `generator_facts`
+    facts: dict,  # from `generator_facts`
 ) -> str:
     "README.md of a model folder, with the front matter of the Hub."
     s, card = facts["settings"], DatasetCard(**facts["dataset"])
     base = known_base(s["base"])
-    licence = hub_licence(card) if is_scratch(s["base"]) else dict(license=base.licence_id) if base else dict(license="unknown")
+    licence = (
+        hub_licence(card)
+        if is_scratch(s["base"])
+        else dict(license=base.licence_id)
+        if base
+        else dict(license="unknown")
+    )
     header = "\n".join(f"{k}: {v}" for k, v in licence.items())
-    load = ('pipe = DiffusionPipeline.from_pretrained(BASE)\npipe.load_lora_weights("THIS_FOLDER")' if s["method"] == "lora" else 'pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER")')
+    load = (
+        'pipe = DiffusionPipeline.from_pretrained(BASE)\npipe.load_lora_weights("THIS_FOLDER")'
+        if s["method"] == "lora"
+        else 'pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER")'
+    )
     return f"""---
 library_name: diffusers
-{header}{chr(10) + 'base_model: ' + facts['base'] if '/' in facts['base'] else ''}
-tags: [stable-diffusion, text-to-image, chest-xray, synthetic, {'lora' if s['method'] == 'lora' else 'dreambooth'}]
+{header}{chr(10) + "base_model: " + facts["base"] if "/" in facts["base"] else ""}
+tags: [stable-diffusion, text-to-image, chest-xray, synthetic, {"lora" if s["method"] == "lora" else "dreambooth"}]
 ---
-# Synthetic chest X-rays ({s['method']})
+# Synthetic chest X-rays ({s["method"]})
 
-Fine-tuned with cxr_synth from `{facts['base']}` on {facts['images']} chest X-rays in {facts['steps']} steps. **For research on training classifiers. Not for diagnosis, and not to be shown as a patient's image.**
+Fine-tuned with cxr_synth from `{facts["base"]}` on {facts["images"]} chest X-rays in {facts["steps"]} steps. **For research on training classifiers. Not for diagnosis, and not to be shown as a patient's image.**
 
-Prompt: "{facts['prompts'][0]}"
+Prompt: "{facts["prompts"][0]}"
 
 ```python
 from diffusers import DiffusionPipeline
 {load}
-image = pipe("{facts['prompts'][0]}").images[0]
+image = pipe("{facts["prompts"][0]}").images[0]
 ```
 
 ## Licence and source
@@ -294,105 +487,173 @@ Settings, versions, data and held-out losses: `provenance.json`. A model tuned o
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #579e60ec
 def save_model(
-    trainer: Trainer, # after its run
-    out,              # model folder
-    facts: dict,      # from `generator_facts`
-    cfg: TrainConfig, # settings
-    base: str         # folder, name or Hub id
+    trainer: Trainer,  # after its run
+    out,  # model folder
+    facts: dict,  # from `generator_facts`
+    cfg: TrainConfig,  # settings
+    base: str,  # folder, name or Hub id
 ):
     "Write pipeline or LoRA, card and provenance; provenance.json comes last and says that the rest is whole."
-    out, pipe, tmp = Path(out), trainer.pipe, temporary_for(Path(out)/"model")
+    out, pipe, tmp = Path(out), trainer.pipe, temporary_for(Path(out) / "model")
     remove_leftovers(out, ["model"])
     choose_saved_weights(trainer, tmp, cfg.weights)
-    if cfg.method == "lora": save_lora(out, pipe.unet, pipe.text_encoder if cfg.train_text_encoder else None, base, cfg.rank, cfg.lora_alpha, facts["revision"])
-    else: pipe.save_pretrained(tmp, safe_serialization=True)
+    if cfg.method == "lora":
+        save_lora(
+            out,
+            pipe.unet,
+            pipe.text_encoder if cfg.train_text_encoder else None,
+            base,
+            cfg.rank,
+            cfg.lora_alpha,
+            facts["revision"],
+        )
+    else:
+        pipe.save_pretrained(tmp, safe_serialization=True)
     for p in sorted(p for p in tmp.rglob("*") if p.is_file()):
-        (out/p.relative_to(tmp)).parent.mkdir(exist_ok=True)
-        os.replace(p, out/p.relative_to(tmp))
+        (out / p.relative_to(tmp)).parent.mkdir(exist_ok=True)
+        os.replace(p, out / p.relative_to(tmp))
     remove_temporary(tmp)
-    write_text(out/"README.md", generator_card(facts))
-    weights = {p.relative_to(out).as_posix(): digest_file(p) for p in sorted(out.rglob("*.safetensors")) if "checkpoints" not in p.parts}
-    write_json(out/"provenance.json", facts | dict(weights=weights))
+    write_text(out / "README.md", generator_card(facts))
+    weights = {
+        p.relative_to(out).as_posix(): digest_file(p)
+        for p in sorted(out.rglob("*.safetensors"))
+        if "checkpoints" not in p.parts
+    }
+    write_json(out / "provenance.json", facts | dict(weights=weights))
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #638629ee
 def print_preflight(
-    cfg: TrainConfig, # settings
+    cfg: TrainConfig,  # settings
     resolution: int,  # px
-    out               # where the model goes
+    out,  # where the model goes
 ):
     "Print what training will take, unless CXR_QUIET is set or the base is trained from nothing."
-    if is_scratch(cfg.base) or os.environ.get("CXR_QUIET"): return
+    if is_scratch(cfg.base) or os.environ.get("CXR_QUIET"):
+        return
     folder = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if p.exists())
-    print(preflight_text(preflight(cfg, resolution), device_memory(pick_device(cfg.device)), shutil.disk_usage(folder).free / 2**30))
+    print(
+        preflight_text(
+            preflight(cfg, resolution),
+            device_memory(pick_device(cfg.device)),
+            shutil.disk_usage(folder).free / 2**30,
+        )
+    )
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #3b2582cc
 TRAINING = ".training.json"  # in a model folder, as long as it is in the making: the folder is ours
 
+
 def claim_model(
-    out, # model folder
-    base # name, folder or Hub id
+    out,  # model folder
+    base,  # name, folder or Hub id
 ):
     "Note that a model folder is ours; raises `CxrError` if it holds other files than class images, or overlaps the base."
-    if Path(str(base)).is_dir(): check_apart(base, [out])
+    if Path(str(base)).is_dir():
+        check_apart(base, [out])
     claim(out, TRAINING, dict(base=str(base), versions=library_versions()), beside=["class_images"])
 
+
 def fine_tune(
-    base: str,          # name in `BASES`, folder or Hub id
-    task,               # `TrainingTask`, or a function that gives it when called with the pipeline
-    out,                # model folder
-    path,               # checkpoint file
-    cfg: TrainConfig,   # settings
-    seed: int = 0,      # of weights, order, noise, times
-    desc: str = "DreamBooth", # for the progress bar
-    watch: bool = False,# redraw a figure in the notebook
-    card: DatasetCard = DatasetCard(), # of the images
-    **how               # for `make_trainer`: previews, cache, mirror, views
-) -> list[dict]: # the log
+    base: str,  # name in `BASES`, folder or Hub id
+    task,  # `TrainingTask`, or a function that gives it when called with the pipeline
+    out,  # model folder
+    path,  # checkpoint file
+    cfg: TrainConfig,  # settings
+    seed: int = 0,  # of weights, order, noise, times
+    desc: str = "DreamBooth",  # for the progress bar
+    watch: bool = False,  # redraw a figure in the notebook
+    card: DatasetCard = DatasetCard(),  # of the images
+    **how,  # for `make_trainer`: previews, cache, mirror, views
+) -> list[dict]:  # the log
     "Fine-tune a base on a task and save the model (Ruiz et al. 2023; guide, section 7); raises `CxrError` if the folder holds other files."
     source = check_source(base, cfg.revision)
     claim_model(out, base)
     pipe = load_pipeline(base, revision=cfg.revision)
-    if callable(task): task = task(pipe)
+    if callable(task):
+        task = task(pipe)
     trainer = make_trainer(pipe, task, path, cfg, seed, **how)
-    if watch: trainer.loop.hooks.append(TrainingMonitor(how.get("previews")))
+    if watch:
+        trainer.loop.hooks.append(TrainingMonitor(how.get("previews")))
     log = trainer.run(desc)
-    save_model(trainer, out, generator_facts(trainer, task, cfg, seed, base, source, card), cfg, base)
+    save_model(
+        trainer, out, generator_facts(trainer, task, cfg, seed, base, source, card), cfg, base
+    )
     return log
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #73023305
 def scratch_vae(
-    images: np.ndarray, # (N, S, S) uint8
-    work,               # folder for checkpoint and log
-    cfg: TrainConfig,   # settings
-    seed: int = 0,      # of weights, order, noise
-    **loop              # for `Loop`: config, mirror
-):                      # the autoencoder, trained
+    images: np.ndarray,  # (N, S, S) uint8
+    work,  # folder for checkpoint and log
+    cfg: TrainConfig,  # settings
+    seed: int = 0,  # of weights, order, noise
+    **loop,  # for `Loop`: config, mirror
+):  # the autoencoder, trained
     "Train a small autoencoder from nothing."
     (device, cfg), batch = resolve_precision(cfg), fit_batch(cfg.vae_batch_size, len(images))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = tiny_vae(vae_channels(images.shape[-1])).to(device)
     total = steps_for(len(images), batch, cfg.vae_steps, cfg.vae_views)
-    train_vae(vae, images, Loop(dict(vae=TrainedPart(vae, cfg.vae_learning_rate)), Path(work)/"vae.pt", total, every=cfg.checkpoint_steps, items=batch, **loop), batch, seed, device, cfg.mixed_precision)
+    train_vae(
+        vae,
+        images,
+        Loop(
+            dict(vae=TrainedPart(vae, cfg.vae_learning_rate)),
+            Path(work) / "vae.pt",
+            total,
+            every=cfg.checkpoint_steps,
+            items=batch,
+            **loop,
+        ),
+        batch,
+        seed,
+        device,
+        cfg.mixed_precision,
+    )
     return vae
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #de0e6cd0
 def train_base(
-    task: TrainingTask,         # images of both classes with their prompts
-    work,               # folder for checkpoints and logs
-    cfg: TrainConfig,   # settings
-    seed: int = 0,      # of weights, order, noise, times
-    desc: str = "base", # for the progress bar
-    previews=None,      # folder for them
-    mirror=None         # `Mirror`
-):                      # the pipeline
+    task: TrainingTask,  # images of both classes with their prompts
+    work,  # folder for checkpoints and logs
+    cfg: TrainConfig,  # settings
+    seed: int = 0,  # of weights, order, noise, times
+    desc: str = "base",  # for the progress bar
+    previews=None,  # folder for them
+    mirror=None,  # `Mirror`
+):  # the pipeline
     "Train a small pipeline from nothing on images of both classes."
-    (device, cfg), work, batch = resolve_precision(cfg), Path(work), fit_batch(cfg.base_batch_size, len(task.images))
+    (device, cfg), work, batch = (
+        resolve_precision(cfg),
+        Path(work),
+        fit_batch(cfg.base_batch_size, len(task.images)),
+    )
     loop = dict(config=cfg.settings() | dict(data=task.key(), seed=seed), mirror=mirror)
     vae = scratch_vae(task.images, work, cfg, seed, **loop)
-    pipe = tiny_pipeline(work/"tokenizer", [*PROMPTS.values(), cfg.class_prompt, *task.prompts], task.images.shape[-1], seed, vae)
+    pipe = tiny_pipeline(
+        work / "tokenizer",
+        [*PROMPTS.values(), cfg.class_prompt, *task.prompts],
+        task.images.shape[-1],
+        seed,
+        vae,
+    )
     data, _, heldout = latent_task(pipe, task, cfg, device)
-    t = Trainer(pipe, data, work/"base.pt", steps_for(len(data), batch, cfg.base_steps, cfg.base_views), batch, cfg.base_learning_rate, drop=0.1, snr_gamma=cfg.snr_gamma,
-                seed=seed, device=device, precision=cfg.mixed_precision, warmup=50, ema_decay=cfg.ema_decay, every=cfg.checkpoint_steps, **loop)
+    t = Trainer(
+        pipe,
+        data,
+        work / "base.pt",
+        steps_for(len(data), batch, cfg.base_steps, cfg.base_views),
+        batch,
+        cfg.base_learning_rate,
+        drop=0.1,
+        snr_gamma=cfg.snr_gamma,
+        seed=seed,
+        device=device,
+        precision=cfg.mixed_precision,
+        warmup=50,
+        ema_decay=cfg.ema_decay,
+        every=cfg.checkpoint_steps,
+        **loop,
+    )
     add_hooks(t, cfg, heldout, previews, task.previews, seed).run(desc)
     return pipe

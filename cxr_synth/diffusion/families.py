@@ -16,73 +16,154 @@ from ..base.files import CxrError, one_of, read_json
 from ..base.settings import BASES
 
 # %% ../../nbs/diffusion/families.ipynb #bc0bc07c
-FAMILIES = {"StableDiffusionXL": "Stable Diffusion XL", "StableDiffusion3": "Stable Diffusion 3", "Flux": "FLUX", "PixArt": "PixArt", "Sana": "Sana"}
+FAMILIES = {
+    "StableDiffusionXL": "Stable Diffusion XL",
+    "StableDiffusion3": "Stable Diffusion 3",
+    "Flux": "FLUX",
+    "PixArt": "PixArt",
+    "Sana": "Sana",
+}
+
 
 def allowed_sources() -> str:
     "The line with which an error about a model's source ends."
     names = [name for name, base in BASES.items() if not base.scratch]
     return f"Allowed: {', '.join(names)}, a folder made by save_pretrained, or a Hub id of the Stable Diffusion 1 or 2 family."
 
+
 def check_family(
-    index: dict, # content of model_index.json
-    source: str  # what the user asked for
+    index: dict,  # content of model_index.json
+    source: str,  # what the user asked for
 ):
     "Refuse pipelines of another family than Stable Diffusion 1 and 2; raises `CxrError` that names theirs."
     kind = index.get("_class_name", "unknown class")
     family = next((name for start, name in FAMILIES.items() if kind.startswith(start)), None)
-    if not family and kind.startswith("StableDiffusion") and not {"text_encoder_2", "transformer"} & set(index): return
-    raise CxrError(f"{source} is a pipeline of {family or 'another family'} ({kind}); this trainer is for Stable Diffusion 1 and 2.\n{allowed_sources()}")
+    if (
+        not family
+        and kind.startswith("StableDiffusion")
+        and not {"text_encoder_2", "transformer"} & set(index)
+    ):
+        return
+    raise CxrError(
+        f"{source} is a pipeline of {family or 'another family'} ({kind}); this trainer is for "
+        "Stable Diffusion 1 and 2.\n"
+        f"{allowed_sources()}"
+    )
 
 # %% ../../nbs/diffusion/families.ipynb #c01237f3
-PIPELINE_PARTS = {"unet": "config.json", "vae": "config.json", "text_encoder": "config.json", "tokenizer": "tokenizer_config.json", "scheduler": "scheduler_config.json"}
+PIPELINE_PARTS = {
+    "unet": "config.json",
+    "vae": "config.json",
+    "text_encoder": "config.json",
+    "tokenizer": "tokenizer_config.json",
+    "scheduler": "scheduler_config.json",
+}
+
 
 def check_parts(
-    folder,            # in Stable Diffusion's format
-    weights: bool=True # look for the weights too, not only for the configuration
+    folder,  # in Stable Diffusion's format
+    weights: bool = True,  # look for the weights too, not only for the configuration
 ):
     "Are all five parts there? Raises `CxrError` that names those that are not. Pickled weights (.bin) do not count: reading them can run code."
     folder = Path(folder)
-    lost = [f"{part}/{file}" for part, file in PIPELINE_PARTS.items() if not (folder/part/file).is_file()]
-    if weights: lost += [f"{part}/*.safetensors" for part in ("unet", "vae", "text_encoder") if not any((folder/part).glob("*.safetensors"))]
-    if lost: raise CxrError(f"{folder} lacks {', '.join(lost)}.\nA Stable Diffusion folder has the parts {', '.join(PIPELINE_PARTS)}, with weights as safetensors.\nCopy it again whole, or save it again with save_pretrained.")
+    lost = [
+        f"{part}/{file}"
+        for part, file in PIPELINE_PARTS.items()
+        if not (folder / part / file).is_file()
+    ]
+    if weights:
+        lost += [
+            f"{part}/*.safetensors"
+            for part in ("unet", "vae", "text_encoder")
+            if not any((folder / part).glob("*.safetensors"))
+        ]
+    if lost:
+        raise CxrError(
+            f"{folder} lacks {', '.join(lost)}.\n"
+            f"A Stable Diffusion folder has the parts {', '.join(PIPELINE_PARTS)}, with weights "
+            "as safetensors.\n"
+            "Copy it again whole, or save it again with save_pretrained."
+        )
 
 # %% ../../nbs/diffusion/families.ipynb #d9b3db34
 def check_fit(
-    folder # in Stable Diffusion's format; configuration and tokenizer suffice
+    folder,  # in Stable Diffusion's format; configuration and tokenizer suffice
 ):
     "Do the parts belong together? Raises `CxrError` that names the two that do not."
     folder = Path(folder)
-    unet, vae, text = (read_json(folder/part/"config.json") for part in ("unet", "vae", "text_encoder"))
-    tok, channels = CLIPTokenizer.from_pretrained(folder/"tokenizer"), vae.get("latent_channels", 4)
+    unet, vae, text = (
+        read_json(folder / part / "config.json") for part in ("unet", "vae", "text_encoder")
+    )
+    tok = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    channels = vae.get("latent_channels", 4)
     for fits, what in [
-        (len(tok) == text["vocab_size"], f"the tokenizer has {len(tok)} tokens, the text encoder knows {text['vocab_size']}: it is the tokenizer of another model"),
-        (tok.model_max_length <= text["max_position_embeddings"], f"the tokenizer makes {tok.model_max_length} tokens of a prompt, the text encoder takes {text['max_position_embeddings']}"),
-        (unet["cross_attention_dim"] == text["hidden_size"], f"the U-Net expects text vectors of {unet['cross_attention_dim']} numbers, the text encoder gives {text['hidden_size']}"),
-        (unet["in_channels"] == channels, f"the U-Net has {unet['in_channels']} input channels, the VAE's latents {channels} (inpainting and depth models are not supported)")]:
-        if not fits: raise CxrError(f"{folder}: {what}.\nTake all five parts from one model.")
+        (
+            len(tok) == text["vocab_size"],
+            (
+                f"the tokenizer has {len(tok)} tokens, the text encoder knows {text['vocab_size']}: "
+                "it is the tokenizer of another model"
+            ),
+        ),
+        (
+            tok.model_max_length <= text["max_position_embeddings"],
+            (
+                f"the tokenizer makes {tok.model_max_length} tokens of a prompt, the text encoder "
+                f"takes {text['max_position_embeddings']}"
+            ),
+        ),
+        (
+            unet["cross_attention_dim"] == text["hidden_size"],
+            (
+                f"the U-Net expects text vectors of {unet['cross_attention_dim']} numbers, the text "
+                f"encoder gives {text['hidden_size']}"
+            ),
+        ),
+        (
+            unet["in_channels"] == channels,
+            (
+                f"the U-Net has {unet['in_channels']} input channels, the VAE's latents {channels} "
+                "(inpainting and depth models are not supported)"
+            ),
+        ),
+    ]:
+        if not fits:
+            raise CxrError(f"{folder}: {what}.\nTake all five parts from one model.")
 
 # %% ../../nbs/diffusion/families.ipynb #2de3573d
 def clip_text(
-    width: int, # of a token's vector
-    layers: int,# of the transformer
-    heads: int, # of attention
-    act: str    # activation
+    width: int,  # of a token's vector
+    layers: int,  # of the transformer
+    heads: int,  # of attention
+    act: str,  # activation
 ) -> CLIPTextConfig:
     "Configuration of a CLIP text encoder for prompts of 77 tokens."
-    return CLIPTextConfig(vocab_size=49408, hidden_size=width, intermediate_size=4*width, num_hidden_layers=layers, num_attention_heads=heads, hidden_act=act)
+    return CLIPTextConfig(
+        vocab_size=49408,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        hidden_act=act,
+    )
+
 
 def known_parts(
-    name: str # of a base in `BASES` that is downloaded
-) -> dict:    # unet, text_encoder, vae; raises `CxrError` for any other name
+    name: str,  # of a base in `BASES` that is downloaded
+) -> dict:  # unet, text_encoder, vae; raises `CxrError` for any other name
     "The networks of a base in the table with their published configuration; made under `torch.device('meta')` they take no memory."
     base = BASES[one_of(name, [n for n, b in BASES.items() if not b.scratch], "base")]
-    vae = AutoencoderKL(block_out_channels=[128, 256, 512, 512], layers_per_block=2,
-                        down_block_types=["DownEncoderBlock2D"]*4, up_block_types=["UpDecoderBlock2D"]*4)
+    vae = AutoencoderKL(
+        block_out_channels=[128, 256, 512, 512],
+        layers_per_block=2,
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+    )
     unet = UNet2DConditionModel(sample_size=base.resolution // 8, **base.unet)
     return dict(unet=unet, text_encoder=CLIPTextModel(clip_text(*base.text)), vae=vae)
 
+
 def millions(
-    parameters # iterable of parameters
+    parameters,  # iterable of parameters
 ) -> float:
     "How many numbers they hold, in millions."
     return sum(p.numel() for p in parameters) / 1e6

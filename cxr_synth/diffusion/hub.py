@@ -10,77 +10,137 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError,
-                                    RepositoryNotFoundError, RevisionNotFoundError)
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 # %% ../../nbs/diffusion/hub.ipynb #94e76e0f
 from ..base.files import CxrError, digest_file, read_json
 from ..base.settings import BASES, is_scratch
-from .families import (PIPELINE_PARTS, allowed_sources, check_family, check_fit,
-                                          check_parts)
+from cxr_synth.diffusion.families import (
+    PIPELINE_PARTS,
+    allowed_sources,
+    check_family,
+    check_fit,
+    check_parts,
+)
 from .lora import LORA_FILE, lora_base
 
 # %% ../../nbs/diffusion/hub.ipynb #21298183
 RENAMED_ON_HUB = {gone: name for name, base in BASES.items() for gone in base.former}
 
+
 def download_failure(
-    error # what huggingface_hub raised
+    error,  # what huggingface_hub raised
 ) -> str:
     "Why a model could not be had from the Hub, and what would not help."
-    reasons = [(GatedRepoError, "its owner asks you to accept a licence on its page and to log in"),
-               (RepositoryNotFoundError, "there is no public model of this name: misspelled, made private, or removed. Logging in will hardly help"),
-               (RevisionNotFoundError, "it has no such revision"),
-               (LocalEntryNotFoundError, "it is not on this machine, and the Hub was not reached (or not asked: HF_HUB_OFFLINE)")]
-    return next((why for kind, why in reasons if isinstance(error, kind)), str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__)
+    reasons = [
+        (GatedRepoError, "its owner asks you to accept a licence on its page and to log in"),
+        (
+            RepositoryNotFoundError,
+            (
+                "there is no public model of this name: misspelled, made private, or removed. Logging "
+                "in will hardly help"
+            ),
+        ),
+        (RevisionNotFoundError, "it has no such revision"),
+        (
+            LocalEntryNotFoundError,
+            "it is not on this machine, and the Hub was not reached (or not asked: HF_HUB_OFFLINE)",
+        ),
+    ]
+    return next(
+        (why for kind, why in reasons if isinstance(error, kind)),
+        str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__,
+    )
 
 # %% ../../nbs/diffusion/hub.ipynb #11f70665
 @dataclass(frozen=True)
 class PipelineSource:
     "Where a pipeline is; made by `check_source`."
-    where: str           # folder or Hub id
-    revision: str | None # commit on the Hub; None for a folder
-    folder: Path         # with at least the configuration of the parts
-    lora: Path | None = None # LoRA folder to apply on top
+
+    where: str  # folder or Hub id
+    revision: str | None  # commit on the Hub; None for a folder
+    folder: Path  # with at least the configuration of the parts
+    lora: Path | None = None  # LoRA folder to apply on top
+
 
 def hub_configs(
-    repo: str,            # Hub id
-    revision=None,        # branch, tag or commit; None for main
-    local_files_only=None # True: only what was downloaded before
-) -> Path: # snapshot folder, whose name is the commit
+    repo: str,  # Hub id
+    revision=None,  # branch, tag or commit; None for main
+    local_files_only=None,  # True: only what was downloaded before
+) -> Path:  # snapshot folder, whose name is the commit
     "Download a pipeline's configuration and tokenizer, about a megabyte; raises `CxrError` that says why it cannot."
     patterns = ["model_index.json", "*/*config.json", "tokenizer/*"]
-    try: return Path(snapshot_download(repo, revision=revision, local_files_only=bool(local_files_only), allow_patterns=patterns))
-    except (HfHubHTTPError, OSError, ValueError) as e: raise CxrError(f"cannot load {repo}{f' at {revision}' if revision else ''}: {download_failure(e)}.\n{allowed_sources()}") from e
+    try:
+        return Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                local_files_only=bool(local_files_only),
+                allow_patterns=patterns,
+            )
+        )
+    except (HfHubHTTPError, OSError, ValueError) as e:
+        raise CxrError(
+            f"cannot load {repo}{f' at {revision}' if revision else ''}: {download_failure(e)}.\n"
+            f"{allowed_sources()}"
+        ) from e
 
 # %% ../../nbs/diffusion/hub.ipynb #bd3db043
 def check_source(
-    source,               # folder, Hub id, name in `BASES`, or LoRA folder
-    revision=None,        # Hub only: branch, tag or commit; None for main
-    local_files_only=None # True: only what was downloaded before
+    source,  # folder, Hub id, name in `BASES`, or LoRA folder
+    revision=None,  # Hub only: branch, tag or commit; None for main
+    local_files_only=None,  # True: only what was downloaded before
 ) -> PipelineSource:
     "Check a pipeline before its weights are read or downloaded; raises `CxrError` that says what is wrong."
     name, folder = str(source), Path(source)
-    if name in RENAMED_ON_HUB: raise CxrError(f"{name} left the Hub.\nUse {RENAMED_ON_HUB[name]}, its public mirror {BASES[RENAMED_ON_HUB[name]].repo}.")
-    if (folder/"lora.json").is_file():
+    if name in RENAMED_ON_HUB:
+        raise CxrError(
+            f"{name} left the Hub.\n"
+            f"Use {RENAMED_ON_HUB[name]}, its public mirror {BASES[RENAMED_ON_HUB[name]].repo}."
+        )
+    if (folder / "lora.json").is_file():
         base = check_source(*lora_base(folder), local_files_only)
         return PipelineSource(base.where, base.revision, base.folder, folder)
     if is_scratch(name) and not folder.is_dir():
-        raise CxrError(f"{name} is no model to load: the train stage trains it from nothing, inside a study.\n{allowed_sources()}")
+        raise CxrError(
+            f"{name} is no model to load: the train stage trains it from nothing, inside a "
+            "study.\n"
+            f"{allowed_sources()}"
+        )
     is_folder, repo = folder.is_dir(), BASES[name].repo if name in BASES else name
     if not is_folder:
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo): raise CxrError(f"{name} is neither a folder that exists nor a Hub id.\n{allowed_sources()}")
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+            raise CxrError(
+                f"{name} is neither a folder that exists nor a Hub id.\n{allowed_sources()}"
+            )
         folder = hub_configs(repo, revision, local_files_only)
-    if not (folder/"model_index.json").is_file(): raise CxrError(f"{name} is no pipeline: it has no model_index.json.\n{allowed_sources()}")
-    check_family(read_json(folder/"model_index.json"), name)
+    if not (folder / "model_index.json").is_file():
+        raise CxrError(f"{name} is no pipeline: it has no model_index.json.\n{allowed_sources()}")
+    check_family(read_json(folder / "model_index.json"), name)
     check_parts(folder, weights=is_folder)
     check_fit(folder)
-    return PipelineSource(str(folder), None, folder) if is_folder else PipelineSource(repo, folder.name, folder)
+    return (
+        PipelineSource(str(folder), None, folder)
+        if is_folder
+        else PipelineSource(repo, folder.name, folder)
+    )
 
 # %% ../../nbs/diffusion/hub.ipynb #0295a093
 def source_hashes(
-    source: PipelineSource # of a pipeline that has been loaded
-) -> dict: # relative path -> SHA-256
+    source: PipelineSource,  # of a pipeline that has been loaded
+) -> dict:  # relative path -> SHA-256
     "SHA-256 of every file of a pipeline's parts, and of the LoRA if there is one."
-    wanted = [source.folder/"model_index.json", *(p for part in PIPELINE_PARTS for p in sorted((source.folder/part).iterdir()))]
-    lora = [source.lora/LORA_FILE] if source.lora else []
-    return {p.relative_to(source.folder).as_posix(): digest_file(p) for p in wanted if p.is_file()} | {p.name: digest_file(p) for p in lora}
+    wanted = [
+        source.folder / "model_index.json",
+        *(p for part in PIPELINE_PARTS for p in sorted((source.folder / part).iterdir())),
+    ]
+    lora = [source.lora / LORA_FILE] if source.lora else []
+    return {
+        p.relative_to(source.folder).as_posix(): digest_file(p) for p in wanted if p.is_file()
+    } | {p.name: digest_file(p) for p in lora}

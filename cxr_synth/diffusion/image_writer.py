@@ -14,150 +14,233 @@ import numpy as np
 from PIL import Image
 
 # %% ../../nbs/diffusion/image_writer.ipynb #ccae9e18
-from ..base.files import (CxrError, digest_file, read_json, remove_leftovers, remove_temporary,
-                                  temporary_for, write_csv, write_json, write_text)
+from cxr_synth.base.files import (
+    CxrError,
+    digest_file,
+    read_json,
+    remove_leftovers,
+    remove_temporary,
+    temporary_for,
+    write_csv,
+    write_json,
+    write_text,
+)
 from ..protocol.sets import read_lines
 
 # %% ../../nbs/diffusion/image_writer.ipynb #50f2662a
 def grey_quantiles(
-    images: np.ndarray # (N, S, S) uint8
-) -> dict[str, np.ndarray]: # each (N,)
+    images: np.ndarray,  # (N, S, S) uint8
+) -> dict[str, np.ndarray]:  # each (N,)
     "Five numbers per image that say where its greys lie."
     x = np.asarray(images).reshape(len(images), -1)
     dark, middle, bright = np.percentile(x, [5, 50, 95], axis=1)
-    return {"mean": x.mean(1), "spread": x.std(1), "5th percentile": dark, "median": middle, "95th percentile": bright}
+    return {
+        "mean": x.mean(1),
+        "spread": x.std(1),
+        "5th percentile": dark,
+        "median": middle,
+        "95th percentile": bright,
+    }
+
 
 def grey_limits(
-    images: np.ndarray, # (N, S, S) uint8, real ones
-    slack: float = 0.1  # how much wider than their range, as a share of it
+    images: np.ndarray,  # (N, S, S) uint8, real ones
+    slack: float = 0.1,  # how much wider than their range, as a share of it
 ) -> dict[str, tuple]:  # name -> (low, high)
     "The range of the real images' greys."
-    def limits(v): return float(v.min() - slack * np.ptp(v)), float(v.max() + slack * np.ptp(v))
+
+    def limits(v):
+        return float(v.min() - slack * np.ptp(v)), float(v.max() + slack * np.ptp(v))
+
     return {k: limits(v) for k, v in grey_quantiles(images).items()}
 
 # %% ../../nbs/diffusion/image_writer.ipynb #8ee54064
 def quality_gate(
-    pixels: np.ndarray, # (3, S, S) float, as drawn
-    image: Image.Image, # as written
-    limits: dict        # from `grey_limits`; may be empty
-) -> str:               # what is wrong with it, or nothing
+    pixels: np.ndarray,  # (3, S, S) float, as drawn
+    image: Image.Image,  # as written
+    limits: dict,  # from `grey_limits`; may be empty
+) -> str:  # what is wrong with it, or nothing
     "The quality gate: not a number, constant, or greys outside the real range."
     x = np.asarray(image)
-    if not np.isfinite(pixels).all(): return "not a number"
-    if x.std() < 1: return "constant"
+    if not np.isfinite(pixels).all():
+        return "not a number"
+    if x.std() < 1:
+        return "constant"
     numbers = grey_quantiles(x[None])
-    return "; ".join(f"{k} {numbers[k][0]:.0f} outside {low:.0f} to {high:.0f}" for k, (low, high) in limits.items() if not low <= numbers[k][0] <= high)
+    return "; ".join(
+        f"{k} {numbers[k][0]:.0f} outside {low:.0f} to {high:.0f}"
+        for k, (low, high) in limits.items()
+        if not low <= numbers[k][0] <= high
+    )
 
 # %% ../../nbs/diffusion/image_writer.ipynb #399a2343
 def process_share(
-    shard: str = "" # such as 2/4, the second of four; empty: as torchrun or accelerate say in the environment
-) -> tuple[int, int]: # number of this process, from 0, and of all
+    shard: str = "",  # such as 2/4, the second of four; empty: as torchrun or accelerate say in the environment
+) -> tuple[int, int]:  # number of this process, from 0, and of all
     "Which part of the work is this process's."
-    if not shard: return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if not shard:
+        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     m = re.fullmatch(r"(\d+)/(\d+)", shard)
-    if not m or not 1 <= int(m[1]) <= int(m[2]): raise CxrError(f"shard {shard!r} is not possible.\nAllowed: such as 2/4, the second of four processes.")
+    if not m or not 1 <= int(m[1]) <= int(m[2]):
+        raise CxrError(
+            f"shard {shard!r} is not possible.\nAllowed: such as 2/4, the second of four processes."
+        )
     return int(m[1]) - 1, int(m[2])
 
 # %% ../../nbs/diffusion/image_writer.ipynb #e32ba98a
 def agree_on_settings(
-    folder,     # of the set
-    facts: dict # what this process would choose
-) -> dict:      # what holds
+    folder,  # of the set
+    facts: dict,  # what this process would choose
+) -> dict:  # what holds
     "Agree with the other processes of a set: the first to come decides."
-    parts, mine = Path(folder)/".parts", Path(folder)/f".parts.{os.getpid()}.tmp"
+    parts, mine = Path(folder) / ".parts", Path(folder) / f".parts.{os.getpid()}.tmp"
     if not parts.exists():
-        write_json(mine/"settled.json", facts)
-        try: os.rename(mine, parts)
-        except OSError: remove_temporary(mine)   # another one was first
-    return read_json(parts/"settled.json")
+        write_json(mine / "settled.json", facts)
+        try:
+            os.rename(mine, parts)
+        except OSError:
+            remove_temporary(mine)  # another one was first
+    return read_json(parts / "settled.json")
 
 # %% ../../nbs/diffusion/image_writer.ipynb #acfe6661
 class ImageSetWriter:
     "A set in the making: which images are there, which are this process's to make, and how one gets its final name."
+
     def __init__(self, folder, counts: dict, share: tuple = (0, 1)):
-        self.folder, self.parts, self.counts, self.share = Path(folder), Path(folder)/".parts", counts, share
-        self.note = self.parts/f"{os.getpid()}-{time.time_ns()}.jsonl"
-    def names(self) -> list[str]: return [f"{c}/{k:06d}.png" for c, n in self.counts.items() for k in range(n)]
+        self.folder = Path(folder)
+        self.parts = Path(folder) / ".parts"
+        self.counts = counts
+        self.share = share
+        self.note = self.parts / f"{os.getpid()}-{time.time_ns()}.jsonl"
+
+    def names(self) -> list[str]:
+        return [f"{c}/{k:06d}.png" for c, n in self.counts.items() for k in range(n)]
+
     def noted(self) -> dict[str, dict]:
         "Lines by name and by SHA-256 of the image; metadata.jsonl comes last, since notes go only after it is there."
         found = {}
-        for p in [*sorted(self.parts.glob("*.jsonl")), self.folder/"metadata.jsonl"]:
-            for line in read_lines(p): found.setdefault(line["file_name"], {})[line["sha256"]] = line
+        for p in [*sorted(self.parts.glob("*.jsonl")), self.folder / "metadata.jsonl"]:
+            for line in read_lines(p):
+                found.setdefault(line["file_name"], {})[line["sha256"]] = line
         return found
+
     def line(self, name: str, noted: dict) -> dict | None:
         "The line of an image whose bytes are what it says, or None."
-        return noted.get(name, {}).get(digest_file(self.folder/name)) if (self.folder/name).exists() else None
+        return (
+            noted.get(name, {}).get(digest_file(self.folder / name))
+            if (self.folder / name).exists()
+            else None
+        )
+
     def lacking(self, names=None) -> list[str]:
         "Which of these images (None: of the whole set) are missing or damaged."
         noted = self.noted()
         return [n for n in (self.names() if names is None else names) if not self.line(n, noted)]
+
     def missing(self, cls: str) -> list[int]:
         "Numbers of this process's images that are missing or damaged."
-        mine = {f"{cls}/{k:06d}.png": k for k in range(self.share[0], self.counts[cls], self.share[1])}
+        mine = {
+            f"{cls}/{k:06d}.png": k for k in range(self.share[0], self.counts[cls], self.share[1])
+        }
         return [mine[n] for n in self.lacking(mine)]
+
     def put(self, image: Image.Image, line: dict):
         "Note an image, then give it its name; nothing to do if others (forgotten processes, say) have completed the set meanwhile."
         png = io.BytesIO()
         image.save(png, format="PNG")
-        try: self.write(png.getvalue(), line)
+        try:
+            self.write(png.getvalue(), line)
         except FileNotFoundError:
-            if not (self.folder/"metadata.jsonl").exists(): raise
+            if not (self.folder / "metadata.jsonl").exists():
+                raise
+
     def write(self, png: bytes, line: dict):
-        tmp, path = self.parts/f"{line['file_name'].replace('/', '-')}.{os.getpid()}", self.folder/line["file_name"]
-        with open(self.note, "a", encoding="utf-8", newline="\n") as f: f.write(json.dumps(line | dict(sha256=hashlib.sha256(png).hexdigest())) + "\n")
-        with open(tmp, "wb") as f: f.write(png); f.flush(); os.fsync(f.fileno())
+        tmp = self.parts / f"{line['file_name'].replace('/', '-')}.{os.getpid()}"
+        path = self.folder / line["file_name"]
+        with open(self.note, "a", encoding="utf-8", newline="\n") as f:
+            f.write(json.dumps(line | dict(sha256=hashlib.sha256(png).hexdigest())) + "\n")
+        with open(tmp, "wb") as f:
+            f.write(png)
+            f.flush()
+            os.fsync(f.fileno())
         path.parent.mkdir(exist_ok=True)
         os.replace(tmp, path)
 
 # %% ../../nbs/diffusion/image_writer.ipynb #dff9d47d
-PART = re.compile(r"settled\.json|\d+(-\d+)?\.jsonl|\w+-\d{6}\.png\.\d+")   # what a `ImageSetWriter` writes in `.parts`
+PART = re.compile(
+    r"settled\.json|\d+(-\d+)?\.jsonl|\w+-\d{6}\.png\.\d+"
+)  # what a `ImageSetWriter` writes in `.parts`
+
 
 def clear_unfinished(
-    folder # of the set
+    folder,  # of the set
 ):
     "Remove `.parts`, if all of it is ours, and the temporary files of processes that are gone."
-    parts = Path(folder)/".parts"
+    parts = Path(folder) / ".parts"
     tmp = temporary_for(parts)
-    with suppress(FileNotFoundError):                # another process was faster
-        if all(PART.fullmatch(p.name) for p in parts.iterdir()): os.replace(parts, tmp)
+    with suppress(FileNotFoundError):  # another process was faster
+        if all(PART.fullmatch(p.name) for p in parts.iterdir()):
+            os.replace(parts, tmp)
     remove_temporary(tmp)
     remove_leftovers(folder)
 
 # %% ../../nbs/diffusion/image_writer.ipynb #bfb7f4a4
 def check_image_unchanged(
-    path,             # metadata.jsonl
-    lines: list[dict] # what the images that are there now say
+    path,  # metadata.jsonl
+    lines: list[dict],  # what the images that are there now say
 ):
     "Raise `CxrError` if an image that was made again has other bytes than its line says."
-    old = {m["file_name"]: m["sha256"] for m in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+    old = {
+        m["file_name"]: m["sha256"]
+        for m in map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    }
     other = [m["file_name"] for m in lines if old.get(m["file_name"]) != m["sha256"]]
-    if other: raise CxrError(f"{path.parent}: {', '.join(other[:3])} came out with other bytes than metadata.jsonl says.\nThis machine or its libraries are not those that made the set.\nBring the lost files from a copy, or make the set anew with --redo.")
+    if other:
+        raise CxrError(
+            f"{path.parent}: {', '.join(other[:3])} came out with other bytes than metadata.jsonl "
+            "says.\n"
+            "This machine or its libraries are not those that made the set.\n"
+            "Bring the lost files from a copy, or make the set anew with --redo."
+        )
+
 
 def complete_set(
-    table: ImageSetWriter # of any process of the set
-) -> int:            # how many images are not there yet
+    table: ImageSetWriter,  # of any process of the set
+) -> int:  # how many images are not there yet
     "If every image is there: write flags.csv and metadata.jsonl, and clear up."
     noted = table.noted()
     lines = [table.line(n, noted) for n in table.names()]
-    if absent := sum(m is None for m in lines): return absent
-    flags = [dict(file_name=m["file_name"], reason=m["reason"], by="gate") for m in lines if m.get("reason")]
+    if absent := sum(m is None for m in lines):
+        return absent
+    flags = [
+        dict(file_name=m["file_name"], reason=m["reason"], by="gate")
+        for m in lines
+        if m.get("reason")
+    ]
     lines = [{k: v for k, v in m.items() if k != "reason"} for m in lines]
-    path = table.folder/"metadata.jsonl"
-    if path.exists(): check_image_unchanged(path, lines)
+    path = table.folder / "metadata.jsonl"
+    if path.exists():
+        check_image_unchanged(path, lines)
     else:
-        write_csv(table.folder/"flags.csv", ["file_name", "reason", "by"], flags)
+        write_csv(table.folder / "flags.csv", ["file_name", "reason", "by"], flags)
         write_text(path, "".join(json.dumps(m) + "\n" for m in lines))
     clear_unfinished(table.folder)
     return 0
 
 # %% ../../nbs/diffusion/image_writer.ipynb #e9ff5bd5
 def check_disk_space(
-    folder,          # where the images go
-    n: int,          # images to make
-    resolution: int, # px
-    free: int = None # bytes; None asks the disk
+    folder,  # where the images go
+    n: int,  # images to make
+    resolution: int,  # px
+    free: int = None,  # bytes; None asks the disk
 ):
     "Raise `CxrError` unless the disk has room for `n` images at their largest."
     Path(folder).mkdir(parents=True, exist_ok=True)
-    need, free = n * (resolution * (resolution + 1) + 8192), shutil.disk_usage(folder).free if free is None else free
-    if need > free: raise CxrError(f"{n:,} images need up to {need/1e9:.2f} GB in {folder}, and {free/1e9:.2f} GB are free.\nMake room, or put the study on a larger disk; what is there already is kept.")
+    need = n * (resolution * (resolution + 1) + 8192)
+    free = shutil.disk_usage(folder).free if free is None else free
+    if need > free:
+        raise CxrError(
+            f"{n:,} images need up to {need / 1e9:.2f} GB in {folder}, and {free / 1e9:.2f} GB "
+            "are free.\n"
+            "Make room, or put the study on a larger disk; what is there already is kept."
+        )

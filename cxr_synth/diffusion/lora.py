@@ -21,61 +21,93 @@ from ..base.files import CxrError, atomic_path, library_versions, read_json, wri
 
 # %% ../../nbs/diffusion/lora.ipynb #f780ca55
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")  # attention of the U-Net; of the text encoder (diffusers' training scripts)
+LORA_TARGETS = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "out_proj",
+)  # attention of the U-Net; of the text encoder (diffusers' training scripts)
+
 
 def lora_kinds(
-    model # U-Net or text encoder
-) -> set[str]: # such as {"to_q", "to_out.0", "conv1"}
+    model,  # U-Net or text encoder
+) -> set[str]:  # such as {"to_q", "to_out.0", "conv1"}
     "Kinds of layers that LoRA can adapt: the last part of their names, with the part before it if that is a number."
-    layers = [n.removesuffix(".base_layer").split(".") for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)) and "lora_" not in n]
+    layers = [
+        n.removesuffix(".base_layer").split(".")
+        for n, m in model.named_modules()
+        if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)) and "lora_" not in n
+    ]
     return {".".join(n[-2:] if n[-1].isdigit() else n[-1:]) for n in layers}
 
+
 def lora_layers(
-    model # U-Net or text encoder
+    model,  # U-Net or text encoder
 ) -> list[str]:
     "Names of the layers that carry LoRA weights."
     return [n for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
 
 # %% ../../nbs/diffusion/lora.ipynb #b6ca6db0
 def inject_lora(
-    model,   # U-Net or text encoder; its own weights are frozen
-    rank: int, # of the added product
-    alpha,   # the product is scaled by alpha / rank
-    targets  # kinds of layers; those that the model lacks are passed over
+    model,  # U-Net or text encoder; its own weights are frozen
+    rank: int,  # of the added product
+    alpha,  # the product is scaled by alpha / rank
+    targets,  # kinds of layers; those that the model lacks are passed over
 ):
     "Freeze a model and put untrained LoRA weights beside its layers (PEFT)."
     model.requires_grad_(False)
     here = [t for t in targets if t in lora_kinds(model)]
-    if here: model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=here))
+    if here:
+        model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=here))
+
 
 def start_lora(
-    model,    # with LoRA weights
-    rank: int,# of them
-    seed: int # of the initial weights
+    model,  # with LoRA weights
+    rank: int,  # of them
+    seed: int,  # of the initial weights
 ):
     "Start values: A normal with spread 1 / rank, B zero; float32."
     for name, p in model.named_parameters():
-        if not p.requires_grad: continue
+        if not p.requires_grad:
+            continue
         g = torch.Generator().manual_seed(seed_for(seed, "lora", name))
-        p.data = (torch.randn(p.shape, generator=g) / rank if ".lora_A." in name else torch.zeros(p.shape)).to(p.device)
+        p.data = (
+            torch.randn(p.shape, generator=g) / rank if ".lora_A." in name else torch.zeros(p.shape)
+        ).to(p.device)
 
 # %% ../../nbs/diffusion/lora.ipynb #178865bf
 def add_lora(
-    unet,         # its own weights are frozen
-    text_encoder, # the same; None to leave it alone
-    rank: int,    # of the added products, from 1; 4 to 128 are usual
-    alpha=None,   # they are scaled by alpha / rank; None for rank
-    targets=None, # kinds of layers, see `lora_kinds`; None for `LORA_TARGETS`
-    seed: int = 0 # of the initial weights
-) -> list:        # the trainable parameters, float32: the U-Net's, then the text encoder's
+    unet,  # its own weights are frozen
+    text_encoder,  # the same; None to leave it alone
+    rank: int,  # of the added products, from 1; 4 to 128 are usual
+    alpha=None,  # they are scaled by alpha / rank; None for rank
+    targets=None,  # kinds of layers, see `lora_kinds`; None for `LORA_TARGETS`
+    seed: int = 0,  # of the initial weights
+) -> list:  # the trainable parameters, float32: the U-Net's, then the text encoder's
     "Add LoRA weights; raises `CxrError` for an impossible rank or alpha, and for kinds of layers that are not there."
-    models, alpha = [m for m in (unet, text_encoder) if m is not None], rank if alpha is None else alpha
-    if rank < 1 or rank != int(rank): raise CxrError(f"LoRA rank {rank} is not possible.\nAllowed: whole numbers from 1; 4 to 128 are usual.")
-    if not alpha > 0: raise CxrError(f"LoRA alpha {alpha} is not possible.\nAllowed: numbers above 0; the same as rank is usual.")
+    models = [m for m in (unet, text_encoder) if m is not None]
+    alpha = rank if alpha is None else alpha
+    if rank < 1 or rank != int(rank):
+        raise CxrError(
+            f"LoRA rank {rank} is not possible.\nAllowed: whole numbers from 1; 4 to 128 are usual."
+        )
+    if not alpha > 0:
+        raise CxrError(
+            f"LoRA alpha {alpha} is not possible.\n"
+            "Allowed: numbers above 0; the same as rank is usual."
+        )
     kinds = set().union(*map(lora_kinds, models))
     lost = [t for t in targets or () if t not in kinds]
-    if lost: raise CxrError(f"LoRA: no layer is called {', '.join(lost)}.\nAllowed: {', '.join(sorted(kinds))}.")
-    if any(map(lora_layers, models)): raise CxrError("the model carries a LoRA already.\nFuse it first, or load the base again.")
+    if lost:
+        raise CxrError(
+            f"LoRA: no layer is called {', '.join(lost)}.\nAllowed: {', '.join(sorted(kinds))}."
+        )
+    if any(map(lora_layers, models)):
+        raise CxrError("the model carries a LoRA already.\nFuse it first, or load the base again.")
     for model in models:
         inject_lora(model, int(rank), alpha, targets or LORA_TARGETS)
         start_lora(model, rank, seed)
@@ -83,69 +115,113 @@ def add_lora(
 
 # %% ../../nbs/diffusion/lora.ipynb #025e5aef
 def lora_state(
-    model,    # with LoRA weights
-    part: str # unet or text_encoder
-) -> dict:    # names as in LoRA files -> float32 tensors on the CPU
+    model,  # with LoRA weights
+    part: str,  # unet or text_encoder
+) -> dict:  # names as in LoRA files -> float32 tensors on the CPU
     "A model's LoRA weights under the names of diffusers' files, alpha / rank multiplied into the up-projection B."
-    scale = {n: m.scaling["default"] for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
-    state = {k: v.detach().float().cpu() * (scale[k.split(".lora_B.")[0]] if ".lora_B." in k else 1) for k, v in get_peft_model_state_dict(model).items()}
+    scale = {
+        n: m.scaling["default"] for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)
+    }
+    state = {
+        k: v.detach().float().cpu() * (scale[k.split(".lora_B.")[0]] if ".lora_B." in k else 1)
+        for k, v in get_peft_model_state_dict(model).items()
+    }
     dialect = "lora" if part == "unet" else "lora_linear_layer"
-    spell = lambda k: k.removeprefix("text_model.").replace(".lora_A.", f".{dialect}.down.").replace(".lora_B.", f".{dialect}.up.")
+    spell = lambda k: (
+        k.removeprefix("text_model.")
+        .replace(".lora_A.", f".{dialect}.down.")
+        .replace(".lora_B.", f".{dialect}.up.")
+    )
     return {f"{part}.{spell(k)}": v.contiguous() for k, v in state.items()}
 
 # %% ../../nbs/diffusion/lora.ipynb #320edf14
 def base_signature(
-    unet # with or without LoRA
+    unet,  # with or without LoRA
 ) -> list[float]:
     "Sixteen weights of the U-Net's last layer: enough to tell one base from another, in any precision."
     layer = unet.conv_out
-    return [round(v, 6) for v in getattr(layer, "base_layer", layer).weight.detach().flatten()[:16].tolist()]
+    return [
+        round(v, 6)
+        for v in getattr(layer, "base_layer", layer).weight.detach().flatten()[:16].tolist()
+    ]
+
 
 def same_signature(
-    a: list[float], # from `base_signature`
-    b: list[float]  # of the same base, perhaps in half precision
+    a: list[float],  # from `base_signature`
+    b: list[float],  # of the same base, perhaps in half precision
 ) -> bool:
     "Equal up to the rounding of bfloat16."
     return all(math.isclose(x, y, rel_tol=1e-2, abs_tol=1e-5) for x, y in zip(a, b, strict=True))
 
 # %% ../../nbs/diffusion/lora.ipynb #4276d551
 def save_lora(
-    folder,        # made if need be
-    unet,          # with LoRA weights
+    folder,  # made if need be
+    unet,  # with LoRA weights
     text_encoder,  # with LoRA weights; None if it has none
-    base,          # source of the base, as `load_pipeline` takes it
-    rank: int,     # noted
-    alpha=None,    # noted; None for rank
-    revision=None, # noted: commit of a base on the Hub
-    **facts        # noted too
+    base,  # source of the base, as `load_pipeline` takes it
+    rank: int,  # noted
+    alpha=None,  # noted; None for rank
+    revision=None,  # noted: commit of a base on the Hub
+    **facts,  # noted too
 ):
     "Write pytorch_lora_weights.safetensors, as diffusers' `load_lora_weights` reads it, and lora.json that names the base."
     folder, local = Path(folder), Path(str(base)).is_dir()
-    parts = {n: m for n, m in dict(unet=unet, text_encoder=text_encoder).items() if m is not None and lora_layers(m)}
+    parts = {
+        n: m
+        for n, m in dict(unet=unet, text_encoder=text_encoder).items()
+        if m is not None and lora_layers(m)
+    }
     state = {k: v for part, model in parts.items() for k, v in lora_state(model, part).items()}
-    with atomic_path(folder/LORA_FILE) as tmp: save_file(state, tmp, metadata={"format": "pt"})
-    where = Path(os.path.relpath(Path(base).resolve(), folder.resolve())).as_posix() if local else str(base)
-    write_json(folder/"lora.json", facts | dict(base=where, local=local, revision=None if local else revision, rank=rank, alpha=rank if alpha is None else alpha,
-                                                parts=list(parts), signature=base_signature(unet), versions=library_versions()))
+    with atomic_path(folder / LORA_FILE) as tmp:
+        save_file(state, tmp, metadata={"format": "pt"})
+    where = (
+        Path(os.path.relpath(Path(base).resolve(), folder.resolve())).as_posix()
+        if local
+        else str(base)
+    )
+    write_json(
+        folder / "lora.json",
+        facts
+        | dict(
+            base=where,
+            local=local,
+            revision=None if local else revision,
+            rank=rank,
+            alpha=rank if alpha is None else alpha,
+            parts=list(parts),
+            signature=base_signature(unet),
+            versions=library_versions(),
+        ),
+    )
 
 # %% ../../nbs/diffusion/lora.ipynb #641abdcc
 def lora_base(
-    folder # of a LoRA
-) -> tuple: # source and revision, as `check_source` takes them
+    folder,  # of a LoRA
+) -> tuple:  # source and revision, as `check_source` takes them
     "The base that a LoRA folder names; raises `CxrError` if that is a folder which is not there."
-    facts = read_json(Path(folder)/"lora.json")
-    if facts["local"] and not (Path(folder)/facts["base"]).is_dir():
-        raise CxrError(f"{folder} is a LoRA of the base in {facts['base']} (seen from there), which is missing.\nCopy the base to that place too.")
-    return (Path(folder)/facts["base"] if facts["local"] else facts["base"]), facts["revision"]
+    facts = read_json(Path(folder) / "lora.json")
+    if facts["local"] and not (Path(folder) / facts["base"]).is_dir():
+        raise CxrError(
+            f"{folder} is a LoRA of the base in {facts['base']} (seen from there), which is "
+            "missing.\n"
+            "Copy the base to that place too."
+        )
+    return (Path(folder) / facts["base"] if facts["local"] else facts["base"]), facts["revision"]
 
 # %% ../../nbs/diffusion/lora.ipynb #55d34a58
 def native_weight_names(
-    state: dict, # from a LoRA file
-    text_encoder # that is to take it up
+    state: dict,  # from a LoRA file
+    text_encoder,  # that is to take it up
 ) -> dict:
     "Spell the names of text-encoder weights as this version of transformers does, with or without `text_model.`"
     old = any(n.startswith("text_model.") for n, _ in text_encoder.named_modules())
+
     def spell(k):
         rest = k.removeprefix("text_encoder.").removeprefix("text_model.")
-        return f"text_encoder.{'text_model.' if old else ''}{rest}" if k.startswith("text_encoder.") else k
+        return (
+            f"text_encoder.{'text_model.' if old else ''}{rest}"
+            if k.startswith("text_encoder.")
+            else k
+        )
+
     return {spell(k): v for k, v in state.items()}

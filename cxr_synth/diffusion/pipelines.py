@@ -18,127 +18,206 @@ from ..base.compute import progress
 from ..base.files import CxrError, read_json, remove_leftovers, temporary_for
 from .families import allowed_sources
 from .hub import check_source, download_failure
-from .lora import (LORA_FILE, base_signature, lora_layers, native_weight_names,
-                                      same_signature)
+from cxr_synth.diffusion.lora import (
+    LORA_FILE,
+    base_signature,
+    lora_layers,
+    native_weight_names,
+    same_signature,
+)
 from .small_pipeline import load_dtype, to_device
 
 # %% ../../nbs/diffusion/pipelines.ipynb #c3d64a92
 def check_dtype(
-    pipe, # just loaded
-    dtype # that was asked for
+    pipe,  # just loaded
+    dtype,  # that was asked for
 ):
     "Raise `CxrError` unless every weight has `dtype`."
-    got = {f"{name} {p.dtype}" for name in ("unet", "vae", "text_encoder") for p in getattr(pipe, name).parameters() if p.dtype != dtype}
-    if got: raise CxrError(f"asked for {dtype}, got {', '.join(sorted(got))}.\nThis version of diffusers names the argument differently: please report it.")
+    got = {
+        f"{name} {p.dtype}"
+        for name in ("unet", "vae", "text_encoder")
+        for p in getattr(pipe, name).parameters()
+        if p.dtype != dtype
+    }
+    if got:
+        raise CxrError(
+            f"asked for {dtype}, got {', '.join(sorted(got))}.\n"
+            "This version of diffusers names the argument differently: please report it."
+        )
 
 # %% ../../nbs/diffusion/pipelines.ipynb #3d9ec346
 def check_words(
     pipe,  # just loaded
-    folder # it came from
+    folder,  # it came from
 ):
     "Raise `CxrError` unless the text encoder took up the weights in its file."
-    for file in (Path(folder)/"text_encoder").glob("*.safetensors"):
+    for file in (Path(folder) / "text_encoder").glob("*.safetensors"):
         with safe_open(file, "pt") as f:
             for name in [n for n in f.keys() if n.endswith("token_embedding.weight")]:
-                stored, got = f.get_slice(name)[:2].float(), pipe.text_encoder.get_input_embeddings().weight[:2].detach().float().cpu()
+                stored = f.get_slice(name)[:2].float()
+                got = pipe.text_encoder.get_input_embeddings().weight[:2].detach().float().cpu()
                 if not torch.allclose(stored, got, rtol=1e-2, atol=1e-4):
-                    raise CxrError(f"{file} was not taken up by this version of transformers: the text encoder would be random.\nInstall transformers 5.6 or later, or save the pipeline again with save_pipeline.")
+                    raise CxrError(
+                        f"{file} was not taken up by this version of transformers: the text "
+                        "encoder would be random.\n"
+                        "Install transformers 5.6 or later, or save the pipeline again with "
+                        "save_pipeline."
+                    )
 
 # %% ../../nbs/diffusion/pipelines.ipynb #87ebf878
 def load_pipeline(
-    source,               # folder, Hub id, name in `BASES`, or LoRA folder (its base is loaded and the LoRA applied)
-    dtype=None,           # torch dtype of the weights; None for float32
-    device=None,          # cuda, mps or cpu; None leaves it on the CPU, as diffusers made it
-    revision=None,        # Hub only: branch, tag or commit; None for main
-    local_files_only=None # True: only what was downloaded before
+    source,  # folder, Hub id, name in `BASES`, or LoRA folder (its base is loaded and the LoRA applied)
+    dtype=None,  # torch dtype of the weights; None for float32
+    device=None,  # cuda, mps or cpu; None leaves it on the CPU, as diffusers made it
+    revision=None,  # Hub only: branch, tag or commit; None for main
+    local_files_only=None,  # True: only what was downloaded before
 ) -> StableDiffusionPipeline:
     "Load any Stable Diffusion 1 or 2 pipeline in the precision that was asked for; raises `CxrError` if that cannot be done."
     src, dtype = check_source(source, revision, local_files_only), dtype or torch.float32
-    try: pipe = StableDiffusionPipeline.from_pretrained(src.where, revision=src.revision, use_safetensors=True, safety_checker=None, requires_safety_checker=False,
-                                                        local_files_only=bool(local_files_only), **load_dtype(dtype))
+    try:
+        pipe = StableDiffusionPipeline.from_pretrained(
+            src.where,
+            revision=src.revision,
+            use_safetensors=True,
+            safety_checker=None,
+            requires_safety_checker=False,
+            local_files_only=bool(local_files_only),
+            **load_dtype(dtype),
+        )
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as e:
-        raise CxrError(f"cannot load the model {src.where}: {download_failure(e)}\n{allowed_sources()}") from e
+        raise CxrError(
+            f"cannot load the model {src.where}: {download_failure(e)}\n{allowed_sources()}"
+        ) from e
     check_words(pipe, src.folder)
-    if src.lora: load_lora(pipe, src.lora)
+    if src.lora:
+        load_lora(pipe, src.lora)
     check_dtype(pipe, dtype)
     pipe.set_progress_bar_config(disable=True)
-    if device: to_device(pipe.unet, device); pipe.to(device)
+    if device:
+        to_device(pipe.unet, device)
+        pipe.to(device)
     return pipe
 
 # %% ../../nbs/diffusion/pipelines.ipynb #3cc3ee08
 def save_pipeline(
     pipe,  # with trained parts
-    folder # final name; complete once it exists
+    folder,  # final name; complete once it exists
 ):
     "Save in Stable Diffusion's format under a temporary name, then rename; raises `CxrError` if the folder exists."
     folder = Path(folder)
-    if folder.exists(): raise CxrError(f"{folder} exists already.\nName another folder, or move this one away.")
+    if folder.exists():
+        raise CxrError(f"{folder} exists already.\nName another folder, or move this one away.")
     remove_leftovers(folder.parent, [folder.name])
     tmp = temporary_for(folder)
     pipe.save_pretrained(tmp, safe_serialization=True)
-    for file in (tmp/"text_encoder").glob("*.safetensors*"): file.unlink()
-    words = {f"text_model.{k.removeprefix('text_model.')}": v.contiguous() for k, v in pipe.text_encoder.state_dict().items()}
-    save_file(words, tmp/"text_encoder/model.safetensors", metadata={"format": "pt"})
+    for file in (tmp / "text_encoder").glob("*.safetensors*"):
+        file.unlink()
+    words = {
+        f"text_model.{k.removeprefix('text_model.')}": v.contiguous()
+        for k, v in pipe.text_encoder.state_dict().items()
+    }
+    save_file(words, tmp / "text_encoder/model.safetensors", metadata={"format": "pt"})
     os.replace(tmp, folder)
 
 # %% ../../nbs/diffusion/pipelines.ipynb #75d3319e
 def check_lora(
-    pipe,        # the base
-    state: dict, # from a LoRA file, native names
-    facts: dict, # from lora.json, or {}
-    what: str    # how the user knows it
+    pipe,  # the base
+    state: dict,  # from a LoRA file, native names
+    facts: dict,  # from lora.json, or {}
+    what: str,  # how the user knows it
 ):
     "Does a LoRA belong to this pipeline? Raises `CxrError` if its base is another one or if weights fit nowhere."
-    base, again = facts.get("base", "another model"), "\nLoad it on the base that it was trained on."
-    if facts and not same_signature(facts["signature"], base_signature(pipe.unet)): raise CxrError(f"{what} is a LoRA for {base}; the weights of this pipeline are others.{again}")
+    base = facts.get("base", "another model")
+    again = "\nLoad it on the base that it was trained on."
+    if facts and not same_signature(facts["signature"], base_signature(pipe.unet)):
+        raise CxrError(
+            f"{what} is a LoRA for {base}; the weights of this pipeline are others.{again}"
+        )
     for part in facts.get("parts", ()):
-        if not any(k.startswith(part + ".") for k in state): raise CxrError(f"{what} should hold LoRA weights of the {part} and holds none.\nCopy {LORA_FILE} again.")
+        if not any(k.startswith(part + ".") for k in state):
+            raise CxrError(
+                f"{what} should hold LoRA weights of the {part} and holds none.\n"
+                f"Copy {LORA_FILE} again."
+            )
     for k, v in state.items():
         part, _, name = re.sub(r"\.lora.*", "", k).partition(".")
-        layer = dict(getattr(pipe, part).named_modules()).get(name) if part in ("unet", "text_encoder") else None
-        if layer is None: raise CxrError(f"{what}: no layer of this pipeline takes up {k}.{again}")
-        if (".down." in k or ".lora_A." in k) and v.shape[1] != layer.weight.shape[1]: raise CxrError(f"{what}: {k} is for {v.shape[1]} inputs, the layer has {layer.weight.shape[1]}.{again}")
+        layer = (
+            dict(getattr(pipe, part).named_modules()).get(name)
+            if part in ("unet", "text_encoder")
+            else None
+        )
+        if layer is None:
+            raise CxrError(f"{what}: no layer of this pipeline takes up {k}.{again}")
+        if (".down." in k or ".lora_A." in k) and v.shape[1] != layer.weight.shape[1]:
+            raise CxrError(
+                f"{what}: {k} is for {v.shape[1]} inputs, the layer has "
+                f"{layer.weight.shape[1]}.{again}"
+            )
 
 # %% ../../nbs/diffusion/pipelines.ipynb #a7115fb8
 def load_lora(
     pipe,  # the base; changed in place
-    folder # with pytorch_lora_weights.safetensors; lora.json is used if it is there
+    folder,  # with pytorch_lora_weights.safetensors; lora.json is used if it is there
 ):
     "Apply a LoRA by diffusers; raises `CxrError` if it belongs to another base or if a part of it fits nowhere."
     folder, parts = Path(folder), ("unet", "text_encoder")
-    if not (folder/LORA_FILE).is_file(): raise CxrError(f"{folder} has no {LORA_FILE}.\nGive a folder that training with method lora has written.")
-    if any(lora_layers(getattr(pipe, part)) for part in parts): raise CxrError("the pipeline carries a LoRA already.\nFuse it first, or load the base again.")
-    state = native_weight_names(load_file(folder/LORA_FILE), pipe.text_encoder)
-    check_lora(pipe, state, read_json(folder/"lora.json") if (folder/"lora.json").is_file() else {}, str(folder))
+    if not (folder / LORA_FILE).is_file():
+        raise CxrError(
+            f"{folder} has no {LORA_FILE}.\n"
+            "Give a folder that training with method lora has written."
+        )
+    if any(lora_layers(getattr(pipe, part)) for part in parts):
+        raise CxrError(
+            "the pipeline carries a LoRA already.\nFuse it first, or load the base again."
+        )
+    state = native_weight_names(load_file(folder / LORA_FILE), pipe.text_encoder)
+    check_lora(
+        pipe,
+        state,
+        read_json(folder / "lora.json") if (folder / "lora.json").is_file() else {},
+        str(folder),
+    )
     pipe.load_lora_weights(state)
     for part in parts:
-        want, got = {re.sub(r"\.lora.*", "", k) for k in state if k.startswith(part + ".")}, lora_layers(getattr(pipe, part))
-        if len(got) != len(want): raise CxrError(f"{folder}: LoRA for {len(want)} layers of the {part}, taken up by {len(got)}.\nThese versions of diffusers, transformers and peft do not fit together: please report them.")
+        want = {re.sub(r"\.lora.*", "", k) for k in state if k.startswith(part + ".")}
+        got = lora_layers(getattr(pipe, part))
+        if len(got) != len(want):
+            raise CxrError(
+                f"{folder}: LoRA for {len(want)} layers of the {part}, taken up by {len(got)}.\n"
+                "These versions of diffusers, transformers and peft do not fit together: please "
+                "report them."
+            )
 
 # %% ../../nbs/diffusion/pipelines.ipynb #fd49716d
 def fuse(
-    source,   # LoRA folder
-    out,      # folder of the full pipeline
-    dtype=None# torch dtype to store; None for float32
+    source,  # LoRA folder
+    out,  # folder of the full pipeline
+    dtype=None,  # torch dtype to store; None for float32
 ):
     "Add a LoRA to its base for good and save a full pipeline; raises `CxrError` if `source` is none."
-    if not (Path(source)/"lora.json").is_file(): raise CxrError(f"{source} is no LoRA folder: it has no lora.json.\nGive a folder that training with method lora has written.")
+    if not (Path(source) / "lora.json").is_file():
+        raise CxrError(
+            f"{source} is no LoRA folder: it has no lora.json.\n"
+            "Give a folder that training with method lora has written."
+        )
     pipe = load_pipeline(source)
-    pipe.fuse_lora(components=[part for part in ("unet", "text_encoder") if lora_layers(getattr(pipe, part))])
+    pipe.fuse_lora(
+        components=[part for part in ("unet", "text_encoder") if lora_layers(getattr(pipe, part))]
+    )
     pipe.unload_lora_weights()
     save_pipeline(pipe.to(dtype=dtype) if dtype else pipe, out)
 
 # %% ../../nbs/diffusion/pipelines.ipynb #a4b274bf
 @torch.inference_mode()
 def round_trip(
-    vae,          # AutoencoderKL, or one that works like it
-    images,       # uint8 (N, R, R)
-    desc: str = ""# for the progress bar
-):                # uint8 (N, R, R)
+    vae,  # AutoencoderKL, or one that works like it
+    images,  # uint8 (N, R, R)
+    desc: str = "",  # for the progress bar
+):  # uint8 (N, R, R)
     "Images encoded and decoded again: what a generator's autoencoder does to them before any generation."
     out = []
     for i in progress(range(0, len(images), 8), desc, unit="batch"):
-        x = torch.from_numpy(images[i:i + 8]).float()[:, None].expand(-1, 3, -1, -1) / 127.5 - 1
+        x = torch.from_numpy(images[i : i + 8]).float()[:, None].expand(-1, 3, -1, -1) / 127.5 - 1
         z = vae.encode(x.to(vae.device, vae.dtype)).latent_dist.mode()
         y = vae.decode(z).sample.float().mean(1).cpu()
         out.append(((y + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy())

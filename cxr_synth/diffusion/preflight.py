@@ -26,114 +26,198 @@ from .small_pipeline import tiny_pipeline
 
 # %% ../../nbs/diffusion/preflight.ipynb #2a66fc42
 def norm_in_float32(
-    layer,         # GroupNorm or LayerNorm
-    x: torch.Tensor# its input
+    layer,  # GroupNorm or LayerNorm
+    x: torch.Tensor,  # its input
 ) -> torch.Tensor:
     "What autocast does with norms on a GPU (on a CPU it computes them in half precision, which keeps less)."
-    with torch.autocast("cpu", enabled=False): return type(layer).forward(layer, x.float())
+    with torch.autocast("cpu", enabled=False):
+        return type(layer).forward(layer, x.float())
+
 
 def empty_weights(
-    model # on any device, `meta` for one; changed in place
+    model,  # on any device, `meta` for one; changed in place
 ):
     "Replace a network's weights by empty ones; under `FakeTensorMode` they take no memory."
     for m in model.modules():
         for k, p in m._parameters.items():
-            if p is not None: m._parameters[k] = torch.nn.Parameter(torch.empty(p.shape, device="cpu"), requires_grad=p.requires_grad)
+            if p is not None:
+                m._parameters[k] = torch.nn.Parameter(
+                    torch.empty(p.shape, device="cpu"), requires_grad=p.requires_grad
+                )
         for k, b in m._buffers.items():
-            if b is not None: m._buffers[k] = torch.empty(b.shape, dtype=b.dtype, device="cpu")
-        if isinstance(m, (torch.nn.GroupNorm, torch.nn.LayerNorm)): m.forward = partial(norm_in_float32, m)
+            if b is not None:
+                m._buffers[k] = torch.empty(b.shape, dtype=b.dtype, device="cpu")
+        if isinstance(m, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
+            m.forward = partial(norm_in_float32, m)
     return model
 
 # %% ../../nbs/diffusion/preflight.ipynb #fa8ce902
 def kept_bytes(
-    model,        # real or hollow
-    forward,      # calls it; returns its output
-    half: bool    # under autocast to bfloat16
+    model,  # real or hollow
+    forward,  # calls it; returns its output
+    half: bool,  # under autocast to bfloat16
 ) -> int:
     "Bytes that autograd keeps for the backward pass, the weights themselves not counted."
     weights, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
+
     def keep(t):
         s = t.untyped_storage()
-        if s._cdata not in weights: kept[s._cdata] = s
+        if s._cdata not in weights:
+            kept[s._cdata] = s
         return t
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16, enabled=half): forward()
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),
+        torch.autocast("cpu", torch.bfloat16, enabled=half),
+    ):
+        forward()
     return sum(s.nbytes() for s in kept.values())
 
 # %% ../../nbs/diffusion/preflight.ipynb #fec9d00a
 def base_parts(
-    base,                 # a name in `BASES`, or as `check_source` takes it
-    resolution: int,      # side of the images, px
-    revision=None,        # Hub only: branch, tag or commit; None for main
-    local_files_only=None # True: only what was downloaded before
-) -> dict: # unet, text_encoder, vae
+    base,  # a name in `BASES`, or as `check_source` takes it
+    resolution: int,  # side of the images, px
+    revision=None,  # Hub only: branch, tag or commit; None for main
+    local_files_only=None,  # True: only what was downloaded before
+) -> dict:  # unet, text_encoder, vae
     "A base's networks without its weights, from its configuration alone."
     if is_scratch(base):
-        with tempfile.TemporaryDirectory() as folder: pipe = tiny_pipeline(folder, PROMPTS.values(), resolution)
+        with tempfile.TemporaryDirectory() as folder:
+            pipe = tiny_pipeline(folder, PROMPTS.values(), resolution)
         return dict(unet=pipe.unet, text_encoder=pipe.text_encoder, vae=pipe.vae)
     with torch.device("meta"):
-        if base in BASES: return known_parts(base)
+        if base in BASES:
+            return known_parts(base)
         folder = check_source(base, revision, local_files_only).folder
-        vae = read_json(folder/"vae/config.json")
-        return dict(unet=UNet2DConditionModel.from_config(read_json(folder/"unet/config.json")), text_encoder=CLIPTextModel(CLIPTextConfig.from_pretrained(folder/"text_encoder")),
-                    vae={"AutoencoderTiny": AutoencoderTiny}.get(vae["_class_name"], AutoencoderKL).from_config(vae))
+        vae = read_json(folder / "vae/config.json")
+        return dict(
+            unet=UNet2DConditionModel.from_config(read_json(folder / "unet/config.json")),
+            text_encoder=CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder")),
+            vae={"AutoencoderTiny": AutoencoderTiny}.get(
+                vae["_class_name"], AutoencoderKL
+            ).from_config(vae),
+        )
 
 # %% ../../nbs/diffusion/preflight.ipynb #f8ec1768
 def activation_bytes(
-    parts: dict,     # unet and text_encoder; hollowed
-    cfg,             # TrainConfig
-    resolution: int, # px
-    shrink: int      # of the VAE: pixels per latent, along a side
+    parts: dict,  # unet and text_encoder; hollowed
+    cfg,  # TrainConfig
+    resolution: int,  # px
+    shrink: int,  # of the VAE: pixels per latent, along a side
 ) -> int:
     "What one forward pass of training keeps for the backward pass."
-    unet, text, side = parts["unet"], parts["text_encoder"], resolution // shrink
-    if cfg.gradient_checkpointing: unet.train().enable_gradient_checkpointing()
-    precision = pick_precision(pick_device(cfg.device)) if cfg.mixed_precision == "auto" else cfg.mixed_precision
+    unet = parts["unet"]
+    text = parts["text_encoder"]
+    side = resolution // shrink
+    if cfg.gradient_checkpointing:
+        unet.train().enable_gradient_checkpointing()
+    precision = (
+        pick_precision(pick_device(cfg.device))
+        if cfg.mixed_precision == "auto"
+        else cfg.mixed_precision
+    )
     batch, half = cfg.train_batch_size * (2 if cfg.prior_loss_weight else 1), precision != "no"
     with torch.random.fork_rng(devices=[]), FakeTensorMode():
-        empty_weights(unet); empty_weights(text)
+        empty_weights(unet)
+        empty_weights(text)
         words = torch.empty(batch, text.config.max_position_embeddings, text.config.hidden_size)
-        kept = kept_bytes(unet, lambda: unet(torch.empty(batch, unet.config.in_channels, side, side), torch.zeros(batch, dtype=torch.long), words).sample, half)
-        ids = torch.zeros(min(batch, 4), text.config.max_position_embeddings, dtype=torch.long)   # only different prompts are encoded
-        return kept + (kept_bytes(text, lambda: text(ids)[0], half) if cfg.train_text_encoder else 0)
+        kept = kept_bytes(
+            unet,
+            lambda: (
+                unet(
+                    torch.empty(batch, unet.config.in_channels, side, side),
+                    torch.zeros(batch, dtype=torch.long),
+                    words,
+                ).sample
+            ),
+            half,
+        )
+        ids = torch.zeros(
+            min(batch, 4), text.config.max_position_embeddings, dtype=torch.long
+        )  # only different prompts are encoded
+        return kept + (
+            kept_bytes(text, lambda: text(ids)[0], half) if cfg.train_text_encoder else 0
+        )
 
 # %% ../../nbs/diffusion/preflight.ipynb #7fd9f271
 def preflight(
-    cfg,                  # TrainConfig
-    resolution: int,      # side of the images, px
-    local_files_only=None # True: only what was downloaded before
-) -> dict: # memory and disk in GiB, by purpose, and counts in millions
+    cfg,  # TrainConfig
+    resolution: int,  # side of the images, px
+    local_files_only=None,  # True: only what was downloaded before
+) -> dict:  # memory and disk in GiB, by purpose, and counts in millions
     "Estimate what training takes, before any weight is downloaded; raises `CxrError` as `check_source` and `add_lora` do."
     parts = base_parts(cfg.base, resolution, cfg.revision, local_files_only)
     tuned = [parts["unet"]] + [parts["text_encoder"]] * cfg.train_text_encoder
-    all_M, shrink = millions(p for m in parts.values() for p in m.parameters()), 2 ** (len(parts["vae"].config.block_out_channels) - 1)
-    for m in parts.values(): m.requires_grad_(m in tuned)
+    all_M = millions(p for m in parts.values() for p in m.parameters())
+    shrink = 2 ** (len(parts["vae"].config.block_out_channels) - 1)
+    for m in parts.values():
+        m.requires_grad_(m in tuned)
     if cfg.method == "lora":
-        for m in tuned: inject_lora(m, cfg.rank, cfg.lora_alpha, LORA_TARGETS)
+        for m in tuned:
+            inject_lora(m, cfg.rank, cfg.lora_alpha, LORA_TARGETS)
     M = millions(p for m in tuned for p in m.parameters() if p.requires_grad)
     lora_M, moments = M * (cfg.method == "lora"), 2 if cfg.use_8bit_adam else 8
     kept = activation_bytes(parts, cfg, resolution, shrink) / 2**30
-    gib, average, models = 1e6 / 2**30, 4 * bool(cfg.ema_decay), 1 if cfg.joint else 2
-    memory = dict(weights=4*(all_M + lora_M)*gib, gradients=4*M*gib, optimizer=moments*M*gib, average=average*M*gib, activations=kept, reserve=1 + 0.1*kept)
+    gib = 1e6 / 2**30
+    average = 4 * bool(cfg.ema_decay)
+    models = 1 if cfg.joint else 2
+    memory = dict(
+        weights=4 * (all_M + lora_M) * gib,
+        gradients=4 * M * gib,
+        optimizer=moments * M * gib,
+        average=average * M * gib,
+        activations=kept,
+        reserve=1 + 0.1 * kept,
+    )
     on_hub = not (is_scratch(cfg.base) or Path(cfg.base).exists())
     saved = lora_M or all_M
-    disk = dict(download=4*all_M*gib*on_hub, models=4*(saved + M)*models*gib, checkpoints=2*(4 + moments + average)*M*gib)
+    disk = dict(
+        download=4 * all_M * gib * on_hub,
+        models=4 * (saved + M) * models * gib,
+        checkpoints=2 * (4 + moments + average) * M * gib,
+    )
     return dict(trained=M, total=all_M + lora_M, memory=memory, disk=disk)
 
 # %% ../../nbs/diffusion/preflight.ipynb #9bfd96ba
 def preflight_text(
-    need: dict,        # from `preflight`
-    memory: float=None,# GiB that the device has, see `device_memory`; None if unknown
-    disk: float=None   # GiB that are free; None if unknown
+    need: dict,  # from `preflight`
+    memory: float = None,  # GiB that the device has, see `device_memory`; None if unknown
+    disk: float = None,  # GiB that are free; None if unknown
 ) -> str:
     "The estimate in words, with what to try if it does not fit."
-    def line(what, have, there): return f"{what} about {sum(need[what].values()):.1f} GiB (" + ", ".join(f"{k} {v:.1f}" for k, v in need[what].items() if v > 0.05) + ")" + (f"; {there} {have:.1f}" if have is not None else "")
-    text = [f"trains {need['trained']:.1f} M of {need['total']:.1f} M numbers", line("memory", memory, "the device has"), line("disk", disk, "free")]
-    if memory is not None and sum(need["memory"].values()) > memory: text.append("It will hardly fit: try gradient_checkpointing, a smaller train_batch_size with more gradient_accumulation_steps, or method lora.")
-    if disk is not None and sum(need["disk"].values()) > disk: text.append("The disk is too small: free some space, use method lora, or choose another study folder.")
+
+    def line(what, have, there):
+        return (
+            f"{what} about {sum(need[what].values()):.1f} GiB ("
+            + ", ".join(f"{k} {v:.1f}" for k, v in need[what].items() if v > 0.05)
+            + ")"
+            + (f"; {there} {have:.1f}" if have is not None else "")
+        )
+
+    text = [
+        f"trains {need['trained']:.1f} M of {need['total']:.1f} M numbers",
+        line("memory", memory, "the device has"),
+        line("disk", disk, "free"),
+    ]
+    if memory is not None and sum(need["memory"].values()) > memory:
+        text.append(
+            "It will hardly fit: try gradient_checkpointing, a smaller train_batch_size with more "
+            "gradient_accumulation_steps, or method lora."
+        )
+    if disk is not None and sum(need["disk"].values()) > disk:
+        text.append(
+            "The disk is too small: free some space, use method lora, or choose another study "
+            "folder."
+        )
     return "\n".join(text)
 
+
 def device_memory(
-    device: str # cuda, mps or cpu
+    device: str,  # cuda, mps or cpu
 ) -> float:
     "GiB of the GPU, or of the whole machine."
-    return (torch.cuda.get_device_properties(0).total_memory if device == "cuda" else psutil.virtual_memory().total) / 2**30
+    return (
+        torch.cuda.get_device_properties(0).total_memory
+        if device == "cuda"
+        else psutil.virtual_memory().total
+    ) / 2**30

@@ -15,8 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, torch
 from PIL import Image
-from diffusers import (DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler,
-                       StableDiffusionPipeline, UniPCMultistepScheduler)
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    UniPCMultistepScheduler,
+)
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 # %% ../../nbs/diffusion/sampling.ipynb #7c761212
@@ -30,296 +35,456 @@ from .pipelines import load_pipeline
 from ..images.images import prepare_image
 
 # %% ../../nbs/diffusion/sampling.ipynb #36f59413
-SCHEDULERS = {"dpmsolver++": DPMSolverMultistepScheduler, "ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "unipc": UniPCMultistepScheduler}
+SCHEDULERS = {
+    "dpmsolver++": DPMSolverMultistepScheduler,
+    "ddim": DDIMScheduler,
+    "euler": EulerDiscreteScheduler,
+    "unipc": UniPCMultistepScheduler,
+}
+
 
 def set_scheduler(
-    pipe,     # a pipeline; changed in place
-    name: str # one of `SCHEDULERS`; empty leaves the one it has
+    pipe,  # a pipeline; changed in place
+    name: str,  # one of `SCHEDULERS`; empty leaves the one it has
 ):
     "Give a pipeline the scheduler `name`, with the noise schedule that the model was trained on."
-    if not name: return
+    if not name:
+        return
     kind = SCHEDULERS[one_of(name, SCHEDULERS, "scheduler")]
-    if type(pipe.scheduler) is not kind: pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    if type(pipe.scheduler) is not kind:
+        pipe.scheduler = kind.from_config(pipe.scheduler.config)
 
 # %% ../../nbs/diffusion/sampling.ipynb #3cbe7423
 def load_finetuned_model(
-    model_path,          # folder in Stable Diffusion format, LoRA folder, Hub id, or name of a base model
-    device: str="auto",  # auto, cuda, mps or cpu
-    mixed_precision: str="auto", # see `pick_precision`
-    revision=None        # Hub only: branch, tag or commit
-) -> StableDiffusionPipeline: # raises `CxrError` when a part is missing or does not fit
+    model_path,  # folder in Stable Diffusion format, LoRA folder, Hub id, or name of a base model
+    device: str = "auto",  # auto, cuda, mps or cpu
+    mixed_precision: str = "auto",  # see `pick_precision`
+    revision=None,  # Hub only: branch, tag or commit
+) -> StableDiffusionPipeline:  # raises `CxrError` when a part is missing or does not fit
     "Load a fine-tuned pipeline with the fast DPM-Solver++ scheduler (guide, section 8)."
     device = pick_device(device)
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(pick_precision(device, mixed_precision)) if device == "cuda" else None
-    is_lora = (Path(str(model_path))/"lora.json").is_file()
+    half = (
+        {"bf16": torch.bfloat16, "fp16": torch.float16}.get(pick_precision(device, mixed_precision))
+        if device == "cuda"
+        else None
+    )
+    is_lora = (Path(str(model_path)) / "lora.json").is_file()
     pipe = load_pipeline(model_path, None if is_lora else half, revision=revision)
-    if is_lora:                                                  # added in float32, then rounded
-        pipe.fuse_lora(components=[part for part in ("unet", "text_encoder") if lora_layers(getattr(pipe, part))])
+    if is_lora:  # added in float32, then rounded
+        pipe.fuse_lora(
+            components=[
+                part for part in ("unet", "text_encoder") if lora_layers(getattr(pipe, part))
+            ]
+        )
         pipe.unload_lora_weights()
-        if half: pipe.to(dtype=half)
+        if half:
+            pipe.to(dtype=half)
     set_scheduler(pipe, "dpmsolver++")
     return pipe.to(device)
 
 # %% ../../nbs/diffusion/sampling.ipynb #52b139f2
 def image_seed(
-    seed: int,     # study seed
-    generator: str,# such as real010-rep0
-    cls: str,      # class
-    k: int         # number of the image
+    seed: int,  # study seed
+    generator: str,  # such as real010-rep0
+    cls: str,  # class
+    k: int,  # number of the image
 ) -> int:
     "The seed of one synthetic image."
     return seed_for(seed, "image", generator, cls, k)
 
+
 def start_noise(
-    seeds: list[int], # one per image
-    channels: int,    # of the latents
-    side: int         # of the latents
-) -> torch.Tensor:    # (B, channels, side, side)
+    seeds: list[int],  # one per image
+    channels: int,  # of the latents
+    side: int,  # of the latents
+) -> torch.Tensor:  # (B, channels, side, side)
     "Standard normal noise, each image's from its own seed."
-    return torch.stack([torch.randn(channels, side, side, generator=torch.Generator().manual_seed(s)) for s in seeds])
+    return torch.stack(
+        [
+            torch.randn(channels, side, side, generator=torch.Generator().manual_seed(s))
+            for s in seeds
+        ]
+    )
 
 # %% ../../nbs/diffusion/sampling.ipynb #dfb33f9c
-logging.getLogger("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion").setLevel(logging.ERROR)  # its own message about cut prompts
+logging.getLogger("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion").setLevel(
+    logging.ERROR
+)  # its own message about cut prompts
+
 
 def unread_prompt(
     tokenizer,  # of the pipeline
-    prompt: str # what to draw
-) -> str:       # empty if all of it is read
+    prompt: str,  # what to draw
+) -> str:  # empty if all of it is read
     "The end of a prompt that the model will not read."
     ids, room = tokenizer(prompt).input_ids, tokenizer.model_max_length
-    return tokenizer.decode(ids[room - 1:-1]) if len(ids) > room else ""
+    return tokenizer.decode(ids[room - 1 : -1]) if len(ids) > room else ""
 
 # %% ../../nbs/diffusion/sampling.ipynb #bafba072
 def check_settings(
-    cfg: GenerateConfig # settings
+    cfg: GenerateConfig,  # settings
 ):
     "Raise `CxrError` for settings that cannot be."
     one_of(cfg.scheduler, ("", *SCHEDULERS), "scheduler")
-    if cfg.num_inference_steps < 1: raise CxrError(f"num_inference_steps {cfg.num_inference_steps} is not possible.\nAllowed: whole numbers from 1; 15 to 50 are usual.")
-    if not 0 <= cfg.guidance_scale < 100: raise CxrError(f"guidance_scale {cfg.guidance_scale} is not possible.\nAllowed: 1 (none) to 20 or so.")
-    if cfg.negative_prompt and cfg.guidance_scale <= 1: raise CxrError(f"a negative prompt needs guidance above 1; it is {cfg.guidance_scale:g}.\nGive --generate.guidance-scale 3, or no negative prompt.")
+    if cfg.num_inference_steps < 1:
+        raise CxrError(
+            f"num_inference_steps {cfg.num_inference_steps} is not possible.\n"
+            "Allowed: whole numbers from 1; 15 to 50 are usual."
+        )
+    if not 0 <= cfg.guidance_scale < 100:
+        raise CxrError(
+            f"guidance_scale {cfg.guidance_scale} is not possible.\nAllowed: 1 (none) to 20 or so."
+        )
+    if cfg.negative_prompt and cfg.guidance_scale <= 1:
+        raise CxrError(
+            f"a negative prompt needs guidance above 1; it is {cfg.guidance_scale:g}.\n"
+            "Give --generate.guidance-scale 3, or no negative prompt."
+        )
     if min(cfg.batch_size, cfg.threads, cfg.resolution) < 0 or cfg.resolution % 8:
-        raise CxrError(f"batch_size {cfg.batch_size}, threads {cfg.threads}, resolution {cfg.resolution}: not possible.\nAllowed: whole numbers from 0, which means automatic; a resolution divisible by 8.")
+        raise CxrError(
+            f"batch_size {cfg.batch_size}, threads {cfg.threads}, resolution {cfg.resolution}: "
+            "not possible.\n"
+            "Allowed: whole numbers from 0, which means automatic; a resolution divisible by 8."
+        )
 
 # %% ../../nbs/diffusion/sampling.ipynb #aaea3b40
 def choose_memory_layout(
-    pipe,          # its U-Net and decoder are changed in place
-    device: str,   # cuda, mps or cpu
-    precision: str,# no, bf16 or fp16
-    side: int      # of the latents
+    pipe,  # its U-Net and decoder are changed in place
+    device: str,  # cuda, mps or cpu
+    precision: str,  # no, bf16 or fp16
+    side: int,  # of the latents
 ):
     "Choose the attention and the memory layout that are fast here (`benchmarks/generate.py`)."
-    plain = device == "cpu" and precision == "bf16" and side <= 32       # the formula itself, for small latents
+    plain = (
+        device == "cpu" and precision == "bf16" and side <= 32
+    )  # the formula itself, for small latents
     pipe.unet.set_attn_processor(AttnProcessor() if plain else AttnProcessor2_0())
-    layout = torch.channels_last if device == "cpu" and precision == "no" else torch.contiguous_format
-    for part in (pipe.unet, pipe.vae): part.to(memory_format=layout)
+    layout = (
+        torch.channels_last if device == "cpu" and precision == "no" else torch.contiguous_format
+    )
+    for part in (pipe.unet, pipe.vae):
+        part.to(memory_format=layout)
 
 # %% ../../nbs/diffusion/sampling.ipynb #ba51f379
 class Sampler:
     "Draws images of one prompt, one per seed, in calls of one shape."
+
     def __init__(self, pipe, prompt: str, resolution: int, cfg: GenerateConfig, batch_size: int):
-        self.pipe, self.cfg, self.batch_size, self.resolution = pipe, cfg, batch_size, resolution
+        self.pipe = pipe
+        self.cfg = cfg
+        self.batch_size = batch_size
+        self.resolution = resolution
         device, is_half = pipe.device.type, pipe.unet.dtype != torch.float32
         self.precision = "no" if is_half else pick_precision(device, cfg.mixed_precision)
         self.side = resolution // pipe.vae_scale_factor
         choose_memory_layout(pipe, device, self.precision, self.side)
         set_scheduler(pipe, cfg.scheduler)
         for text in (prompt, cfg.negative_prompt):
-            if lost := unread_prompt(pipe.tokenizer, text): warnings.warn(f"the prompt is too long for this model; it does not read: {lost!r}")
+            if lost := unread_prompt(pipe.tokenizer, text):
+                warnings.warn(f"the prompt is too long for this model; it does not read: {lost!r}")
         with torch.inference_mode(), autocast(device, self.precision):
-            self.words = pipe.encode_prompt(prompt, pipe.device, 1, cfg.guidance_scale > 1, cfg.negative_prompt)
+            self.words = pipe.encode_prompt(
+                prompt, pipe.device, 1, cfg.guidance_scale > 1, cfg.negative_prompt
+            )
 
     def __call__(self, seeds: list[int]) -> np.ndarray:
         "Draw at most `batch_size` images: (N, 3, S, S) float32, 0 to 1."
-        if len(seeds) > self.batch_size: raise CxrError(f"{len(seeds)} seeds for calls of {self.batch_size} images.\nGive at most as many as the batch size.")
+        if len(seeds) > self.batch_size:
+            raise CxrError(
+                f"{len(seeds)} seeds for calls of {self.batch_size} images.\n"
+                "Give at most as many as the batch size."
+            )
         padded = [*seeds, *seeds[:1] * (self.batch_size - len(seeds))]
-        return self.draw(start_noise(padded, self.pipe.unet.config.in_channels, self.side))[:len(seeds)]
+        return self.draw(start_noise(padded, self.pipe.unet.config.in_channels, self.side))[
+            : len(seeds)
+        ]
 
     @torch.inference_mode()
     def draw(self, noise: torch.Tensor) -> np.ndarray:
         "From noise to images: guidance takes both halves of a step in one pass."
         pipe, cfg = self.pipe, self.cfg
-        words, without = (w.expand(len(noise), -1, -1) if w is not None else None for w in self.words)
+        words, without = (
+            w.expand(len(noise), -1, -1) if w is not None else None for w in self.words
+        )
         with autocast(pipe.device.type, self.precision):
-            latents = pipe(prompt_embeds=words, negative_prompt_embeds=without, latents=noise.to(pipe.device, pipe.unet.dtype), output_type="latent",
-                           height=self.resolution, width=self.resolution, num_inference_steps=cfg.num_inference_steps, guidance_scale=cfg.guidance_scale).images
-            pixels = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor, return_dict=False)[0]
-        return (pixels.float() / 2 + .5).clamp(0, 1).cpu().numpy()
+            latents = pipe(
+                prompt_embeds=words,
+                negative_prompt_embeds=without,
+                latents=noise.to(pipe.device, pipe.unet.dtype),
+                output_type="latent",
+                height=self.resolution,
+                width=self.resolution,
+                num_inference_steps=cfg.num_inference_steps,
+                guidance_scale=cfg.guidance_scale,
+            ).images
+            pixels = pipe.vae.decode(
+                latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor, return_dict=False
+            )[0]
+        return (pixels.float() / 2 + 0.5).clamp(0, 1).cpu().numpy()
 
 # %% ../../nbs/diffusion/sampling.ipynb #5e156cda
 def to_image(
-    pixels: np.ndarray, # (3, S, S) float, 0 to 1; NaN becomes black
-    resolution: int     # side of the result, px
-) -> Image.Image:       # mode L
+    pixels: np.ndarray,  # (3, S, S) float, 0 to 1; NaN becomes black
+    resolution: int,  # side of the result, px
+) -> Image.Image:  # mode L
     "One drawn image on the path that real images take."
     rgb = np.round(np.nan_to_num(pixels) * 255).astype(np.uint8)
     return prepare_image(Image.fromarray(rgb.transpose(1, 2, 0)), resolution)
 
+
 def sample(
-    pipe,             # from `load_finetuned_model`
-    prompt: str,      # what to draw
-    seeds: list[int], # one per image, at most cfg.batch_size
+    pipe,  # from `load_finetuned_model`
+    prompt: str,  # what to draw
+    seeds: list[int],  # one per image, at most cfg.batch_size
     resolution: int,  # side of the images, px
-    cfg: GenerateConfig
-) -> list[Image.Image]: # grey, 8 bits, as many as seeds
+    cfg: GenerateConfig,
+) -> list[Image.Image]:  # grey, 8 bits, as many as seeds
     "Draw one image per seed, in one call padded to `cfg.batch_size`."
-    return [to_image(p, resolution) for p in Sampler(pipe, prompt, resolution, cfg, cfg.batch_size or len(seeds))(seeds)]
+    return [
+        to_image(p, resolution)
+        for p in Sampler(pipe, prompt, resolution, cfg, cfg.batch_size or len(seeds))(seeds)
+    ]
 
 # %% ../../nbs/diffusion/sampling.ipynb #c4277b0b
 def sampler_table(
-    pipe,           # from `load_finetuned_model`
-    prompt: str,    # what to draw
-    seed: int,      # the same for all
-    resolution: int,# px
+    pipe,  # from `load_finetuned_model`
+    prompt: str,  # what to draw
+    seed: int,  # the same for all
+    resolution: int,  # px
     cfg: GenerateConfig,  # the other settings
-    rows: list[dict],     # settings of each row, such as dict(guidance_scale=3.0)
-    columns: list[dict]   # settings of each column, such as dict(num_inference_steps=5)
+    rows: list[dict],  # settings of each row, such as dict(guidance_scale=3.0)
+    columns: list[dict],  # settings of each column, such as dict(num_inference_steps=5)
 ) -> list[list[Image.Image]]:
     "One seed drawn with every pair of settings."
-    return [[sample(pipe, prompt, [seed], resolution, replace(cfg, **row | column))[0] for column in columns] for row in rows]
+    return [
+        [
+            sample(pipe, prompt, [seed], resolution, replace(cfg, **row | column))[0]
+            for column in columns
+        ]
+        for row in rows
+    ]
+
 
 def show_table(
-    table: list[list[Image.Image]], # from `sampler_table`
-    rows: list,    # names of the rows
-    columns: list, # names of the columns
-    size: float=1. # of an image, inches
+    table: list[list[Image.Image]],  # from `sampler_table`
+    rows: list,  # names of the rows
+    columns: list,  # names of the columns
+    size: float = 1.0,  # of an image, inches
 ):
     "A figure of a table of images; returned for saving."
-    fig, axes = plt.subplots(len(rows), len(columns), figsize=(size*len(columns) + .6, size*len(rows) + .2), squeeze=False)
+    fig, axes = plt.subplots(
+        len(rows),
+        len(columns),
+        figsize=(size * len(columns) + 0.6, size * len(rows) + 0.2),
+        squeeze=False,
+    )
     for i, row in enumerate(table):
         for j, im in enumerate(row):
             axes[i, j].imshow(im, cmap="gray", vmin=0, vmax=255)
-            axes[i, j].set(xticks=[], yticks=[], title=columns[j] if i == 0 else None, ylabel=rows[i] if j == 0 else None)
-    fig.tight_layout(pad=.3)
+            axes[i, j].set(
+                xticks=[],
+                yticks=[],
+                title=columns[j] if i == 0 else None,
+                ylabel=rows[i] if j == 0 else None,
+            )
+    fig.tight_layout(pad=0.3)
     return fig
 
 # %% ../../nbs/diffusion/sampling.ipynb #fa0dcfd8
 def slerp(
-    a: torch.Tensor, # noise
-    b: torch.Tensor, # noise of the same shape
-    t: float         # 0 is a, 1 is b
+    a: torch.Tensor,  # noise
+    b: torch.Tensor,  # noise of the same shape
+    t: float,  # 0 is a, 1 is b
 ) -> torch.Tensor:
     "The point at `t` on the great circle from `a` to `b`: noise of the right size all the way."
     angle = torch.arccos((a * b).sum() / (a.norm() * b.norm()))
     return (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
 
+
 def latent_walk(
-    pipe,              # from `load_finetuned_model`
-    prompt: str,       # what to draw
-    seeds: tuple,      # of the two ends
-    n: int,            # images, ends included
-    resolution: int,   # px
-    cfg: GenerateConfig
+    pipe,  # from `load_finetuned_model`
+    prompt: str,  # what to draw
+    seeds: tuple,  # of the two ends
+    n: int,  # images, ends included
+    resolution: int,  # px
+    cfg: GenerateConfig,
 ) -> list[Image.Image]:
     "Images along a path from one seed's noise to another's."
     painter = Sampler(pipe, prompt, resolution, cfg, n)
     a, b = start_noise(list(seeds), pipe.unet.config.in_channels, painter.side)
-    return [to_image(p, resolution) for p in painter.draw(torch.stack([slerp(a, b, k / (n - 1)) for k in range(n)]))]
+    return [
+        to_image(p, resolution)
+        for p in painter.draw(torch.stack([slerp(a, b, k / (n - 1)) for k in range(n)]))
+    ]
 
 # %% ../../nbs/diffusion/sampling.ipynb #fcca57b6
 class AsyncWriter:
     "A thread that works one call behind: call it with a function to run; errors surface at the next call or at the end."
-    def __enter__(self): self.pool, self.last = ThreadPoolExecutor(1), None; return self
+
+    def __enter__(self):
+        self.pool = ThreadPoolExecutor(1)
+        self.last = None
+        return self
+
     def __exit__(self, kind, *_):
-        try: self.wait() if kind is None else None
-        finally: self.pool.shutdown()
-    def wait(self): return self.last.result() if self.last else None
-    def __call__(self, f, *args): self.wait(); self.last = self.pool.submit(f, *args)
+        try:
+            self.wait() if kind is None else None
+        finally:
+            self.pool.shutdown()
+
+    def wait(self):
+        return self.last.result() if self.last else None
+
+    def __call__(self, f, *args):
+        self.wait()
+        self.last = self.pool.submit(f, *args)
 
 # %% ../../nbs/diffusion/sampling.ipynb #26c2dcc4
 def draw_all(
     painter: Sampler,  # of one prompt
-    seeds: dict,       # number of an image -> its seed
-    put,               # called with number and pixels, in a second thread
-    desc: str = "",    # for the progress bar
-    total: int = None  # images of the set; those that are there already count as done
+    seeds: dict,  # number of an image -> its seed
+    put,  # called with number and pixels, in a second thread
+    desc: str = "",  # for the progress bar
+    total: int = None,  # images of the set; those that are there already count as done
 ):
     "Draw an image per seed and hand each on, while the next ones are being drawn."
     numbers, total = list(seeds), total or len(seeds)
-    def hand_on(part, pixels):
-        for k, p in zip(part, pixels): put(k, p)
 
-    with progress(total=total, initial=total - len(numbers), desc=desc, unit="image") as bar, AsyncWriter() as behind:
+    def hand_on(part, pixels):
+        for k, p in zip(part, pixels):
+            put(k, p)
+
+    with (
+        progress(total=total, initial=total - len(numbers), desc=desc, unit="image") as bar,
+        AsyncWriter() as behind,
+    ):
         for i in range(0, len(numbers), painter.batch_size):
-            part = numbers[i:i + painter.batch_size]
+            part = numbers[i : i + painter.batch_size]
             behind(hand_on, part, painter([seeds[k] for k in part]))
             bar.update(len(part))
 
 # %% ../../nbs/diffusion/sampling.ipynb #4ba6b2c5
 def out_of_memory(
-    error: Exception # any
+    error: Exception,  # any
 ) -> bool:
     "Does an error mean that memory ran out, on a GPU or a CPU?"
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or isinstance(error, RuntimeError) and "memory" in str(error)
+    return (
+        isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        or isinstance(error, RuntimeError)
+        and "memory" in str(error)
+    )
+
 
 def largest_batch_size(
-    works,    # called with (batch size, slicing); raises when memory runs out
-    most: int # where to start
+    works,  # called with (batch size, slicing); raises when memory runs out
+    most: int,  # where to start
 ) -> tuple[int, bool]:
     "The largest batch size, by halving, that does not run out of memory; with slicing only where that helps."
-    for b, slicing in ((b, s) for b in (most >> i for i in range(most.bit_length())) for s in (False, True)):
+    for b, slicing in (
+        (b, s) for b in (most >> i for i in range(most.bit_length())) for s in (False, True)
+    ):
         try:
             works(b, slicing)
             return b, slicing
         except (RuntimeError, MemoryError) as e:
-            if not out_of_memory(e): raise
-    raise CxrError("there is not enough memory for one image.\nTry a smaller --generate.resolution, or a device with more memory.")
+            if not out_of_memory(e):
+                raise
+    raise CxrError(
+        "there is not enough memory for one image.\n"
+        "Try a smaller --generate.resolution, or a device with more memory."
+    )
 
 # %% ../../nbs/diffusion/sampling.ipynb #b2563b43
 def find_batch_size(
-    pipe,            # from `load_finetuned_model`
-    resolution: int, # at which it draws, px
-    cfg: GenerateConfig, # settings; a batch size above 0 is taken as it is
-    most: int = 64   # images
-) -> tuple[int, bool]: # batch size, and whether the decoder works image by image
+    pipe,  # from `load_finetuned_model`
+    resolution: int,  # at which it draws, px
+    cfg: GenerateConfig,  # settings; a batch size above 0 is taken as it is
+    most: int = 64,  # images
+) -> tuple[int, bool]:  # batch size, and whether the decoder works image by image
     "Images per call: as many as the GPU holds; on a CPU a fixed number of pixels."
-    if pipe.device.type == "cpu": return cfg.batch_size or max(1, min(most, 2**17 // resolution**2)), False
+    if pipe.device.type == "cpu":
+        return cfg.batch_size or max(1, min(most, 2**17 // resolution**2)), False
+
     def works(b, slicing):
         set_slicing(pipe, slicing)
         Sampler(pipe, "", resolution, replace(cfg, num_inference_steps=2), b)([0])
-    if cfg.batch_size: works, most = (lambda b, slicing, try_it=works: try_it(cfg.batch_size, slicing)), 1
+
+    if cfg.batch_size:
+        works, most = (lambda b, slicing, try_it=works: try_it(cfg.batch_size, slicing)), 1
     b, slicing = largest_batch_size(works, most)
     return cfg.batch_size or b, slicing
 
-def set_slicing(pipe, on: bool): pipe.vae.enable_slicing() if on else pipe.vae.disable_slicing()
+
+def set_slicing(pipe, on: bool):
+    pipe.vae.enable_slicing() if on else pipe.vae.disable_slicing()
+
 
 def even_batch_size(
-    n: int,    # images
-    most: int  # per call
+    n: int,  # images
+    most: int,  # per call
 ) -> int:
     "The batch size that makes as many calls, with the last as full as the others."
     return math.ceil(n / math.ceil(n / most))
 
 # %% ../../nbs/diffusion/sampling.ipynb #b4991664
 def check_output(
-    folder,     # of images
-    facts: dict # how they are made now
+    folder,  # of images
+    facts: dict,  # how they are made now
 ):
     "Raise `CxrError` if a folder holds images that were made otherwise, or by something else."
-    path = Path(folder)/".settings.json"
+    path = Path(folder) / ".settings.json"
     changed = differences(read_json(path), facts) if path.exists() else []
-    if changed: raise CxrError(f"{folder} holds images made with other settings:\n  {'; '.join(changed[:3])}\nName another folder, or move this one away.")
-    if not path.exists() and any(Path(folder).glob("*.png")): raise CxrError(f"{folder} holds images that were made by something else.\nName another folder, or move them away.")
+    if changed:
+        raise CxrError(
+            f"{folder} holds images made with other settings:\n"
+            f"  {'; '.join(changed[:3])}\n"
+            "Name another folder, or move this one away."
+        )
+    if not path.exists() and any(Path(folder).glob("*.png")):
+        raise CxrError(
+            f"{folder} holds images that were made by something else.\n"
+            "Name another folder, or move them away."
+        )
     write_json(path, facts)
 
 # %% ../../nbs/diffusion/sampling.ipynb #f507a618
 def generate_synthetic_dataset(
-    pipe,                          # from `load_finetuned_model`
-    prompt: str,                   # what to draw
-    num_images: int,               # how many
-    output_dir: str,               # synthetic_00000.png, ... go here
-    batch_size: int = 8,           # images per call
-    num_inference_steps: int = 30, # of the pipeline's scheduler
-    guidance_scale: float = 7.5    # classifier-free guidance; 1 for none
-) -> str: # `output_dir`; raises `CxrError` if that holds images of other settings
+    pipe,  # from `load_finetuned_model`
+    prompt: str,  # what to draw
+    num_images: int,  # how many
+    output_dir: str,  # synthetic_00000.png, ... go here
+    batch_size: int = 8,  # images per call
+    num_inference_steps: int = 30,  # of the pipeline's scheduler
+    guidance_scale: float = 7.5,  # classifier-free guidance; 1 for none
+) -> str:  # `output_dir`; raises `CxrError` if that holds images of other settings
     "Generate `num_images` images (guide, section 8); image k has seed k, whatever the batch size. Images that exist are kept."
-    cfg = GenerateConfig(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, scheduler="")
+    cfg = GenerateConfig(
+        num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, scheduler=""
+    )
     check_settings(cfg)
-    check_output(output_dir, dict(model=model_key(pipe), prompt=prompt, steps=num_inference_steps, guidance_scale=guidance_scale, scheduler=type(pipe.scheduler).__name__))
-    resolution, path = pipe.unet.config.sample_size * pipe.vae_scale_factor, lambda k: Path(output_dir)/f"synthetic_{k:05d}.png"
+    check_output(
+        output_dir,
+        dict(
+            model=model_key(pipe),
+            prompt=prompt,
+            steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            scheduler=type(pipe.scheduler).__name__,
+        ),
+    )
+    resolution = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    path = lambda k: Path(output_dir) / f"synthetic_{k:05d}.png"
+
     def put(k, pixels):
-        with atomic_path(path(k)) as tmp: to_image(pixels, resolution).save(tmp, format="PNG")
+        with atomic_path(path(k)) as tmp:
+            to_image(pixels, resolution).save(tmp, format="PNG")
 
     missing = {k: k for k in range(num_images) if not path(k).exists()}
-    draw_all(Sampler(pipe, prompt, resolution, cfg, batch_size), missing, put, "Generating images", num_images)
+    draw_all(
+        Sampler(pipe, prompt, resolution, cfg, batch_size),
+        missing,
+        put,
+        "Generating images",
+        num_images,
+    )
     return output_dir

@@ -11,8 +11,13 @@ __all__ = ['load_dtype', 'byte_letters', 'spell', 'word_vocabulary', 'write_toke
 import json
 from pathlib import Path
 import diffusers, numpy as np, torch, transformers
-from diffusers import (AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline,
-                       UNet2DConditionModel)
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -22,12 +27,14 @@ from ..base.files import CxrError, write_text
 from ..base.loop import Loop, batch_at, generator_for
 
 # %% ../../nbs/diffusion/small_pipeline.ipynb #8bec280e
-for library in (diffusers, transformers): library.utils.logging.disable_progress_bar()
+for library in (diffusers, transformers):
+    library.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 
+
 def load_dtype(
-    dtype # a torch dtype
-) -> dict: # keyword argument for `from_pretrained`
+    dtype,  # a torch dtype
+) -> dict:  # keyword argument for `from_pretrained`
     "The keyword by which this version of diffusers takes a dtype: `dtype` from 0.40, `torch_dtype` before."
     new = tuple(int(n) for n in diffusers.__version__.split(".")[:2]) >= (0, 40)
     return {"dtype" if new else "torch_dtype": dtype}
@@ -40,126 +47,198 @@ def byte_letters() -> list[str]:
 
 # %% ../../nbs/diffusion/small_pipeline.ipynb #859b5593
 def spell(
-    word: str,    # lower case
-    merges: dict  # (left, right) -> joined, in order of priority
-) -> list[str]:   # its tokens
+    word: str,  # lower case
+    merges: dict,  # (left, right) -> joined, in order of priority
+) -> list[str]:  # its tokens
     "Cut a word into tokens by byte-pair merges (Sennrich et al. 2016)."
     parts, rank = [*word[:-1], word[-1] + "</w>"], {pair: i for i, pair in enumerate(merges)}
     while pairs := [p for p in zip(parts, parts[1:]) if p in rank]:
         best, out = min(pairs, key=rank.get), []
-        for p in parts: out = out[:-1] + [out[-1] + p] if out and (out[-1], p) == best else out + [p]
+        for p in parts:
+            out = out[:-1] + [out[-1] + p] if out and (out[-1], p) == best else out + [p]
         parts = out
     return parts
 
 # %% ../../nbs/diffusion/small_pipeline.ipynb #2394029a
 def word_vocabulary(
-    words # any iterable of lower-case words
-) -> tuple[dict, list]: # token -> id, and the merges in order
+    words,  # any iterable of lower-case words
+) -> tuple[dict, list]:  # token -> id, and the merges in order
     "A byte-pair vocabulary in which each of `words` is one token and any other text is still spelled out."
     letters, merges = byte_letters(), {}
     for word in sorted(set(words)):
-        while len(parts := spell(word, merges)) > 1: merges.setdefault((parts[0], parts[1]), parts[0] + parts[1])
-    tokens = [*letters, *(c + "</w>" for c in letters), *merges.values(), "<|startoftext|>", "<|endoftext|>"]
+        while len(parts := spell(word, merges)) > 1:
+            merges.setdefault((parts[0], parts[1]), parts[0] + parts[1])
+    tokens = [
+        *letters,
+        *(c + "</w>" for c in letters),
+        *merges.values(),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     return {t: i for i, t in enumerate(dict.fromkeys(tokens))}, list(merges)
 
 # %% ../../nbs/diffusion/small_pipeline.ipynb #3f3024d4
 def write_tokenizer(
-    folder,             # made if need be
-    prompts,            # texts whose words become single tokens
-    max_length: int=32  # tokens to which a prompt is padded or cut (CLIP: 77)
+    folder,  # made if need be
+    prompts,  # texts whose words become single tokens
+    max_length: int = 32,  # tokens to which a prompt is padded or cut (CLIP: 77)
 ) -> CLIPTokenizer:
     "Build a tokenizer for the words of `prompts` and read it back from `folder`."
     words = [w for p in prompts for w in p.lower().replace(",", " , ").split()]
     vocab, merges = word_vocabulary(words)
-    specials = {k: "<|endoftext|>" for k in ("eos_token", "unk_token", "pad_token")} | {"bos_token": "<|startoftext|>"}
-    write_text(Path(folder)/"vocab.json", json.dumps(vocab, ensure_ascii=False))
-    write_text(Path(folder)/"merges.txt", "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
-    write_text(Path(folder)/"tokenizer_config.json", json.dumps(dict(tokenizer_class="CLIPTokenizer", model_max_length=max_length, **specials)))
+    specials = dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>") | {
+        "bos_token": "<|startoftext|>"
+    }
+    write_text(Path(folder) / "vocab.json", json.dumps(vocab, ensure_ascii=False))
+    write_text(
+        Path(folder) / "merges.txt", "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges)
+    )
+    write_text(
+        Path(folder) / "tokenizer_config.json",
+        json.dumps(dict(tokenizer_class="CLIPTokenizer", model_max_length=max_length, **specials)),
+    )
     tok = CLIPTokenizer.from_pretrained(folder)
-    if len(tok) != len(vocab): raise CxrError(f"the tokenizer in {folder} has {len(tok)} tokens instead of {len(vocab)}.\nThis version of transformers reads vocab.json differently: please report it.")
+    if len(tok) != len(vocab):
+        raise CxrError(
+            f"the tokenizer in {folder} has {len(tok)} tokens instead of {len(vocab)}.\n"
+            "This version of transformers reads vocab.json differently: please report it."
+        )
     return tok
 
 # %% ../../nbs/diffusion/small_pipeline.ipynb #7556095d
 def tiny_text_encoder(
-    tok,           # from `write_tokenizer`
-    width: int=64  # size of a token's vector
+    tok,  # from `write_tokenizer`
+    width: int = 64,  # size of a token's vector
 ) -> CLIPTextModel:
     "A CLIP text encoder of two layers: token ids (B, L) -> vectors (B, L, width)."
-    return CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tok), hidden_size=width, intermediate_size=4*width, projection_dim=width, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=tok.model_max_length,
-        bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id))
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tok),
+            hidden_size=width,
+            intermediate_size=4 * width,
+            projection_dim=width,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=tok.model_max_length,
+            bos_token_id=tok.bos_token_id,
+            eos_token_id=tok.eos_token_id,
+            pad_token_id=tok.pad_token_id,
+        )
+    )
 
 # %% ../../nbs/diffusion/small_pipeline.ipynb #d612e550
 def vae_channels(
-    resolution: int # side of the images, px
-) -> tuple: # per level
+    resolution: int,  # side of the images, px
+) -> tuple:  # per level
     "Channels of the small autoencoder: latents of a quarter of the side, from 128 px on an eighth."
     return (16, 32, 64) if resolution < 128 else (16, 32, 64, 64)
 
+
 def tiny_vae(
-    channels=(16, 32, 64) # per level; a halving between two
+    channels=(16, 32, 64),  # per level; a halving between two
 ) -> AutoencoderKL:
     "An autoencoder: pixels (B, 3, S, S) in [-1, 1] -> latents (B, 4, S/4, S/4) with three levels."
     n = len(channels)
     return AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=channels, layers_per_block=1, norm_num_groups=16,
-        down_block_types=("DownEncoderBlock2D",)*n, up_block_types=("UpDecoderBlock2D",)*n, mid_block_add_attention=False)
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=channels,
+        layers_per_block=1,
+        norm_num_groups=16,
+        down_block_types=("DownEncoderBlock2D",) * n,
+        up_block_types=("UpDecoderBlock2D",) * n,
+        mid_block_add_attention=False,
+    )
+
 
 def tiny_unet(
-    side: int,              # side of the latents
-    width: int = 64,        # size of a token's vector
-    channels=(48, 96, 128) # per level
+    side: int,  # side of the latents
+    width: int = 64,  # size of a token's vector
+    channels=(48, 96, 128),  # per level
 ) -> UNet2DConditionModel:
     "A U-Net with attention to the text in its two lower levels: (B, 4, s, s) -> (B, 4, s, s)."
     return UNet2DConditionModel(
-        sample_size=side, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=channels, norm_num_groups=16,
+        sample_size=side,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=channels,
+        norm_num_groups=16,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=width, attention_head_dim=32)
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=width,
+        attention_head_dim=32,
+    )
 
 # %% ../../nbs/diffusion/small_pipeline.ipynb #1b92b506
 def to_device(
-    unet: UNet2DConditionModel, # moved in place
-    device: str,                # cuda, mps or cpu
-    precision: str = "no"       # no, bf16 or fp16
+    unet: UNet2DConditionModel,  # moved in place
+    device: str,  # cuda, mps or cpu
+    precision: str = "no",  # no, bf16 or fp16
 ) -> UNet2DConditionModel:
     "Move a U-Net, with the kind of attention that is fast there: the plain formula in bfloat16 on a CPU, else PyTorch's fused one."
-    if device == "cpu": unet.set_attn_processor(AttnProcessor() if precision == "bf16" else AttnProcessor2_0())
+    if device == "cpu":
+        unet.set_attn_processor(AttnProcessor() if precision == "bf16" else AttnProcessor2_0())
     return unet.to(device)
 
 # %% ../../nbs/diffusion/small_pipeline.ipynb #fbb64d10
 def tiny_pipeline(
-    tokenizer_folder,       # where the tokenizer's files go
-    prompts,                # texts whose words it must know
-    resolution: int = 64,   # side of the images, px; a multiple of 16
-    seed: int = 0,          # of the initial weights
-    vae: AutoencoderKL=None # a trained autoencoder, if there is one
+    tokenizer_folder,  # where the tokenizer's files go
+    prompts,  # texts whose words it must know
+    resolution: int = 64,  # side of the images, px; a multiple of 16
+    seed: int = 0,  # of the initial weights
+    vae: AutoencoderKL = None,  # a trained autoencoder, if there is one
 ) -> StableDiffusionPipeline:
     "A small untrained pipeline in Stable Diffusion's format; raises `CxrError` for a resolution it cannot halve four times."
-    if resolution % 16: raise CxrError(f"resolution {resolution} does not fit the tiny pipeline.\nAllowed: multiples of 16.\nTry --data.resolution 64.")
+    if resolution % 16:
+        raise CxrError(
+            f"resolution {resolution} does not fit the tiny pipeline.\n"
+            "Allowed: multiples of 16.\n"
+            "Try --data.resolution 64."
+        )
     tok = write_tokenizer(tokenizer_folder, prompts)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = vae or tiny_vae(vae_channels(resolution))
         shrink = 2 ** (len(vae.config.block_out_channels) - 1)
-        parts = dict(vae=vae, text_encoder=tiny_text_encoder(tok), unet=tiny_unet(resolution // shrink))
+        parts = dict(
+            vae=vae, text_encoder=tiny_text_encoder(tok), unet=tiny_unet(resolution // shrink)
+        )
     return StableDiffusionPipeline(
-        **parts, tokenizer=tok, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-        scheduler=DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False))
+        **parts,
+        tokenizer=tok,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        scheduler=DDPMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            steps_offset=1,
+            clip_sample=False,
+        ),
+    )
 
 # %% ../../nbs/diffusion/small_pipeline.ipynb #879e7551
 def to_pixels(
-    images: np.ndarray # (N, S, S) uint8
-) -> torch.Tensor:     # (N, 3, S, S) float32 in [-1, 1]
+    images: np.ndarray,  # (N, S, S) uint8
+) -> torch.Tensor:  # (N, 3, S, S) float32 in [-1, 1]
     "Grey bytes to the three equal channels that Stable Diffusion expects."
-    return torch.from_numpy(np.ascontiguousarray(images)).float().div(127.5).sub(1)[:, None].expand(-1, 3, -1, -1)
+    return (
+        torch.from_numpy(np.ascontiguousarray(images))
+        .float()
+        .div(127.5)
+        .sub(1)[:, None]
+        .expand(-1, 3, -1, -1)
+    )
 
 # %% ../../nbs/diffusion/small_pipeline.ipynb #35fb58cd
 def vae_loss(
-    vae: AutoencoderKL, # the network
-    x: torch.Tensor,    # (B, 3, S, S) in [-1, 1]
-    noise: torch.Tensor # (B, 4, s, s) standard normal
-) -> dict: # the loss and its parts
+    vae: AutoencoderKL,  # the network
+    x: torch.Tensor,  # (B, 3, S, S) in [-1, 1]
+    noise: torch.Tensor,  # (B, 4, s, s) standard normal
+) -> dict:  # the loss and its parts
     "L1 + gradient L1 + 0.001 KL."
     q = vae.encode(x).latent_dist
     y = vae.decode(q.mean + q.std * noise).sample.float()
@@ -169,23 +248,32 @@ def vae_loss(
 
 # %% ../../nbs/diffusion/small_pipeline.ipynb #e7f78c2b
 def train_vae(
-    vae: AutoencoderKL, # trained in place
-    images: np.ndarray, # (N, S, S) uint8
-    loop: Loop,         # over dict(vae=Part(vae, ...))
-    batch: int = 16,    # images per step
-    seed: int = 0,      # of order and noise
-    device: str = "cpu",# where
-    precision: str="no" # no or bf16
-) -> list[dict]: # one row per step
+    vae: AutoencoderKL,  # trained in place
+    images: np.ndarray,  # (N, S, S) uint8
+    loop: Loop,  # over dict(vae=Part(vae, ...))
+    batch: int = 16,  # images per step
+    seed: int = 0,  # of order and noise
+    device: str = "cpu",  # where
+    precision: str = "no",  # no or bf16
+) -> list[dict]:  # one row per step
     "Train the autoencoder, then set `scaling_factor` so that latents have unit variance; returns the log."
     vae.to(device).train()
     side = images.shape[-1] // 2 ** (len(vae.config.block_out_channels) - 1)
+
     def losses(step):
         x = to_pixels(images[batch_at(step, batch, len(images), seed, "vae")]).to(device)
-        noise = torch.randn(batch, vae.config.latent_channels, side, side, generator=generator_for(seed, "vae noise", step)).to(device)
-        with autocast(device, precision): parts = vae_loss(vae, x, noise)
+        noise = torch.randn(
+            batch,
+            vae.config.latent_channels,
+            side,
+            side,
+            generator=generator_for(seed, "vae noise", step),
+        ).to(device)
+        with autocast(device, precision):
+            parts = vae_loss(vae, x, noise)
         loop.stepper.backward(parts["loss"])
         return parts
+
     log = loop.run(losses, "autoencoder")
     mean, std = encode_latents(vae.eval(), images[:512], device)
     vae.register_to_config(scaling_factor=1 / float((mean.var() + std.square().mean()).sqrt()))
@@ -194,24 +282,27 @@ def train_vae(
 # %% ../../nbs/diffusion/small_pipeline.ipynb #9168f5ea
 @torch.inference_mode()
 def encode_latents(
-    vae: AutoencoderKL, # the frozen network
-    images: np.ndarray, # (N, S, S) uint8
-    device: str = "cpu" # where
-) -> tuple[torch.Tensor, torch.Tensor]: # mean and spread, each (N, 4, s, s), on the CPU
+    vae: AutoencoderKL,  # the frozen network
+    images: np.ndarray,  # (N, S, S) uint8
+    device: str = "cpu",  # where
+) -> tuple[torch.Tensor, torch.Tensor]:  # mean and spread, each (N, 4, s, s), on the CPU
     "Posterior mean and standard deviation of every image's latent; a pass takes about a million pixels."
-    batch, means, stds = max(1, min(64, 2**20 // images[0].size)), [], []
+    batch = max(1, min(64, 2**20 // images[0].size))
+    means = []
+    stds = []
     for i in range(0, len(images), batch):
-        out = vae.encode(to_pixels(images[i:i + batch]).to(device, vae.dtype))
+        out = vae.encode(to_pixels(images[i : i + batch]).to(device, vae.dtype))
         q = getattr(out, "latent_dist", None)
         means.append((q.mean if q else out.latents).float().cpu())
         stds.append(q.std.float().cpu() if q else torch.zeros_like(means[-1]))
     return torch.cat(means), torch.cat(stds)
 
+
 @torch.inference_mode()
 def decode_latents(
-    vae: AutoencoderKL,   # the frozen network
-    latents: torch.Tensor # (N, 4, s, s), unscaled
-) -> np.ndarray: # (N, S, S) uint8
+    vae: AutoencoderKL,  # the frozen network
+    latents: torch.Tensor,  # (N, 4, s, s), unscaled
+) -> np.ndarray:  # (N, S, S) uint8
     "Latents back to grey bytes."
     y = vae.decode(latents).sample.mean(1)
     return y.add(1).mul(127.5).round().clamp(0, 255).byte().cpu().numpy()
@@ -219,12 +310,12 @@ def decode_latents(
 # %% ../../nbs/diffusion/small_pipeline.ipynb #ad49e9cb
 @torch.no_grad()
 def denoise_steps(
-    unet,                 # trained
-    scheduler,            # whose noise levels it was trained on; epsilon prediction
+    unet,  # trained
+    scheduler,  # whose noise levels it was trained on; epsilon prediction
     words: torch.Tensor,  # (B, L, width) the prompt's vectors
-    x: torch.Tensor,      # (B, 4, s, s) standard normal noise
-    steps: int = 25       # how many
-) -> list: # of (time, the state x_t, the guess of x_0), step by step
+    x: torch.Tensor,  # (B, 4, s, s) standard normal noise
+    steps: int = 25,  # how many
+) -> list:  # of (time, the state x_t, the guess of x_0), step by step
     "Deterministic sampling that shows its work (DDIM, Song et al. 2020)."
     sch, seen = DDIMScheduler.from_config(scheduler.config), []
     sch.set_timesteps(steps)

@@ -22,25 +22,32 @@ from .small_pipeline import decode_latents, encode_latents, to_device
 
 # %% ../../nbs/diffusion/trainer.ipynb #37443559
 def diffusion_target(
-    scheduler,           # with `add_noise`, `get_velocity` and a config
-    x0: torch.Tensor,    # (B, C, s, s) scaled latents
-    noise: torch.Tensor, # (B, C, s, s) standard normal
-    t: torch.Tensor      # (B,) times
+    scheduler,  # with `add_noise`, `get_velocity` and a config
+    x0: torch.Tensor,  # (B, C, s, s) scaled latents
+    noise: torch.Tensor,  # (B, C, s, s) standard normal
+    t: torch.Tensor,  # (B,) times
 ) -> torch.Tensor:
     "What the U-Net should answer: the noise, or the velocity, by the scheduler's `prediction_type`."
     kind = scheduler.config.prediction_type
-    if kind == "epsilon": return noise
-    if kind == "v_prediction": return scheduler.get_velocity(x0, noise, t)
-    raise CxrError(f"prediction_type {kind!r} is not supported.\nAllowed: epsilon, v_prediction.\nUse a base model of the Stable Diffusion 1 or 2 family.")
+    if kind == "epsilon":
+        return noise
+    if kind == "v_prediction":
+        return scheduler.get_velocity(x0, noise, t)
+    raise CxrError(
+        f"prediction_type {kind!r} is not supported.\n"
+        "Allowed: epsilon, v_prediction.\n"
+        "Use a base model of the Stable Diffusion 1 or 2 family."
+    )
 
 # %% ../../nbs/diffusion/trainer.ipynb #55728255
 def snr_weights(
-    scheduler,       # with alphas_cumprod and a config
-    t: torch.Tensor, # (B,) times
-    gamma: float     # 5 in the paper; 0: all weights are 1
-) -> torch.Tensor:   # (B,)
+    scheduler,  # with alphas_cumprod and a config
+    t: torch.Tensor,  # (B,) times
+    gamma: float,  # 5 in the paper; 0: all weights are 1
+) -> torch.Tensor:  # (B,)
     "Min-SNR weight of each item's loss (Hang et al. 2023, section 3.4)."
-    if not gamma: return torch.ones(t.shape, device=t.device)
+    if not gamma:
+        return torch.ones(t.shape, device=t.device)
     abar = scheduler.alphas_cumprod.to(t.device)[t].float()
     snr = abar / (1 - abar)
     return snr.clamp(max=gamma) / (snr + (scheduler.config.prediction_type == "v_prediction"))
@@ -48,266 +55,495 @@ def snr_weights(
 # %% ../../nbs/diffusion/trainer.ipynb #df0a7017
 LATENTS_VERSION = 1  # of `encode_latents`: raise it when it gives other numbers
 
+
 def latents_key(
-    vae,               # autoencoder
-    images: np.ndarray # (N, S, S) uint8
-) -> dict:             # a part of the key of a cache, see `cached`
+    vae,  # autoencoder
+    images: np.ndarray,  # (N, S, S) uint8
+) -> dict:  # a part of the key of a cache, see `cached`
     "All but the device on which the latents of these images under this autoencoder depend."
     config = {k: str(v) for k, v in vae.config.items() if not k.startswith("_")}
-    return dict(config=config, weights=weights_key(vae), images=digest_array(images), torch=torch.__version__, version=LATENTS_VERSION)
+    return dict(
+        config=config,
+        weights=weights_key(vae),
+        images=digest_array(images),
+        torch=torch.__version__,
+        version=LATENTS_VERSION,
+    )
 
 # %% ../../nbs/diffusion/trainer.ipynb #3afa1fc6
 def cached_latents(
-    vae,                # frozen
-    images: np.ndarray, # (N, S, S) uint8
-    device: str = "cpu",# for encoding
-    folder=None         # the cache; None for none
-) -> tuple[torch.Tensor, torch.Tensor]: # mean and spread, each (N, 4, s, s), float32 on the CPU
+    vae,  # frozen
+    images: np.ndarray,  # (N, S, S) uint8
+    device: str = "cpu",  # for encoding
+    folder=None,  # the cache; None for none
+) -> tuple[torch.Tensor, torch.Tensor]:  # mean and spread, each (N, 4, s, s), float32 on the CPU
     "Posterior of every image's latent, from the cache if it is there."
-    def compute(): return np.stack([part.numpy() for part in encode_latents(vae, images, device)])
-    if folder is None: mean, std = compute()
-    else: mean, std = cached(folder, "latents", latents_key(vae, images) | dict(device=torch.device(device).type), compute)
+
+    def compute():
+        return np.stack([part.numpy() for part in encode_latents(vae, images, device)])
+
+    if folder is None:
+        mean, std = compute()
+    else:
+        mean, std = cached(
+            folder,
+            "latents",
+            latents_key(vae, images) | dict(device=torch.device(device).type),
+            compute,
+        )
     return torch.tensor(mean), torch.tensor(std)
 
 # %% ../../nbs/diffusion/trainer.ipynb #6ff926a6
 class LatentSet:
     "Latents of N images and the prompt of each."
-    def __init__(self,
-        vae,                # frozen; its scaling factor applies
-        images: np.ndarray, # (N, S, S) uint8
-        prompts: list[str], # different prompts
+
+    def __init__(
+        self,
+        vae,  # frozen; its scaling factor applies
+        images: np.ndarray,  # (N, S, S) uint8
+        prompts: list[str],  # different prompts
         which: np.ndarray,  # (N,) index into prompts
-        device: str="cpu",  # for encoding
-        cache=None):        # folder for `cached_latents`
+        device: str = "cpu",  # for encoding
+        cache=None,
+    ):  # folder for `cached_latents`
         self.mean, self.std = cached_latents(vae, images, device, cache)
-        self.scale, self.prompts, self.which = vae.config.scaling_factor, list(prompts), torch.as_tensor(np.asarray(which))
-    def __len__(self): return len(self.mean)
-    def sample(self,
-        i: int,           # which image
-        g: torch.Generator# source of the noise
-    ): # (4, s, s) scaled latent
+        self.scale = vae.config.scaling_factor
+        self.prompts = list(prompts)
+        self.which = torch.as_tensor(np.asarray(which))
+
+    def __len__(self):
+        return len(self.mean)
+
+    def sample(
+        self,
+        i: int,  # which image
+        g: torch.Generator,  # source of the noise
+    ):  # (4, s, s) scaled latent
         "A fresh draw from the posterior of one image."
-        return (self.mean[i] + self.std[i] * torch.randn(self.mean[i].shape, generator=g)) * self.scale
+        return (
+            self.mean[i] + self.std[i] * torch.randn(self.mean[i].shape, generator=g)
+        ) * self.scale
 
 # %% ../../nbs/diffusion/trainer.ipynb #e01b128c
 class NoiseDraws:
     "The items of a batch at any position of an endless, shuffled walk through a set."
-    def __init__(self,
-        data: LatentSet,    # what is walked through
-        batch: int,         # items per batch
-        times: int,         # time steps of the scheduler
-        first_word: int,    # number of the set's first prompt among all prompts
-        no_word: int,       # number of the empty prompt
+
+    def __init__(
+        self,
+        data: LatentSet,  # what is walked through
+        batch: int,  # items per batch
+        times: int,  # time steps of the scheduler
+        first_word: int,  # number of the set's first prompt among all prompts
+        no_word: int,  # number of the empty prompt
         drop: float = 0.0,  # share of prompts that are dropped
-        seed: tuple = (0,)):# identifies the walk
-        if batch > len(data): raise CxrError(f"a batch of {batch} does not fit a set of {len(data)} images.\nAllowed: 1 to {len(data)}.\nUse a smaller train_batch_size with more gradient_accumulation_steps, or more images.")
-        self.data, self.batch, self.times, self.first, self.none, self.drop, self.seed = data, batch, times, first_word, no_word, drop, seed
+        seed: tuple = (0,),
+    ):  # identifies the walk
+        if batch > len(data):
+            raise CxrError(
+                f"a batch of {batch} does not fit a set of {len(data)} images.\n"
+                f"Allowed: 1 to {len(data)}.\n"
+                "Use a smaller train_batch_size with more gradient_accumulation_steps, or more "
+                "images."
+            )
+        self.data = data
+        self.batch = batch
+        self.times = times
+        self.first = first_word
+        self.none = no_word
+        self.drop = drop
+        self.seed = seed
+
     def item(self, i: int, position: int):
         g = generator_for(*self.seed, "item", position)
         x0 = self.data.sample(i, g)
-        noise, t, u = torch.randn(x0.shape, generator=g), torch.randint(self.times, (), generator=g), torch.rand((), generator=g)
-        return x0, noise, t, torch.tensor(self.none) if u < self.drop else self.first + self.data.which[i]
-    def at(self, k: int): # latents (B, 4, s, s), noise (B, 4, s, s), times (B,), prompts (B,)
+        noise = torch.randn(x0.shape, generator=g)
+        t = torch.randint(self.times, (), generator=g)
+        u = torch.rand((), generator=g)
+        return (
+            x0,
+            noise,
+            t,
+            torch.tensor(self.none) if u < self.drop else self.first + self.data.which[i],
+        )
+
+    def at(self, k: int):  # latents (B, 4, s, s), noise (B, 4, s, s), times (B,), prompts (B,)
         "Batch number `k`."
         order = batch_at(k, self.batch, len(self.data), *self.seed)
-        return tuple(map(torch.stack, zip(*(self.item(i, k * self.batch + j) for j, i in enumerate(order)))))
+        return tuple(
+            map(torch.stack, zip(*(self.item(i, k * self.batch + j) for j, i in enumerate(order))))
+        )
 
 # %% ../../nbs/diffusion/trainer.ipynb #08a46d97
 def to_device_async(
-    x: torch.Tensor, # on the CPU
-    device           # where to
+    x: torch.Tensor,  # on the CPU
+    device,  # where to
 ) -> torch.Tensor:
     "Copy a tensor without waiting for the device."
-    return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else x.to(device)
+    return (
+        x.pin_memory().to(device, non_blocking=True)
+        if torch.device(device).type == "cuda"
+        else x.to(device)
+    )
 
 # %% ../../nbs/diffusion/trainer.ipynb #7146374c
 class PromptEmbeddings:
     "Numbers and vectors of all prompts of a run."
+
     def __init__(self, pipe):
-        self.tok, self.encoder, self.ids, self.cache = pipe.tokenizer, pipe.text_encoder, torch.empty(0, pipe.tokenizer.model_max_length, dtype=torch.long), None
-    def add(self, prompts: list[str]) -> int: # number of the first one
+        self.tok = pipe.tokenizer
+        self.encoder = pipe.text_encoder
+        self.ids = torch.empty(0, pipe.tokenizer.model_max_length, dtype=torch.long)
+        self.cache = None
+
+    def add(self, prompts: list[str]) -> int:  # number of the first one
         "Make prompts known; each is padded or cut to the tokenizer's length."
-        new = self.tok(list(prompts), padding="max_length", truncation=True, max_length=self.tok.model_max_length, return_tensors="pt").input_ids
-        self.ids, self.cache = torch.cat([self.ids, new]), None
+        new = self.tok(
+            list(prompts),
+            padding="max_length",
+            truncation=True,
+            max_length=self.tok.model_max_length,
+            return_tensors="pt",
+        ).input_ids
+        self.ids = torch.cat([self.ids, new])
+        self.cache = None
         return len(self.ids) - len(new)
-    def encode(self, ids): return self.encoder(ids.to(self.encoder.device))[0]
+
+    def encode(self, ids):
+        return self.encoder(ids.to(self.encoder.device))[0]
+
     @torch.no_grad()
-    def all(self) -> torch.Tensor: # (P, L, width); on the CPU if there are very many
+    def all(self) -> torch.Tensor:  # (P, L, width); on the CPU if there are very many
         "Vectors of every prompt, computed once."
         if self.cache is None:
             rows = torch.cat([self.encode(part) for part in self.ids.split(64)])
             self.cache = rows if len(rows) <= 256 else rows.cpu()
         return self.cache
-    def __call__(self, which: torch.Tensor, learning: bool) -> torch.Tensor: # (B, L, width)
+
+    def __call__(self, which: torch.Tensor, learning: bool) -> torch.Tensor:  # (B, L, width)
         "Vectors of the prompts with these numbers (on the CPU); anew if the encoder is learning."
-        if not learning: return self.all().index_select(0, to_device_async(which, self.all().device)).to(self.encoder.device)
+        if not learning:
+            return (
+                self.all()
+                .index_select(0, to_device_async(which, self.all().device))
+                .to(self.encoder.device)
+            )
         few, where = which.unique(return_inverse=True)
-        return self.encode(self.ids[few]).index_select(0, to_device_async(where, self.encoder.device))
+        return self.encode(self.ids[few]).index_select(
+            0, to_device_async(where, self.encoder.device)
+        )
 
 # %% ../../nbs/diffusion/trainer.ipynb #441500c7
 class Denoiser:
     "A pipeline on its device, asked for the noise in a batch."
-    def __init__(self, pipe, device: str = "cpu", precision: str = "no"): # precision: no, bf16 or fp16
-        self.pipe, self.device, self.precision, self.words = pipe, device, precision, PromptEmbeddings(pipe)
-        to_device(pipe.unet, device, precision).train(); pipe.text_encoder.to(device).train(); pipe.vae.to(device).requires_grad_(False)
-        self.times, self.none = pipe.scheduler.config.num_train_timesteps, self.words.add([""])
-    def errors(self, x0, noise, t, words, learning: bool) -> torch.Tensor: # (B,)
+
+    def __init__(
+        self, pipe, device: str = "cpu", precision: str = "no"
+    ):  # precision: no, bf16 or fp16
+        self.pipe = pipe
+        self.device = device
+        self.precision = precision
+        self.words = PromptEmbeddings(pipe)
+        to_device(pipe.unet, device, precision).train()
+        pipe.text_encoder.to(device).train()
+        pipe.vae.to(device).requires_grad_(False)
+        self.times = pipe.scheduler.config.num_train_timesteps
+        self.none = self.words.add([""])
+
+    def errors(self, x0, noise, t, words, learning: bool) -> torch.Tensor:  # (B,)
         "Each item's mean squared error of the U-Net's answer (Ho et al. 2020, eq. 14); `learning`: run the text encoder."
-        sch, (x0, noise, t) = self.pipe.scheduler, (to_device_async(x, self.device) for x in (x0, noise, t))
-        with autocast(self.device, self.precision): out = self.pipe.unet(sch.add_noise(x0, noise, t), t, self.words(words, learning)).sample
-        return F.mse_loss(out.float(), diffusion_target(sch, x0, noise, t), reduction="none").flatten(1).mean(1)
+        sch, (x0, noise, t) = (
+            self.pipe.scheduler,
+            (to_device_async(x, self.device) for x in (x0, noise, t)),
+        )
+        with autocast(self.device, self.precision):
+            out = self.pipe.unet(sch.add_noise(x0, noise, t), t, self.words(words, learning)).sample
+        return (
+            F.mse_loss(out.float(), diffusion_target(sch, x0, noise, t), reduction="none")
+            .flatten(1)
+            .mean(1)
+        )
 
 # %% ../../nbs/diffusion/trainer.ipynb #8fa3cabd
 class Trainer(Denoiser):
     "Train the parts of a pipeline that require gradients; resumable and exact."
-    def __init__(self,
-        pipe,                  # any Stable Diffusion pipeline; trained in place
-        data: LatentSet,       # what to learn
-        path,                  # checkpoint file
-        total: int,            # optimizer steps
-        batch: int,            # images per pass
-        peak: float,           # highest learning rate
-        accumulate: int = 1,   # passes per optimizer step
-        drop: float = 0.0,     # share of prompts that are dropped
-        prior: LatentSet=None, # images not to forget
-        prior_weight: float=1, # weight of their loss
+
+    def __init__(
+        self,
+        pipe,  # any Stable Diffusion pipeline; trained in place
+        data: LatentSet,  # what to learn
+        path,  # checkpoint file
+        total: int,  # optimizer steps
+        batch: int,  # images per pass
+        peak: float,  # highest learning rate
+        accumulate: int = 1,  # passes per optimizer step
+        drop: float = 0.0,  # share of prompts that are dropped
+        prior: LatentSet = None,  # images not to forget
+        prior_weight: float = 1,  # weight of their loss
         snr_gamma: float = 0,  # of the Min-SNR weights
         text_peak: float = 0,  # the text encoder's learning rate; 0: the same
-        text_stop: int = 0,    # step from which on it stands still; 0: never
-        seed: int = 0,         # of order, noise, times
-        device: str = "cpu",   # where
-        precision: str = "no", # no, bf16 or fp16
-        **loop):               # for `Loop`: warmup, shape, ema_decay, clip, every, config, mirror, eight_bit
+        text_stop: int = 0,  # step from which on it stands still; 0: never
+        seed: int = 0,  # of order, noise, times
+        device: str = "cpu",  # where
+        precision: str = "no",  # no, bf16 or fp16
+        **loop,
+    ):  # for `Loop`: warmup, shape, ema_decay, clip, every, config, mirror, eight_bit
         super().__init__(pipe, device, precision)
-        self.batch, self.accumulate, self.prior_weight, self.gamma, self.seed = batch, accumulate, prior_weight if prior else 0, snr_gamma, seed
-        parts = dict(unet=TrainedPart(pipe.unet, peak), text_encoder=TrainedPart(pipe.text_encoder, text_peak or peak, text_stop or None))
+        self.batch = batch
+        self.accumulate = accumulate
+        self.prior_weight = prior_weight if prior else 0
+        self.gamma = snr_gamma
+        self.seed = seed
+        parts = dict(
+            unet=TrainedPart(pipe.unet, peak),
+            text_encoder=TrainedPart(pipe.text_encoder, text_peak or peak, text_stop or None),
+        )
         parts = {n: p for n, p in parts.items() if p.params()}
         self.text_until = 0 if "text_encoder" not in parts else text_stop or total
         sets = dict(instance=data) | (dict(prior=prior) if self.prior_weight else {})
-        self.draws = [NoiseDraws(s, batch, self.times, self.words.add(s.prompts), self.none, drop, (seed, what)) for what, s in sets.items()]
+        self.draws = [
+            NoiseDraws(
+                s, batch, self.times, self.words.add(s.prompts), self.none, drop, (seed, what)
+            )
+            for what, s in sets.items()
+        ]
         self.loop = Loop(parts, path, total, precision=precision, items=batch * accumulate, **loop)
-    def one_pass(self, k: int, learning: bool) -> dict: # loss of the instance items, and of the prior's
+
+    def one_pass(
+        self, k: int, learning: bool
+    ) -> dict:  # loss of the instance items, and of the prior's
         x0, noise, t, words = map(torch.cat, zip(*(d.at(k) for d in self.draws)))
-        each = self.errors(x0, noise, t, words, learning) * snr_weights(self.pipe.scheduler, to_device_async(t, self.device), self.gamma)
+        each = self.errors(x0, noise, t, words, learning) * snr_weights(
+            self.pipe.scheduler, to_device_async(t, self.device), self.gamma
+        )
         return dict(zip(("loss", "prior"), (part.mean() for part in each.split(self.batch))))
+
     def losses(self, step: int) -> dict:
         "Forward and backward passes of one optimizer step; the mean losses, still on the device."
         sums = {}
         for k in range(step * self.accumulate, (step + 1) * self.accumulate):
-            torch.manual_seed(generator_for(self.seed, "dropout", k).initial_seed())   # if a part has dropout, it is exact too
+            torch.manual_seed(
+                generator_for(self.seed, "dropout", k).initial_seed()
+            )  # if a part has dropout, it is exact too
             parts = self.one_pass(k, step < self.text_until)
-            self.loop.stepper.backward((parts["loss"] + self.prior_weight * parts.get("prior", 0)) / self.accumulate)
+            self.loop.stepper.backward(
+                (parts["loss"] + self.prior_weight * parts.get("prior", 0)) / self.accumulate
+            )
             sums = {n: sums.get(n, 0) + v.detach() / self.accumulate for n, v in parts.items()}
         return sums
-    def run(self, desc="diffusion") -> list[dict]: # the log
+
+    def run(self, desc="diffusion") -> list[dict]:  # the log
         "Train to the end."
-        try: return self.loop.run(self.losses, desc)
-        finally: self.pipe.unet.eval(); self.pipe.text_encoder.eval()
+        try:
+            return self.loop.run(self.losses, desc)
+        finally:
+            self.pipe.unet.eval()
+            self.pipe.text_encoder.eval()
 
 # %% ../../nbs/diffusion/trainer.ipynb #975a5124
 class HeldOutLoss:
     "Hook: the loss on held-out images, always the same ones with the same noise; the best weights are kept."
-    def __init__(self, trainer: Trainer, data: LatentSet, n: int = 64, every: int = 100, seed: int = 0): # n noised images
-        self.trainer, self.every = trainer, every
+
+    def __init__(
+        self, trainer: Trainer, data: LatentSet, n: int = 64, every: int = 100, seed: int = 0
+    ):  # n noised images
+        self.trainer = trainer
+        self.every = every
         first, items = trainer.words.add(data.prompts), []
         for k in range(n):
             g, i = generator_for(seed, "heldout", k), k % len(data)
             x0 = data.sample(i, g)
-            items.append((x0, torch.randn(x0.shape, generator=g), torch.tensor(int((k + 0.5) / n * trainer.times)), first + data.which[i]))
+            items.append(
+                (
+                    x0,
+                    torch.randn(x0.shape, generator=g),
+                    torch.tensor(int((k + 0.5) / n * trainer.times)),
+                    first + data.which[i],
+                )
+            )
         self.items = tuple(map(torch.stack, zip(*items)))
+
     @torch.no_grad()
     def loss(self) -> float:
         t = self.trainer
-        with t.loop.stepper.average.applied(): each = [t.errors(*part, t.text_until > 0) for part in zip(*(x.split(t.batch) for x in self.items))]
+        with t.loop.stepper.average.applied():
+            each = [
+                t.errors(*part, t.text_until > 0)
+                for part in zip(*(x.split(t.batch) for x in self.items))
+            ]
         return torch.cat(each).mean().item()
+
     def __call__(self, loop):
-        if loop.step % self.every == 0 or loop.step == loop.total: loop.keep_best(self.loss())
+        if loop.step % self.every == 0 or loop.step == loop.total:
+            loop.keep_best(self.loss())
 
 # %% ../../nbs/diffusion/trainer.ipynb #8cc0238d
 def sample_images(
-    pipe,              # any Stable Diffusion pipeline; not changed
-    prompts: list[str],# one per image
+    pipe,  # any Stable Diffusion pipeline; not changed
+    prompts: list[str],  # one per image
     seeds: list[int],  # one per image: its starting noise, drawn on the CPU
-    steps: int = 20,   # of DPM-Solver++ (Lu et al. 2022)
-    guidance: float=3.0, # classifier-free guidance; 1 is none
-    precision="no",    # no, bf16 or fp16
-    side: int=0        # of the latents; 0: what the U-Net was made for
-) -> np.ndarray: # (N, S, S) uint8
+    steps: int = 20,  # of DPM-Solver++ (Lu et al. 2022)
+    guidance: float = 3.0,  # classifier-free guidance; 1 is none
+    precision="no",  # no, bf16 or fp16
+    side: int = 0,  # of the latents; 0: what the U-Net was made for
+) -> np.ndarray:  # (N, S, S) uint8
     "Draw one image per prompt and seed, with the modules as they are."
-    view = StableDiffusionPipeline(**pipe.components | dict(scheduler=DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)), requires_safety_checker=False)
+    view = StableDiffusionPipeline(
+        **pipe.components
+        | dict(scheduler=DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)),
+        requires_safety_checker=False,
+    )
     view.set_progress_bar_config(disable=True)
     side, device = side or pipe.unet.config.sample_size, pipe.unet.device
-    noise = torch.stack([torch.randn(pipe.unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(s)) for s in seeds])
+    noise = torch.stack(
+        [
+            torch.randn(
+                pipe.unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(s)
+            )
+            for s in seeds
+        ]
+    )
     with autocast(device.type, precision):
-        latents = view(list(prompts), height=side * view.vae_scale_factor, width=side * view.vae_scale_factor, latents=noise.to(device, pipe.text_encoder.dtype), num_inference_steps=steps, guidance_scale=guidance, output_type="latent").images
+        latents = view(
+            list(prompts),
+            height=side * view.vae_scale_factor,
+            width=side * view.vae_scale_factor,
+            latents=noise.to(device, pipe.text_encoder.dtype),
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            output_type="latent",
+        ).images
     return decode_latents(pipe.vae, latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor)
 
 # %% ../../nbs/diffusion/trainer.ipynb #ee02fcea
 def image_grid(
-    images: np.ndarray, # (N, S, S) uint8
-    columns: int        # per row
+    images: np.ndarray,  # (N, S, S) uint8
+    columns: int,  # per row
 ) -> Image.Image:
     "Images side by side, row by row."
     n, s, _ = images.shape
     rows = -(-n // columns)
     full = np.concatenate([images, np.zeros((rows * columns - n, s, s), np.uint8)])
-    return Image.fromarray(full.reshape(rows, columns, s, s).transpose(0, 2, 1, 3).reshape(rows * s, columns * s))
+    return Image.fromarray(
+        full.reshape(rows, columns, s, s).transpose(0, 2, 1, 3).reshape(rows * s, columns * s)
+    )
 
 # %% ../../nbs/diffusion/trainer.ipynb #c497ccb7
 class Previews:
     "Hook: a PNG grid from fixed seeds at step 0, every few steps and at the end; one row per prompt."
-    def __init__(self, trainer: Trainer, folder, prompts, every: int=200, n: int=4, seed: int=0, guidance: float=3.0, steps: int=20):
-        self.trainer, self.folder, self.prompts, self.every, self.n, self.seed = trainer, Path(folder), list(prompts), every, n, seed
-        self.how = dict(steps=steps, guidance=guidance, precision=trainer.precision, side=trainer.draws[0].data.mean.shape[-1])
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        folder,
+        prompts,
+        every: int = 200,
+        n: int = 4,
+        seed: int = 0,
+        guidance: float = 3.0,
+        steps: int = 20,
+    ):
+        self.trainer = trainer
+        self.folder = Path(folder)
+        self.prompts = list(prompts)
+        self.every = every
+        self.n = n
+        self.seed = seed
+        self.how = dict(
+            steps=steps,
+            guidance=guidance,
+            precision=trainer.precision,
+            side=trainer.draws[0].data.mean.shape[-1],
+        )
+
     def __call__(self, loop):
-        path = self.folder/f"{loop.step:06d}.png"
-        if path.exists() or (loop.step % self.every and loop.step != loop.total): return
-        seeds = [generator_for(self.seed, "preview", k).initial_seed() for k in range(self.n)] * len(self.prompts)
-        with loop.stepper.average.applied(): images = sample_images(self.trainer.pipe, [p for p in self.prompts for _ in range(self.n)], seeds, **self.how)
-        with atomic_path(path) as tmp: image_grid(images, self.n).save(tmp, format="PNG")
-        if loop.mirror: loop.mirror.copy(path)
+        path = self.folder / f"{loop.step:06d}.png"
+        if path.exists() or (loop.step % self.every and loop.step != loop.total):
+            return
+        seeds = [
+            generator_for(self.seed, "preview", k).initial_seed() for k in range(self.n)
+        ] * len(self.prompts)
+        with loop.stepper.average.applied():
+            images = sample_images(
+                self.trainer.pipe,
+                [p for p in self.prompts for _ in range(self.n)],
+                seeds,
+                **self.how,
+            )
+        with atomic_path(path) as tmp:
+            image_grid(images, self.n).save(tmp, format="PNG")
+        if loop.mirror:
+            loop.mirror.copy(path)
 
 # %% ../../nbs/diffusion/trainer.ipynb #306f93ae
 def training_figure(
-    log,         # CSV of a run
-    previews=None# its folder of previews
-): # matplotlib figure
+    log,  # CSV of a run
+    previews=None,  # its folder of previews
+):  # matplotlib figure
     "Loss, held-out loss and the newest preview of a run, from its files."
     import matplotlib.pyplot as plt
+
     rows = read_csv(log)
     shots = sorted(Path(previews).glob("*.png")) if previews else []
-    fig, axes = plt.subplots(1, 1 + bool(shots), figsize=(4 + 4 * bool(shots), 2.4), dpi=70, squeeze=False)
-    for name, style in (("loss", dict(alpha=.3)), ("heldout", dict(marker="o"))):
+    fig, axes = plt.subplots(
+        1, 1 + bool(shots), figsize=(4 + 4 * bool(shots), 2.4), dpi=70, squeeze=False
+    )
+    for name, style in (("loss", dict(alpha=0.3)), ("heldout", dict(marker="o"))):
         found = [(int(r["step"]), float(r[name])) for r in rows if r.get(name)]
-        if found: axes[0, 0].plot(*zip(*found), label=name, **style)
+        if found:
+            axes[0, 0].plot(*zip(*found), label=name, **style)
     loss = [float(r["loss"]) for r in rows if r["loss"]]
     w = min(20, 1 + len(loss) // 8)
-    axes[0, 0].plot(range(w - 1, len(loss)), np.convolve(loss, np.ones(w) / w, "valid"), label=f"mean of {w}"); axes[0, 0].set(xlabel="step"); axes[0, 0].legend(fontsize=8)
-    if shots: axes[0, 1].imshow(Image.open(shots[-1]), cmap="gray"); axes[0, 1].axis("off"); axes[0, 1].set_title(f"step {int(shots[-1].stem)}", fontsize=8)
+    axes[0, 0].plot(
+        range(w - 1, len(loss)), np.convolve(loss, np.ones(w) / w, "valid"), label=f"mean of {w}"
+    )
+    axes[0, 0].set(xlabel="step")
+    axes[0, 0].legend(fontsize=8)
+    if shots:
+        axes[0, 1].imshow(Image.open(shots[-1]), cmap="gray")
+        axes[0, 1].axis("off")
+        axes[0, 1].set_title(f"step {int(shots[-1].stem)}", fontsize=8)
     plt.close(fig)
     return fig
 
 # %% ../../nbs/diffusion/trainer.ipynb #c044e0f2
 class TrainingMonitor:
     "Hook for notebooks: redraw the figure of the run in place, every few steps."
-    def __init__(self, previews=None, every: int = 20): self.previews, self.every, self.handle = previews, every, None
+
+    def __init__(self, previews=None, every: int = 20):
+        self.previews = previews
+        self.every = every
+        self.handle = None
+
     def __call__(self, loop):
-        if not loop.step or (loop.step % self.every and loop.step != loop.total): return
+        if not loop.step or (loop.step % self.every and loop.step != loop.total):
+            return
         from IPython.display import display
-        loop.check("watch"); loop.log.write()
+
+        loop.check("watch")
+        loop.log.write()
         fig = training_figure(loop.log.path, self.previews)
-        if self.handle: self.handle.update(fig)
-        else: self.handle = display(fig, display_id=True)
+        if self.handle:
+            self.handle.update(fig)
+        else:
+            self.handle = display(fig, display_id=True)
 
 # %% ../../nbs/diffusion/trainer.ipynb #4e30f997
 def tensorboard_reader(
-    folder,         # for the event files
-    device: str = "cpu" # of the run
-):                  # function of a log row, for `Log.readers`
+    folder,  # for the event files
+    device: str = "cpu",  # of the run
+):  # function of a log row, for `Log.readers`
     "Send the log's rows to TensorBoard by Accelerate's tracker; raises `CxrError` if TensorBoard is not installed."
     from accelerate import Accelerator
     from accelerate.utils import is_tensorboard_available
-    if not is_tensorboard_available(): raise CxrError("tensorboard is not installed.\nInstall it with: pip install tensorboard\nor leave the flag away; the CSV is always written.")
+
+    if not is_tensorboard_available():
+        raise CxrError(
+            "tensorboard is not installed.\n"
+            "Install it with: pip install tensorboard\n"
+            "or leave the flag away; the CSV is always written."
+        )
     accelerator = Accelerator(cpu=device == "cpu", log_with="tensorboard", project_dir=str(folder))
     accelerator.init_trackers("tensorboard")
-    return lambda row: accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+    return lambda row: accelerator.log(
+        {k: v for k, v in row.items() if k != "step"}, step=row["step"]
+    )

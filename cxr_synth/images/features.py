@@ -16,68 +16,106 @@ from .networks import BACKBONES, FEATURES_VERSION, load_backbone, to_input
 
 # %% ../../nbs/images/features.ipynb #9554520e
 def resize_rule(
-    extractor, # one of `BACKBONES`, or a callable
-    size: int  # side, px
+    extractor,  # one of `BACKBONES`, or a callable
+    size: int,  # side, px
 ) -> str:
     "How images come to their size, for the record."
-    if not isinstance(extractor, str): return "by the callable"
-    return f"{size} px, bicubic, antialiased" if BACKBONES[extractor].multiple else "299 px, bilinear, not antialiased, inside the network"
+    if not isinstance(extractor, str):
+        return "by the callable"
+    return (
+        f"{size} px, bicubic, antialiased"
+        if BACKBONES[extractor].multiple
+        else "299 px, bilinear, not antialiased, inside the network"
+    )
 
 # %% ../../nbs/images/features.ipynb #1bafc49a
 FEATURE_BATCH = 16  # images a batch, always
 
+
 @torch.inference_mode()
 def compute_features(
-    images,          # uint8 (N, R, R)
-    extractor,       # one of `BACKBONES`, or a callable: uint8 (B, R, R) -> (B, D)
-    size: int,       # side at which a network sees them, px
-    device: str,     # cuda, mps or cpu
+    images,  # uint8 (N, R, R)
+    extractor,  # one of `BACKBONES`, or a callable: uint8 (B, R, R) -> (B, D)
+    size: int,  # side at which a network sees them, px
+    device: str,  # cuda, mps or cpu
     desc: str = "",  # shown by the progress bar
-    weights=None     # see `find_weights`
-):                   # float32 (N, D)
+    weights=None,  # see `find_weights`
+):  # float32 (N, D)
     "Features of every image, in batches of one fixed shape."
     if isinstance(extractor, str):
         net, own = load_backbone(extractor, device, weights).net, not BACKBONES[extractor].multiple
-        def see(x): return net(to_input(x, x.shape[1] if own else size).to(device, memory_format=torch.channels_last)).cpu()  # (B, D)
-    else: see = extractor
+
+        def see(x):
+            return net(
+                to_input(x, x.shape[1] if own else size).to(
+                    device, memory_format=torch.channels_last
+                )
+            ).cpu()  # (B, D)
+    else:
+        see = extractor
     out = []
     with progress(desc=desc or "features", total=len(images), unit="image") as bar:
         for i in range(0, len(images), FEATURE_BATCH):
-            part = images[i:i + FEATURE_BATCH]
+            part = images[i : i + FEATURE_BATCH]
             full = np.zeros((FEATURE_BATCH, *images.shape[1:]), np.uint8)
-            full[:len(part)] = part
-            out.append(np.asarray(see(full), np.float32)[:len(part)])
+            full[: len(part)] = part
+            out.append(np.asarray(see(full), np.float32)[: len(part)])
             bar.update(len(part))
     return np.concatenate(out)
 
 # %% ../../nbs/images/features.ipynb #fb9e2e02
 def features_key(
-    extractor: str,# one of `BACKBONES`
-    size: int,     # side at which the network sees the images, px
-    device: str,   # cuda, mps or cpu
-    weights=None   # see `find_weights`
-) -> dict:         # a part of the key of a cache, see `cached`
+    extractor: str,  # one of `BACKBONES`
+    size: int,  # side at which the network sees the images, px
+    device: str,  # cuda, mps or cpu
+    weights=None,  # see `find_weights`
+) -> dict:  # a part of the key of a cache, see `cached`
     "All but the images on which features depend."
-    return dict(extractor=extractor, weights=load_backbone(extractor, device, weights).sha256, size=size, batch=FEATURE_BATCH, device=device,
-                torch=torch.__version__, threads=torch.get_num_threads(), version=FEATURES_VERSION)
+    return dict(
+        extractor=extractor,
+        weights=load_backbone(extractor, device, weights).sha256,
+        size=size,
+        batch=FEATURE_BATCH,
+        device=device,
+        torch=torch.__version__,
+        threads=torch.get_num_threads(),
+        version=FEATURES_VERSION,
+    )
 
 # %% ../../nbs/images/features.ipynb #3a464158
 def extract_features(
-    images,               # uint8 (N, R, R), N at least 1
-    extractor = "efficientnet-lite0", # one of `BACKBONES`, or a callable: uint8 (B, R, R) -> (B, D)
-    size: int = 128,      # side at which a network sees them, px
+    images,  # uint8 (N, R, R), N at least 1
+    extractor="efficientnet-lite0",  # one of `BACKBONES`, or a callable: uint8 (B, R, R) -> (B, D)
+    size: int = 128,  # side at which a network sees them, px
     device: str = "cpu",  # cuda, mps or cpu
-    cache = None,         # folder of computed features; None computes afresh, and so does a callable
-    desc: str = "",       # shown by the progress bar
-    weights = None        # where the weights lie, see `find_weights`
-):                        # float32 (N, D); raises `CxrError` for other images or an impossible size
+    cache=None,  # folder of computed features; None computes afresh, and so does a callable
+    desc: str = "",  # shown by the progress bar
+    weights=None,  # where the weights lie, see `find_weights`
+):  # float32 (N, D); raises `CxrError` for other images or an impossible size
     "Features of images through a frozen network, from the cache when they are there."
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 3 or not len(images):
-        raise CxrError(f"cannot extract features from {images.dtype} {images.shape}.\nExpected uint8 grey images (N, R, R), N at least 1.")
-    if not isinstance(extractor, str): return compute_features(images, extractor, size, device, desc)
+        raise CxrError(
+            f"cannot extract features from {images.dtype} {images.shape}.\n"
+            "Expected uint8 grey images (N, R, R), N at least 1."
+        )
+    if not isinstance(extractor, str):
+        return compute_features(images, extractor, size, device, desc)
     step = BACKBONES[one_of(extractor, BACKBONES, "extractor")].multiple
-    if step and (size < step or size % step): raise CxrError(f"size {size} does not suit {extractor}.\nAllowed: multiples of {step} px, such as {max(1, 128 // step) * step}.")
-    def compute(): return compute_features(images, extractor, size, device, desc, weights)
-    if cache is None: return compute()
-    return cached(cache, "features", features_key(extractor, size, device, weights) | dict(images=digest_array(images)), compute)
+    if step and (size < step or size % step):
+        raise CxrError(
+            f"size {size} does not suit {extractor}.\n"
+            f"Allowed: multiples of {step} px, such as {max(1, 128 // step) * step}."
+        )
+
+    def compute():
+        return compute_features(images, extractor, size, device, desc, weights)
+
+    if cache is None:
+        return compute()
+    return cached(
+        cache,
+        "features",
+        features_key(extractor, size, device, weights) | dict(images=digest_array(images)),
+        compute,
+    )

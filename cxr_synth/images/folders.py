@@ -19,58 +19,90 @@ from .images import naming_errors, prepare_image, to_grey
 # %% ../../nbs/images/folders.ipynb #378ba3f1
 TRAINING_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
+
 def read_image_folder(
-    folder,         # with images; other files are ignored
-    resolution: int # side, px
-) -> tuple[list[str], np.ndarray]: # names without suffix, (N, S, S) uint8
+    folder,  # with images; other files are ignored
+    resolution: int,  # side, px
+) -> tuple[list[str], np.ndarray]:  # names without suffix, (N, S, S) uint8
     "Every image of a folder through the common image path; raises `CxrError` for an empty folder or a broken image."
     paths = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in TRAINING_SUFFIXES)
-    if not paths: raise CxrError(f"{folder} holds no images.\nAllowed: {', '.join(TRAINING_SUFFIXES)}.\nPrepare them first: cxr-synth data, or prepare_training_data.")
+    if not paths:
+        raise CxrError(
+            f"{folder} holds no images.\n"
+            f"Allowed: {', '.join(TRAINING_SUFFIXES)}.\n"
+            "Prepare them first: cxr-synth data, or prepare_training_data."
+        )
+
     def read(p):
         try:
-            with Image.open(p) as image: return np.asarray(prepare_image(image, resolution))
-        except (OSError, SyntaxError, ValueError) as e: raise CxrError(f"cannot read the image {p}: {str(e).splitlines()[0][:100]}.\nReplace it or move it out of the folder, and repeat.") from e
-    return [p.stem for p in paths], np.stack([read(p) for p in progress(paths, "reading", unit="image")])
+            with Image.open(p) as image:
+                return np.asarray(prepare_image(image, resolution))
+        except (OSError, SyntaxError, ValueError) as e:
+            raise CxrError(
+                f"cannot read the image {p}: {str(e).splitlines()[0][:100]}.\n"
+                "Replace it or move it out of the folder, and repeat."
+            ) from e
+
+    return [p.stem for p in paths], np.stack(
+        [read(p) for p in progress(paths, "reading", unit="image")]
+    )
 
 # %% ../../nbs/images/folders.ipynb #781db218
 FOLDER_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
+
 def image_files(
-    folder,       # where to look, not below it
-    least: int=1  # how many there must be
+    folder,  # where to look, not below it
+    least: int = 1,  # how many there must be
 ) -> list[Path]:  # sorted; raises `CxrError` when there are fewer
     "The images of a folder, whatever the case of their suffix."
-    if not Path(folder).is_dir(): raise CxrError(f"{folder} is no folder.\nExpected a folder that holds images.")
-    found = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in FOLDER_SUFFIXES and not p.name.startswith("."))
+    if not Path(folder).is_dir():
+        raise CxrError(f"{folder} is no folder.\nExpected a folder that holds images.")
+    found = sorted(
+        p
+        for p in Path(folder).glob("*")
+        if p.suffix.lower() in FOLDER_SUFFIXES and not p.name.startswith(".")
+    )
     if len(found) < least:
-        raise CxrError(f"{folder} holds {len(found) or 'no'} images; at least {least} are needed.\nAllowed: png, jpg, bmp, tif or webp files directly in the folder.")
+        raise CxrError(
+            f"{folder} holds {len(found) or 'no'} images; at least {least} are needed.\n"
+            "Allowed: png, jpg, bmp, tif or webp files directly in the folder."
+        )
     return found
 
+
 def unused_files(
-    folder # where to look, not below it
+    folder,  # where to look, not below it
 ) -> int:
     "How many files of a folder are no images."
-    return sum(p.is_file() and p.suffix.lower() not in FOLDER_SUFFIXES for p in Path(folder).glob("*"))
+    return sum(
+        p.is_file() and p.suffix.lower() not in FOLDER_SUFFIXES for p in Path(folder).glob("*")
+    )
 
 # %% ../../nbs/images/folders.ipynb #90a4b218
 def read_image(
-    path,         # which file
-    mode: str="L" # L: grey; RGB: three channels
-) -> Image.Image: # raises `CxrError` that names an unreadable file
+    path,  # which file
+    mode: str = "L",  # L: grey; RGB: three channels
+) -> Image.Image:  # raises `CxrError` that names an unreadable file
     "One image in 8 bits; deep grey is scaled, not clipped."
-    with naming_errors(path), Image.open(path) as im: return (to_grey(im) if mode == "L" or im.mode.startswith("I") else im).convert(mode)
+    with naming_errors(path), Image.open(path) as im:
+        return (to_grey(im) if mode == "L" or im.mode.startswith("I") else im).convert(mode)
+
 
 def read_folder(
-    folder,             # of images, all of one size
-    least: int = 1,     # how many there must be
-    mode: str = "L"     # see `read_image`
-):                      # uint8 (N, H, W), or (N, H, W, 3) for RGB; raises `CxrError` for mixed sizes
+    folder,  # of images, all of one size
+    least: int = 1,  # how many there must be
+    mode: str = "L",  # see `read_image`
+):  # uint8 (N, H, W), or (N, H, W, 3) for RGB; raises `CxrError` for mixed sizes
     "All images of a folder, sorted by name."
     files, out = image_files(folder, least), []
     for p in files:
         im = read_image(p, mode)
         if out and np.asarray(im).shape != out[0].shape:
             h, w = out[0].shape[:2]
-            raise CxrError(f"{p} is {im.width} x {im.height} px, but {files[0].name} is {w} x {h}.\nResize all images of {folder} to one size first.")
+            raise CxrError(
+                f"{p} is {im.width} x {im.height} px, but {files[0].name} is {w} x {h}.\n"
+                f"Resize all images of {folder} to one size first."
+            )
         out.append(np.asarray(im))
     return np.stack(out)

@@ -16,266 +16,380 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Callable, Iterator
+from collections.abc import Callable, Iterator
 import numpy as np
 from PIL import Image, ImageChops, ImageFile, ImageOps, UnidentifiedImageError
 
 # %% ../../nbs/images/images.ipynb #b186a045
 from ..base.cache import read_or_none
 from ..base.compute import progress
-from ..base.files import (CxrError, TEMPORARY, atomic_path, digest_file, digest_json, one_of,
-                                  read_json, remove_temporary, write_json)
+from cxr_synth.base.files import (
+    CxrError,
+    TEMPORARY,
+    atomic_path,
+    digest_file,
+    digest_json,
+    one_of,
+    read_json,
+    remove_temporary,
+    write_json,
+)
 
 # %% ../../nbs/images/images.ipynb #bebb2ab0
 def from_16_bits(
-    image: Image.Image # integers of more than 8 bits: mode I;16, I;16B or I
-) -> Image.Image:      # mode L; raises `CxrError` for values below 0 or above 65535, and if none is above 4095
+    image: Image.Image,  # integers of more than 8 bits: mode I;16, I;16B or I
+) -> (
+    Image.Image
+):  # mode L; raises `CxrError` for values below 0 or above 65535, and if none is above 4095
     "8 bits from 16, by the full range."
     x = np.asarray(image).astype(np.float32)
     low, high = x.min(), x.max()
-    if low < 0 or high > 65535: raise CxrError(f"it has pixels from {low:.0f} to {high:.0f}; 16 bits hold 0 to 65535.\nStore it with 8 or 16 bits.")
-    if high < 4096: raise CxrError(f"it uses {int(high).bit_length()} of its 16 bits and would be nearly black.\n"
-                                   "Store it with its full range (12 bits: values times 16), or as DICOM, which names its bits.")
-    return Image.fromarray(np.round(x/257).astype(np.uint8))
+    if low < 0 or high > 65535:
+        raise CxrError(
+            f"it has pixels from {low:.0f} to {high:.0f}; 16 bits hold 0 to 65535.\nStore it with 8 or 16 bits."
+        )
+    if high < 4096:
+        raise CxrError(
+            f"it uses {int(high).bit_length()} of its 16 bits and would be nearly black.\n"
+            "Store it with its full range (12 bits: values times 16), or as DICOM, which names its bits."
+        )
+    return Image.fromarray(np.round(x / 257).astype(np.uint8))
 
 # %% ../../nbs/images/images.ipynb #ce6d5312
 def to_grey(
-    image: Image.Image # of any mode
-) -> Image.Image:      # mode L, same size (the image itself if it is grey); raises `CxrError` for float pixels, and as `from_16_bits`
+    image: Image.Image,  # of any mode
+) -> Image.Image:  # mode L, same size (the image itself if it is grey); raises `CxrError` for float pixels, and as `from_16_bits`
     "Grey, 8 bits: 16 bits scaled, transparent pixels black, colours by their brightness (ITU-R 601)."
-    if image.mode.startswith("I"): return from_16_bits(image)
-    if image.mode == "F": raise CxrError("its pixels are floating-point numbers, whose black and white nobody knows.\nStore it with 8 or 16 bits.")
-    if image.has_transparency_data: image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
-    if image.mode == "CMYK": image = image.convert("RGB")
+    if image.mode.startswith("I"):
+        return from_16_bits(image)
+    if image.mode == "F":
+        raise CxrError(
+            "its pixels are floating-point numbers, whose black and white nobody knows.\n"
+            "Store it with 8 or 16 bits."
+        )
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
+    if image.mode == "CMYK":
+        image = image.convert("RGB")
     return image if image.mode == "L" else image.convert("L")
 
 # %% ../../nbs/images/images.ipynb #4d080f77
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".dcm")  # what counts as an image in a folder; compare in lower case
+IMAGE_SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".dcm",
+)  # what counts as an image in a folder; compare in lower case
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF")  # what Pillow may open; DICOM goes by pydicom
 MAX_PIXELS = 64_000_000  # more is taken for a decompression bomb; the largest X-ray detectors have about 20 million
-MIN_SIDE = 16            # px; anything smaller is no X-ray
+MIN_SIDE = 16  # px; anything smaller is no X-ray
+
 
 def check_size(
-    width, height # px, as the header says
+    width,
+    height,  # px, as the header says
 ):
     "Raises `CxrError` for a picture that is too small to be one, or so large that decoding it is a danger."
-    if min(width, height) < MIN_SIDE: raise CxrError(f"it is {width} x {height} px; the least is {MIN_SIDE} px a side.")
-    if width*height > MAX_PIXELS: raise CxrError(f"it claims {width} x {height} px; the most is {MAX_PIXELS/1e6:.0f} million (a decompression bomb?).")
+    if min(width, height) < MIN_SIDE:
+        raise CxrError(f"it is {width} x {height} px; the least is {MIN_SIDE} px a side.")
+    if width * height > MAX_PIXELS:
+        raise CxrError(
+            f"it claims {width} x {height} px; the most is {MAX_PIXELS / 1e6:.0f} million (a "
+            "decompression bomb?)."
+        )
 
 # %% ../../nbs/images/images.ipynb #24c06e35
 @contextmanager
 def naming_errors(
-    name # which image is being read, as the user knows it
+    name,  # which image is being read, as the user knows it
 ):
     "Turn whatever fails inside into a `CxrError` that names the image."
-    try: yield
-    except Exception as e:   # decoders raise nearly every kind on damaged files
+    try:
+        yield
+    except Exception as e:  # decoders raise nearly every kind on damaged files
         why, *more = str(e).splitlines() or [type(e).__name__]
-        raise CxrError(f"cannot read the image {name}: {textwrap.shorten(why, 160, placeholder=' ...')}\n" +
-                       ("\n".join(more[:3]) if isinstance(e, CxrError) and more else "Replace the file or move it out of the folder, then repeat the command.")) from e
+        raise CxrError(
+            f"cannot read the image {name}: {textwrap.shorten(why, 160, placeholder=' ...')}\n"
+            + (
+                "\n".join(more[:3])
+                if isinstance(e, CxrError) and more
+                else "Replace the file or move it out of the folder, then repeat the command."
+            )
+        ) from e
 
 # %% ../../nbs/images/images.ipynb #440ee0da
 def open_image(
-    raw: bytes,    # the file
-    name: str = "" # its name; only a suffix .dcm counts, for DICOM files without the usual preamble
+    raw: bytes,  # the file
+    name: str = "",  # its name; only a suffix .dcm counts, for DICOM files without the usual preamble
 ) -> Image.Image:  # not yet decoded (a DICOM is); raises `CxrError`, or what Pillow raises
     "Open a picture, look at its header, refuse what is none."
-    if not raw: raise CxrError("it is empty (0 bytes).")
-    if raw[128:132] == b"DICM" or str(name).lower().endswith(".dcm"): return open_dicom(raw)
+    if not raw:
+        raise CxrError("it is empty (0 bytes).")
+    if raw[128:132] == b"DICM" or str(name).lower().endswith(".dcm"):
+        return open_dicom(raw)
     if ImageFile.LOAD_TRUNCATED_IMAGES:
-        raise CxrError("some library has set PIL.ImageFile.LOAD_TRUNCATED_IMAGES, so that damage would pass unseen.\nSet it to False.")
-    try: image = Image.open(io.BytesIO(raw), formats=FORMATS)
-    except UnidentifiedImageError as e: raise CxrError(f"it is no {', '.join(FORMATS)} or DICOM; it begins with {raw[:12]!r}.") from e
+        raise CxrError(
+            "some library has set PIL.ImageFile.LOAD_TRUNCATED_IMAGES, so that damage would pass "
+            "unseen.\n"
+            "Set it to False."
+        )
+    try:
+        image = Image.open(io.BytesIO(raw), formats=FORMATS)
+    except UnidentifiedImageError as e:
+        raise CxrError(
+            f"it is no {', '.join(FORMATS)} or DICOM; it begins with {raw[:12]!r}."
+        ) from e
     check_size(*image.size)
-    if (n := getattr(image, "n_frames", 1)) > 1: raise CxrError(f"it holds {n} frames.\nStore the one that is meant as a file of its own.")
-    end = image.format != "JPEG" or raw.endswith(b"\xff\xd9") or raw.find(b"\xff\xd9", raw.rfind(b"\xff\xda")) > 0   # after the last scan
-    if not end: raise CxrError("it has no end marker: the file was cut off.")
+    if (n := getattr(image, "n_frames", 1)) > 1:
+        raise CxrError(f"it holds {n} frames.\nStore the one that is meant as a file of its own.")
+    end = (
+        image.format != "JPEG"
+        or raw.endswith(b"\xff\xd9")
+        or raw.find(b"\xff\xd9", raw.rfind(b"\xff\xda")) > 0
+    )  # after the last scan
+    if not end:
+        raise CxrError("it has no end marker: the file was cut off.")
     return image
 
 # %% ../../nbs/images/images.ipynb #1b3891e1
-ORIENTATION = 0x0112   # EXIF tag; 1 is upright
+ORIENTATION = 0x0112  # EXIF tag; 1 is upright
+
 
 def apply_exif_orientation(
-    image: Image.Image # of any mode
-) -> Image.Image:      # the image itself if it is upright
+    image: Image.Image,  # of any mode
+) -> Image.Image:  # the image itself if it is upright
     "The image as its EXIF tag wants it to be seen."
     return ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else image
 
 # %% ../../nbs/images/images.ipynb #83b81878
 def decode_upright(
-    image: Image.Image, # from `open_image`, not yet decoded
-    shrink: int = 1     # JPEG only: decode at a half (2), a quarter (4) or an eighth (8)
-) -> Image.Image:       # mode L
+    image: Image.Image,  # from `open_image`, not yet decoded
+    shrink: int = 1,  # JPEG only: decode at a half (2), a quarter (4) or an eighth (8)
+) -> Image.Image:  # mode L
     "Decode, turn, make grey."
-    if image.format == "JPEG": image.draft("L", (image.width//shrink, image.height//shrink))
-    image.load()   # now, or damage would come to light later, and without the file's name
-    negative = image.format == "TIFF" and image.mode.startswith("I") and image.tag_v2.get(262) == 0   # PhotometricInterpretation: white is zero
+    if image.format == "JPEG":
+        image.draft("L", (image.width // shrink, image.height // shrink))
+    image.load()  # now, or damage would come to light later, and without the file's name
+    negative = (
+        image.format == "TIFF" and image.mode.startswith("I") and image.tag_v2.get(262) == 0
+    )  # PhotometricInterpretation: white is zero
     grey = to_grey(apply_exif_orientation(image))
     return ImageChops.invert(grey) if negative else grey
 
 # %% ../../nbs/images/images.ipynb #eab2d80c
 def dicom_range(
-    ds # pydicom Dataset
-) -> tuple[float, float]: # lowest and highest value that modality and VOI transformation can give
+    ds,  # pydicom Dataset
+) -> tuple[float, float]:  # lowest and highest value that modality and VOI transformation can give
     "The range of a DICOM's output values (PS3.3, C.11.1 and C.11.2)."
     for table in ("VOILUTSequence", "ModalityLUTSequence"):
-        if ds.get(table): return 0, 2**ds[table].value[0].LUTDescriptor[2] - 1
-    low = -2**(ds.BitsStored - 1) if ds.PixelRepresentation else 0        # stored values are signed or not
+        if ds.get(table):
+            return 0, 2 ** ds[table].value[0].LUTDescriptor[2] - 1
+    low = (
+        -(2 ** (ds.BitsStored - 1)) if ds.PixelRepresentation else 0
+    )  # stored values are signed or not
     slope, intercept = float(ds.get("RescaleSlope", 1)), float(ds.get("RescaleIntercept", 0))
-    return low*slope + intercept, (low + 2**ds.BitsStored - 1)*slope + intercept
+    return low * slope + intercept, (low + 2**ds.BitsStored - 1) * slope + intercept
 
 # %% ../../nbs/images/images.ipynb #a47cc367
 def dicom_pixels(
-    ds # pydicom Dataset
-) -> np.ndarray: # stored values, (H, W) or (H, W, 3); raises `CxrError` for a compression that can't be read here
+    ds,  # pydicom Dataset
+) -> np.ndarray:  # stored values, (H, W) or (H, W, 3); raises `CxrError` for a compression that can't be read here
     "The stored pixels of a DICOM with one frame."
     check_size(ds.Columns, ds.Rows)
-    if (n := int(ds.get("NumberOfFrames") or 1)) > 1: raise CxrError(f"it holds {n} frames.\nStore the one that is meant as a file of its own.")
-    try: return ds.pixel_array
+    if (n := int(ds.get("NumberOfFrames") or 1)) > 1:
+        raise CxrError(f"it holds {n} frames.\nStore the one that is meant as a file of its own.")
+    try:
+        return ds.pixel_array
     except (NotImplementedError, RuntimeError) as e:
-        raise CxrError(f"its compression, {ds.file_meta.TransferSyntaxUID.name}, can't be decoded here, or it is damaged.\n"
-                       "Install a decoder (pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg),\nor decompress the files first (gdcmconv --raw IN OUT).") from e
+        raise CxrError(
+            f"its compression, {ds.file_meta.TransferSyntaxUID.name}, can't be decoded here, or it is damaged.\n"
+            "Install a decoder (pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg),\nor decompress the files first (gdcmconv --raw IN OUT)."
+        ) from e
 
 # %% ../../nbs/images/images.ipynb #c0fabab2
 def open_dicom(
-    raw: bytes # the file
-) -> Image.Image: # mode L, format DICOM; raises `CxrError` without pydicom, for several frames, an unknown compression or interpretation
+    raw: bytes,  # the file
+) -> Image.Image:  # mode L, format DICOM; raises `CxrError` without pydicom, for several frames, an unknown compression or interpretation
     "Decode a DICOM as a viewer would show it."
-    try: import pydicom, pydicom.pixels
-    except ImportError as e: raise CxrError('it is a DICOM file, which needs pydicom.\nInstall it: pip install "cxr_synth[dicom]"') from e
-    try: ds = pydicom.dcmread(io.BytesIO(raw))
-    except pydicom.errors.InvalidDicomError as e: raise CxrError(f"it is no DICOM file; it begins with {raw[:12]!r}.") from e
-    if "PixelData" not in ds: raise CxrError("it is a DICOM without an image (a report, or a directory of files?).")
-    kind = one_of(ds.PhotometricInterpretation, ("MONOCHROME1", "MONOCHROME2", "RGB", "YBR_FULL", "YBR_FULL_422"), "photometric interpretation")
+    try:
+        import pydicom, pydicom.pixels
+    except ImportError as e:
+        raise CxrError(
+            'it is a DICOM file, which needs pydicom.\nInstall it: pip install "cxr_synth[dicom]"'
+        ) from e
+    try:
+        ds = pydicom.dcmread(io.BytesIO(raw))
+    except pydicom.errors.InvalidDicomError as e:
+        raise CxrError(f"it is no DICOM file; it begins with {raw[:12]!r}.") from e
+    if "PixelData" not in ds:
+        raise CxrError("it is a DICOM without an image (a report, or a directory of files?).")
+    kind = one_of(
+        ds.PhotometricInterpretation,
+        ("MONOCHROME1", "MONOCHROME2", "RGB", "YBR_FULL", "YBR_FULL_422"),
+        "photometric interpretation",
+    )
     x = dicom_pixels(ds)
     if kind.startswith("MONO"):
-        x = pydicom.pixels.apply_voi_lut(pydicom.pixels.apply_modality_lut(x, ds), ds).astype(np.float32)
+        x = pydicom.pixels.apply_voi_lut(pydicom.pixels.apply_modality_lut(x, ds), ds).astype(
+            np.float32
+        )
         low, high = dicom_range(ds)
-        x = np.clip(np.round((x - low)/(high - low)*255), 0, 255).astype(np.uint8)
+        x = np.clip(np.round((x - low) / (high - low) * 255), 0, 255).astype(np.uint8)
     image = Image.fromarray(255 - x if kind == "MONOCHROME1" else x).convert("L")
     image.format, image.info["stored mode"] = "DICOM", kind
     return image
 
 # %% ../../nbs/images/images.ipynb #2f8b6a77
 def decode_image(
-    raw: bytes, # the file
-    name: str   # its name, for messages
-) -> Image.Image:# mode L, full size, upright; raises `CxrError` that names the file
+    raw: bytes,  # the file
+    name: str,  # its name, for messages
+) -> Image.Image:  # mode L, full size, upright; raises `CxrError` that names the file
     "All pixels of an image file as grey."
-    with naming_errors(name): return decode_upright(open_image(raw, name))
+    with naming_errors(name):
+        return decode_upright(open_image(raw, name))
 
 # %% ../../nbs/images/images.ipynb #9000fa0f
 FITS = ("squash", "pad", "crop")
 
+
 def fit_box(
-    size,           # (width, height) of the original, px
-    resolution: int,# side of the square, px
-    fit: str        # squash: change the proportions; pad: black bars; crop: the square in the middle
-) -> tuple:         # the part of the original that is used: left, top, right, bottom; (width, height) that it takes in the square
+    size,  # (width, height) of the original, px
+    resolution: int,  # side of the square, px
+    fit: str,  # squash: change the proportions; pad: black bars; crop: the square in the middle
+) -> tuple:  # the part of the original that is used: left, top, right, bottom; (width, height) that it takes in the square
     "Where an original goes in its square; raises `CxrError` for another `fit`."
     (w, h), square = size, (resolution, resolution)
-    if one_of(fit, FITS, "fit") == "squash": return (0, 0, w, h), square
-    if fit == "pad": return (0, 0, w, h), tuple(max(1, round(resolution*n/max(w, h))) for n in (w, h))
+    if one_of(fit, FITS, "fit") == "squash":
+        return (0, 0, w, h), square
+    if fit == "pad":
+        return (0, 0, w, h), tuple(max(1, round(resolution * n / max(w, h))) for n in (w, h))
     side = min(w, h)
-    return ((w - side)/2, (h - side)/2, (w + side)/2, (h + side)/2), square
+    return ((w - side) / 2, (h - side) / 2, (w + side) / 2, (h + side) / 2), square
 
 # %% ../../nbs/images/images.ipynb #9d3ddb7c
 IMAGE_PATH_VERSION = 1  # goes up whenever the same file would give other pixels
 
+
 def resize_to_square(
-    grey: Image.Image,# mode L
+    grey: Image.Image,  # mode L
     resolution: int,  # side of the result, px
-    fit: str,         # see `fit_box`
-    size=None,        # (width, height) of the original, px, if `grey` was decoded at a part of its size
-    shrink: int = 1   # by which factor
-) -> Image.Image:     # mode L, resolution x resolution; a new image
+    fit: str,  # see `fit_box`
+    size=None,  # (width, height) of the original, px, if `grey` was decoded at a part of its size
+    shrink: int = 1,  # by which factor
+) -> Image.Image:  # mode L, resolution x resolution; a new image
     "Shrink without aliasing (Lanczos) and fit into a square."
     box, to = fit_box(size or grey.size, resolution, fit)
-    small = grey.resize(to, Image.Resampling.LANCZOS, box=[edge/shrink for edge in box])
-    square = Image.new("L", (resolution, resolution))                         # new, so that no colour profile or comment comes along
-    square.paste(small, ((resolution - small.width)//2, (resolution - small.height)//2))
+    small = grey.resize(to, Image.Resampling.LANCZOS, box=[edge / shrink for edge in box])
+    square = Image.new(
+        "L", (resolution, resolution)
+    )  # new, so that no colour profile or comment comes along
+    square.paste(small, ((resolution - small.width) // 2, (resolution - small.height) // 2))
     return square
 
+
 def prepare_image(
-    image: Image.Image, # of any size and mode
-    resolution: int,    # side of the result, px
-    fit: str = "pad"    # see `fit_box`
-) -> Image.Image:       # mode L, resolution x resolution
+    image: Image.Image,  # of any size and mode
+    resolution: int,  # side of the result, px
+    fit: str = "pad",  # see `fit_box`
+) -> Image.Image:  # mode L, resolution x resolution
     "The one way from an image to the pixels that every stage uses, for real and synthetic images."
     return resize_to_square(to_grey(apply_exif_orientation(image)), resolution, fit)
 
 # %% ../../nbs/images/images.ipynb #ddce2780
-CHEAP_PNG = dict(compress_level=1, compress_type=zlib.Z_RLE)  # lossless like any PNG: only runs are searched, not strings
+CHEAP_PNG = dict(
+    compress_level=1, compress_type=zlib.Z_RLE
+)  # lossless like any PNG: only runs are searched, not strings
 
 # %% ../../nbs/images/images.ipynb #5fc33a2c
 def decoder_reduction(
-    image: Image.Image, # from `open_image`
-    resolution: int,    # side of the square, px
-    fit: str            # see `fit_box`
-) -> int:               # 1, 2, 4 or 8
+    image: Image.Image,  # from `open_image`
+    resolution: int,  # side of the square, px
+    fit: str,  # see `fit_box`
+) -> int:  # 1, 2, 4 or 8
     "By how much the decoder may shrink an image and still give at least the pixels that the square needs."
-    if image.format != "JPEG" or image.getexif().get(ORIENTATION, 1) != 1: return 1
+    if image.format != "JPEG" or image.getexif().get(ORIENTATION, 1) != 1:
+        return 1
     (left, top, right, bottom), (w, h) = fit_box(image.size, resolution, fit)
-    return next(s for s in (8, 4, 2, 1) if s == 1 or (right - left >= s*w and bottom - top >= s*h))
+    return next(
+        s for s in (8, 4, 2, 1) if s == 1 or (right - left >= s * w and bottom - top >= s * h)
+    )
 
 # %% ../../nbs/images/images.ipynb #b2465510
 def prepare_file(
-    raw: bytes,      # the original file
-    name: str,       # its name, for messages
-    out,             # PNG to write
-    resolution: int, # side, px
-    fit: str = "pad" # see `fit_box`
-) -> int:            # size of the PNG, bytes; raises `CxrError` that names the original
+    raw: bytes,  # the original file
+    name: str,  # its name, for messages
+    out,  # PNG to write
+    resolution: int,  # side, px
+    fit: str = "pad",  # see `fit_box`
+) -> int:  # size of the PNG, bytes; raises `CxrError` that names the original
     "Decode an original no larger than needed, prepare it, and store it as PNG."
     one_of(fit, FITS, "fit")
     with naming_errors(name):
         image = open_image(raw, name)
         size, shrink = image.size, decoder_reduction(image, resolution, fit)
         grey = decode_upright(image, shrink)
-    square = resize_to_square(grey, resolution, fit, size if shrink > 1 else None, shrink)   # turned ones are not shrunk
+    square = resize_to_square(
+        grey, resolution, fit, size if shrink > 1 else None, shrink
+    )  # turned ones are not shrunk
     with atomic_path(out) as tmp:
         square.save(tmp, "PNG", **CHEAP_PNG)
         return tmp.stat().st_size
 
 # %% ../../nbs/images/images.ipynb #a07e72bb
 @lru_cache
-def standard_table() -> np.ndarray: # (64,)
+def standard_table() -> np.ndarray:  # (64,)
     "The brightness table of the JPEG standard, as Pillow orders it: at quality 50 it is used as it stands."
     f = io.BytesIO()
     Image.new("L", (8, 8)).save(f, "JPEG", quality=50)
     return np.asarray(Image.open(f).quantization[0])
 
+
 def jpeg_tables(
-    image: Image.Image # an opened image
-) -> tuple[str, int | None]: # 8 hex digits of the tables' hash, and the quality, 1 to 100; "" and None if it is no JPEG
+    image: Image.Image,  # an opened image
+) -> tuple[
+    str, int | None
+]:  # 8 hex digits of the tables' hash, and the quality, 1 to 100; "" and None if it is no JPEG
     "Which quantisation tables a JPEG was written with, and the quality that they stand for."
     tables = getattr(image, "quantization", None)
-    if not tables: return "", None
-    scale = 100*np.sum(tables[0])/standard_table().sum()    # per cent of the standard's table
-    return digest_json(tables)[:8], round((200 - scale)/2 if scale <= 100 else 5000/scale)
+    if not tables:
+        return "", None
+    scale = 100 * np.sum(tables[0]) / standard_table().sum()  # per cent of the standard's table
+    return digest_json(tables)[:8], round((200 - scale) / 2 if scale <= 100 else 5000 / scale)
 
 # %% ../../nbs/images/images.ipynb #b1608c40
 def inspect_file(
-    raw: bytes, # the file
-    name: str   # its name, for messages
-) -> dict:      # width, height (px, upright), mode, format, bytes, profile (bytes), quant, quality, pixels_sha256, small: uint8 (32, 32)
+    raw: bytes,  # the file
+    name: str,  # its name, for messages
+) -> dict:  # width, height (px, upright), mode, format, bytes, profile (bytes), quant, quality, pixels_sha256, small: uint8 (32, 32)
     "Decode a file once, every pixel of it, and say what there is to say; raises `CxrError` that names it."
     with naming_errors(name):
         image = open_image(raw, name)
-        facts = dict(mode=image.info.get("stored mode", image.mode), format=image.format, bytes=len(raw), profile=len(image.info.get("icc_profile") or b""))
+        facts = dict(
+            mode=image.info.get("stored mode", image.mode),
+            format=image.format,
+            bytes=len(raw),
+            profile=len(image.info.get("icc_profile") or b""),
+        )
         facts["quant"], facts["quality"] = jpeg_tables(image)
         grey = decode_upright(image)
     small = grey.resize((32, 32), Image.Resampling.LANCZOS, reducing_gap=3)
     pixels = hashlib.sha256(f"{grey.width}x{grey.height}\0".encode() + grey.tobytes()).hexdigest()
-    return dict(width=grey.width, height=grey.height) | facts | dict(pixels_sha256=pixels, small=np.asarray(small))
+    return (
+        dict(width=grey.width, height=grey.height)
+        | facts
+        | dict(pixels_sha256=pixels, small=np.asarray(small))
+    )
 
 # %% ../../nbs/images/images.ipynb #ee427bf2
 def map_threads_iter(
     f: Callable,  # called with one item
-    items,        # the items
-    workers: int, # threads
-    desc: str     # what is being done, for the progress bar
-) -> Iterator:    # the results, in the order of the items
+    items,  # the items
+    workers: int,  # threads
+    desc: str,  # what is being done, for the progress bar
+) -> Iterator:  # the results, in the order of the items
     "Map in threads, with progress; the first error stops it."
     with ThreadPoolExecutor(workers) as pool:
         jobs = deque(pool.submit(f, item) for item in items)
@@ -284,94 +398,164 @@ def map_threads_iter(
                 while jobs:
                     yield jobs.popleft().result()
                     bar.update()
-            finally: pool.shutdown(cancel_futures=True)
+            finally:
+                pool.shutdown(cancel_futures=True)
+
 
 def map_threads(
     f: Callable,  # called with one item
-    items,        # the items
-    workers: int, # threads
-    desc: str     # what is being done
-) -> list:        # the results, in order
+    items,  # the items
+    workers: int,  # threads
+    desc: str,  # what is being done
+) -> list:  # the results, in order
     "`map_threads_iter` as a list."
     return list(map_threads_iter(f, items, workers, desc))
 
 # %% ../../nbs/images/images.ipynb #819dbad2
 class PixelCache:
     "Square grey images of one size, by name, from a memory map; may be sent to other processes."
-    def __init__(self,
-        path, # .npy file, uint8 (N, size, size)
-        names # N names, in its order
-    ): self.path, self.names, self._at, self._map = Path(path), list(names), {n: i for i, n in enumerate(names)}, None
-    def __len__(self): return len(self.names)
-    def __contains__(self, name): return name in self._at
-    def __reduce__(self): return PixelCache, (self.path, self.names)   # another process opens its own map
+
+    def __init__(
+        self,
+        path,  # .npy file, uint8 (N, size, size)
+        names,  # N names, in its order
+    ):
+        self.path = Path(path)
+        self.names = list(names)
+        self._at = {n: i for i, n in enumerate(names)}
+        self._map = None
+
+    def __len__(self):
+        return len(self.names)
+
+    def __contains__(self, name):
+        return name in self._at
+
+    def __reduce__(self):
+        return PixelCache, (self.path, self.names)  # another process opens its own map
+
     @property
     def pixels(self) -> np.ndarray:
         "The map, uint8 (N, size, size), opened when first used; raises `CxrError` if the file is damaged."
         if self._map is None:
-            try: self._map = np.load(self.path, mmap_mode="r")
-            except (OSError, ValueError) as e: raise CxrError(f"the pixel cache {self.path} is damaged ({e}).\nRepeat the command; it will be built again.") from e
+            try:
+                self._map = np.load(self.path, mmap_mode="r")
+            except (OSError, ValueError) as e:
+                raise CxrError(
+                    f"the pixel cache {self.path} is damaged ({e}).\n"
+                    "Repeat the command; it will be built again."
+                ) from e
         return self._map
+
     def __getitem__(self, names) -> np.ndarray:
         "Copies: uint8 (size, size) for one name, (n, size, size) for several; raises `CxrError` for an unknown one."
         rows = [self._at.get(n) for n in ([names] if isinstance(names, str) else names)]
-        if None in rows: raise CxrError(f"the pixel cache has no image {[names] if isinstance(names, str) else list(names)}"[:200] + f".\nIt has {len(self)}: {', '.join(self.names[:3])}, ...")
+        if None in rows:
+            raise CxrError(
+                f"the pixel cache has no image {[names] if isinstance(names, str) else list(names)}"[
+                    :200
+                ]
+                + f".\nIt has {len(self)}: {', '.join(self.names[:3])}, ..."
+            )
         found = np.asarray(self.pixels[rows])
         return found[0] if isinstance(names, str) else found
-    def close(self): self._map = None    # the map goes with its last reference, and all that was given out are copies
+
+    def close(self):
+        self._map = (
+            None  # the map goes with its last reference, and all that was given out are copies
+        )
 
 # %% ../../nbs/images/images.ipynb #2ec49d45
 def file_fingerprint(
-    path,    # which file
-    old=None # what was found the last time
-) -> list:   # size in bytes, time of change in ns (0 if that is too recent to be trusted), SHA-256
+    path,  # which file
+    old=None,  # what was found the last time
+) -> list:  # size in bytes, time of change in ns (0 if that is too recent to be trusted), SHA-256
     "What identifies a file's content; it is read only if size or time differ from `old`."
     with naming_errors(path):
         at, s = time.time_ns(), os.stat(path)
-        if old and old[:2] == [s.st_size, s.st_mtime_ns]: return old
-        return [s.st_size, s.st_mtime_ns if at - s.st_mtime_ns > 2_000_000_000 else 0, digest_file(path)]
+        if old and old[:2] == [s.st_size, s.st_mtime_ns]:
+            return old
+        return [
+            s.st_size,
+            s.st_mtime_ns if at - s.st_mtime_ns > 2_000_000_000 else 0,
+            digest_file(path),
+        ]
 
 # %% ../../nbs/images/images.ipynb #730fd8c5
-BUILDING = threading.Lock()   # one build at a time within a process
+BUILDING = threading.Lock()  # one build at a time within a process
+
 
 def write_pixels(
-    out,          # .npy file to write
-    images,       # iterable of uint8 (size, size)
-    shape: tuple  # (N, size, size)
+    out,  # .npy file to write
+    images,  # iterable of uint8 (size, size)
+    shape: tuple,  # (N, size, size)
 ):
     "Write an array image by image, completely or not at all."
-    for p in Path(out).parent.glob(".pixels-*.tmp"):     # left by killed processes
-        with suppress(FileNotFoundError):                # gone meanwhile: another process has finished
-            if TEMPORARY.fullmatch(p.name) and time.time() - p.stat().st_mtime > 3600: remove_temporary(p)
+    for p in Path(out).parent.glob(".pixels-*.tmp"):  # left by killed processes
+        with suppress(FileNotFoundError):  # gone meanwhile: another process has finished
+            if TEMPORARY.fullmatch(p.name) and time.time() - p.stat().st_mtime > 3600:
+                remove_temporary(p)
     try:
         with atomic_path(out) as tmp, open(tmp, "wb") as f:
-            np.lib.format.write_array_header_1_0(f, dict(descr="|u1", fortran_order=False, shape=shape))
-            for x in images: f.write(x.tobytes())
+            np.lib.format.write_array_header_1_0(
+                f, dict(descr="|u1", fortran_order=False, shape=shape)
+            )
+            for x in images:
+                f.write(x.tobytes())
     except PermissionError:
-        if not Path(out).exists(): raise                 # else another process was faster, and has it open
+        if not Path(out).exists():
+            raise  # else another process was faster, and has it open
 
 # %% ../../nbs/images/images.ipynb #b1bc658d
 def pixel_cache(
-    folder,      # where caches are, such as the study's cache/
-    names: list, # N different names, such as image ids
-    paths: list, # N image files of any kind, in the same order
-    size: int,   # side, px
-    settings: dict | None = None, # of the image path: `fit` (default pad) and whatever else the files depend on
-    workers: int = 4 # threads
-) -> PixelCache: # raises `CxrError` that names an unreadable file
+    folder,  # where caches are, such as the study's cache/
+    names: list,  # N different names, such as image ids
+    paths: list,  # N image files of any kind, in the same order
+    size: int,  # side, px
+    settings: dict
+    | None = None,  # of the image path: `fit` (default pad) and whatever else the files depend on
+    workers: int = 4,  # threads
+) -> PixelCache:  # raises `CxrError` that names an unreadable file
     "Images at one size as a memory map: the one that is there if no file has changed, or a new one."
     names, settings = [str(n) for n in names], settings or {}
-    if len(set(names)) != len(paths): raise CxrError(f"{len(set(names))} different names for {len(paths)} files: each file needs a name of its own.")
+    if len(set(names)) != len(paths):
+        raise CxrError(
+            f"{len(set(names))} different names for {len(paths)} files: each file needs a name of "
+            "its own."
+        )
     about = digest_json(dict(names=names, size=size, settings=settings, path=IMAGE_PATH_VERSION))
-    index = Path(folder)/f"pixels-{size}-{about[:16]}.json"
+    index = Path(folder) / f"pixels-{size}-{about[:16]}.json"
     old = read_or_none(index, read_json) or {}
-    files = dict(zip(names, map_threads(lambda job: file_fingerprint(job[1], old.get(job[0])), list(zip(names, paths)), workers, "checking files")))
-    out = index.with_name(f"pixels-{size}-{digest_json([about, [f[2] for f in files.values()]])[:16]}.npy")
+    files = dict(
+        zip(
+            names,
+            map_threads(
+                lambda job: file_fingerprint(job[1], old.get(job[0])),
+                list(zip(names, paths)),
+                workers,
+                "checking files",
+            ),
+        )
+    )
+    out = index.with_name(
+        f"pixels-{size}-{digest_json([about, [f[2] for f in files.values()]])[:16]}.npy"
+    )
+
     def pixels(job):
         raw = Path(job[1]).read_bytes()
-        if hashlib.sha256(raw).hexdigest() != files[job[0]][2]: raise CxrError(f"{job[1]} changed while it was being read.\nRepeat the command.")
-        return np.asarray(prepare_image(decode_image(raw, str(job[1])), size, settings.get("fit", "pad")))
+        if hashlib.sha256(raw).hexdigest() != files[job[0]][2]:
+            raise CxrError(f"{job[1]} changed while it was being read.\nRepeat the command.")
+        return np.asarray(
+            prepare_image(decode_image(raw, str(job[1])), size, settings.get("fit", "pad"))
+        )
+
     with BUILDING:
-        if read_or_none(out, lambda path: np.load(path, mmap_mode="r")) is None: write_pixels(out, map_threads_iter(pixels, list(zip(names, paths)), workers, f"pixels at {size} px"), (len(names), size, size))
-        if files != old: write_json(index, files)
+        if read_or_none(out, lambda path: np.load(path, mmap_mode="r")) is None:
+            write_pixels(
+                out,
+                map_threads_iter(pixels, list(zip(names, paths)), workers, f"pixels at {size} px"),
+                (len(names), size, size),
+            )
+        if files != old:
+            write_json(index, files)
     return PixelCache(out, names)

@@ -24,103 +24,169 @@ from .study_images import load_images, training_rows
 # %% ../../nbs/images/known_generators.ipynb #13c2980a
 KNOWN_GENERATORS = ("truth", "copy", "wrong", "leaky")
 
+
 def reencode_jpeg(
-    image: np.ndarray, # uint8 (R, R)
-    quality: int       # of the JPEG
-) -> np.ndarray:       # uint8 (R, R)
+    image: np.ndarray,  # uint8 (R, R)
+    quality: int,  # of the JPEG
+) -> np.ndarray:  # uint8 (R, R)
     "An image after another round of JPEG."
     file = io.BytesIO()
     Image.fromarray(image).save(file, "jpeg", quality=quality)
     return np.asarray(Image.open(file))
 
+
 def phantom_arguments(
-    study: Study # of drawn patients
-) -> dict:       # arguments of `draw_phantom`
+    study: Study,  # of drawn patients
+) -> dict:  # arguments of `draw_phantom`
     "How this study's patients are drawn."
     s = study.records()["data"]["settings"]
-    return dict(size=max(128, s["resolution"]), seed=s["seed"], strength=[s["strength"] * x for x in STRENGTH_RANGE])
+    return dict(
+        size=max(128, s["resolution"]),
+        seed=s["seed"],
+        strength=[s["strength"] * x for x in STRENGTH_RANGE],
+    )
+
 
 def fresh_image(
-    study: Study, # of drawn patients
-    patient: int, # number: from 10**6 on, a child outside the study
-    label: int,   # 0 or 1
-    image: int = 0# which film of that child
+    study: Study,  # of drawn patients
+    patient: int,  # number: from 10**6 on, a child outside the study
+    label: int,  # 0 or 1
+    image: int = 0,  # which film of that child
 ) -> np.ndarray:  # uint8 (R, R)
     "A film that the study does not have, sent down the same image path."
     s = study.records()["data"]["settings"]
-    return np.asarray(prepare_image(Image.fromarray(draw_phantom(patient, image, label, **phantom_arguments(study))), s["resolution"], s["fit"]))
+    return np.asarray(
+        prepare_image(
+            Image.fromarray(draw_phantom(patient, image, label, **phantom_arguments(study))),
+            s["resolution"],
+            s["fit"],
+        )
+    )
 
 # %% ../../nbs/images/known_generators.ipynb #81e32870
 def phantom_origins(
-    study: Study # of drawn patients
-) -> dict:       # path of an image -> what it was drawn from: patient, image, label
+    study: Study,  # of drawn patients
+) -> dict:  # path of an image -> what it was drawn from: patient, image, label
     "The numbers behind the file names of a phantom study."
     s = study.records()["data"]["settings"]
-    return {r["path"]: r for r in phantom_files(s["patients"], s["seed"], s["test_share"], s["shift"], s["shortcut"])}
+    return {
+        r["path"]: r
+        for r in phantom_files(s["patients"], s["seed"], s["test_share"], s["shift"], s["shortcut"])
+    }
+
 
 def new_views_of_patients(
-    study: Study, # of drawn patients
-    rows,         # rows of the manifest, of one class
-    n: int        # how many
+    study: Study,  # of drawn patients
+    rows,  # rows of the manifest, of one class
+    n: int,  # how many
 ) -> np.ndarray:  # uint8 (N, R, R)
     "New films of the children in these rows, in turn."
     known = phantom_origins(study)
     who = list(dict.fromkeys((known[p]["patient"], known[p]["label"]) for p in rows.path))
-    return np.stack([fresh_image(study, *who[k % len(who)], image=100 + k // len(who)) for k in range(n)])
+    return np.stack(
+        [fresh_image(study, *who[k % len(who)], image=100 + k // len(who)) for k in range(n)]
+    )
 
 # %% ../../nbs/images/known_generators.ipynb #bf0b96e8
 def reencoded_copies(
-    study: Study, # with data
-    rows,         # rows of the manifest, of one class
-    n: int        # how many
+    study: Study,  # with data
+    rows,  # rows of the manifest, of one class
+    n: int,  # how many
 ) -> np.ndarray:  # uint8 (N, R, R)
     "Training images in new clothes, in turn."
     images = load_images(study, rows.image_id)
-    return np.stack([reencode_jpeg(images[k % len(images)], 60 + k // len(images) % 30) for k in range(n)])
+    return np.stack(
+        [reencode_jpeg(images[k % len(images)], 60 + k // len(images) % 30) for k in range(n)]
+    )
+
 
 def known_images(
-    study: Study, # of drawn patients (`copy` works with any)
-    kind: str,    # one of `KNOWN_GENERATORS`
+    study: Study,  # of drawn patients (`copy` works with any)
+    kind: str,  # one of `KNOWN_GENERATORS`
     entry: dict,  # one of the plan's generators: name, fraction, replicate, images
-    label: int    # 0 or 1, as it will be filed
+    label: int,  # 0 or 1, as it will be filed
 ) -> np.ndarray:  # uint8 (N, R, R)
     "What a known generator draws."
     n = entry["images"][CLASSES[label]]
     if one_of(kind, KNOWN_GENERATORS, "built-in generator") in ("copy", "leaky"):
         rows = training_rows(study, entry["fraction"], entry["replicate"])
-        return (reencoded_copies if kind == "copy" else new_views_of_patients)(study, rows[rows.label == label], n)
+        return (reencoded_copies if kind == "copy" else new_views_of_patients)(
+            study, rows[rows.label == label], n
+        )
     first = 10**6 + seed_for(entry["name"]) % 10**6 * 10**5 + label * 50_000
-    return np.stack([fresh_image(study, first + k, 1 - label if kind == "wrong" else label) for k in range(n)])
+    return np.stack(
+        [fresh_image(study, first + k, 1 - label if kind == "wrong" else label) for k in range(n)]
+    )
 
 # %% ../../nbs/images/known_generators.ipynb #84585270
 def write_class_images(
-    folder,    # of one generator
-    name: str, # of the generator
-    label: int,# 0 normal, 1 pneumonia
-    kind: str, # one of `KNOWN_GENERATORS`
-    images     # uint8 (N, R, R)
-) -> list[dict]: # one line of metadata per image
+    folder,  # of one generator
+    name: str,  # of the generator
+    label: int,  # 0 normal, 1 pneumonia
+    kind: str,  # one of `KNOWN_GENERATORS`
+    images,  # uint8 (N, R, R)
+) -> list[dict]:  # one line of metadata per image
     "Write the images of one class as PNG files."
     lines = []
     for k, image in enumerate(images):
-        path = Path(folder)/CLASSES[label]/f"{k:06d}.png"
-        with atomic_path(path) as tmp: Image.fromarray(image).save(tmp, format="PNG")
-        lines.append(dict(file_name=f"{CLASSES[label]}/{path.name}", label=label, class_name=CLASSES[label], prompt=PROMPTS[CLASSES[label]], negative_prompt="", seed=k, steps=0,
-                          guidance_scale=1, scheduler="none", base_model=f"built in: {kind}", generator=name, sha256=digest_file(path)))
+        path = Path(folder) / CLASSES[label] / f"{k:06d}.png"
+        with atomic_path(path) as tmp:
+            Image.fromarray(image).save(tmp, format="PNG")
+        lines.append(
+            dict(
+                file_name=f"{CLASSES[label]}/{path.name}",
+                label=label,
+                class_name=CLASSES[label],
+                prompt=PROMPTS[CLASSES[label]],
+                negative_prompt="",
+                seed=k,
+                steps=0,
+                guidance_scale=1,
+                scheduler="none",
+                base_model=f"built in: {kind}",
+                generator=name,
+                sha256=digest_file(path),
+            )
+        )
     return lines
 
 # %% ../../nbs/images/known_generators.ipynb #978e5538
 def stage_known_generator(
-    study: Study,      # of drawn patients, with data and plan
-    plan: dict,        # with `builtin` and generators
-    redo: bool = False # move images made otherwise aside
+    study: Study,  # of drawn patients, with data and plan
+    plan: dict,  # with `builtin` and generators
+    redo: bool = False,  # move images made otherwise aside
 ):
     "Fill synthetic/GENERATOR/ from a known generator, in place of train and generate."
     source = study.records()["data"]["settings"]["source"]
-    if source != "phantom": raise CxrError(f"the built-in generator {plan['builtin']!r} draws phantoms, but this study is made of {source}.\nPlan without --plan.builtin, or start a study with --data phantom.")
+    if source != "phantom":
+        raise CxrError(
+            f"the built-in generator {plan['builtin']!r} draws phantoms, but this study is made "
+            f"of {source}.\n"
+            "Plan without --plan.builtin, or start a study with --data phantom."
+        )
     for g in progress(plan["generators"], f"generator {plan['builtin']}", unit="set"):
-        stage = open_stage(study, "generate", f"synthetic/{g['name']}", GenerateConfig(), ["data/manifest.csv", "data/fractions.csv", "plan.json"], redo)
-        if stage.done: continue
-        lines = [line for label in (0, 1) for line in write_class_images(stage.path, g["name"], label, plan["builtin"], known_images(study, plan["builtin"], g, label))]
-        write_text(stage.path/"metadata.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        stage = open_stage(
+            study,
+            "generate",
+            f"synthetic/{g['name']}",
+            GenerateConfig(),
+            ["data/manifest.csv", "data/fractions.csv", "plan.json"],
+            redo,
+        )
+        if stage.done:
+            continue
+        lines = [
+            line
+            for label in (0, 1)
+            for line in write_class_images(
+                stage.path,
+                g["name"],
+                label,
+                plan["builtin"],
+                known_images(study, plan["builtin"], g, label),
+            )
+        ]
+        write_text(
+            stage.path / "metadata.jsonl", "".join(json.dumps(line) + "\n" for line in lines)
+        )
         stage.finish(images=g["images"], builtin=plan["builtin"])

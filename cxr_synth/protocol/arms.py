@@ -13,19 +13,39 @@ from ..base.files import CxrError, one_of
 
 # %% ../../nbs/protocol/arms.ipynb #b33676fa
 QUESTIONS = dict(
-    real="What do the real images reach alone?", real_short="What does mere repetition of real images buy?",
-    real_shuffled="What if classes stay as frequent as found?", duplicate="Would more copies of real images have done?",
-    mixed="Do synthetic images beside the real ones help?", mixed_full_pool="Do many more distinct synthetic images help?",
-    rebalanced="Does filling up the rarer class suffice?", augmented="Would stronger augmentation have done as well?",
-    synthetic_only="What do synthetic images know by themselves?", pretrain_finetune="Is synthetic first, real second, better?",
-    oracle="What if the generator peeked?", roundtrip="Does the autoencoder alone change anything?",
-    permuted="Do wrong labels hurt, as they must?", filtered="Is the gain copying?")
+    real="What do the real images reach alone?",
+    real_short="What does mere repetition of real images buy?",
+    real_shuffled="What if classes stay as frequent as found?",
+    duplicate="Would more copies of real images have done?",
+    mixed="Do synthetic images beside the real ones help?",
+    mixed_full_pool="Do many more distinct synthetic images help?",
+    rebalanced="Does filling up the rarer class suffice?",
+    augmented="Would stronger augmentation have done as well?",
+    synthetic_only="What do synthetic images know by themselves?",
+    pretrain_finetune="Is synthetic first, real second, better?",
+    oracle="What if the generator peeked?",
+    roundtrip="Does the autoencoder alone change anything?",
+    permuted="Do wrong labels hurt, as they must?",
+    filtered="Is the gain copying?",
+)
 ARMS = tuple(QUESTIONS)
-SYNTHETIC_ARMS = ("mixed", "mixed_full_pool", "rebalanced", "synthetic_only", "pretrain_finetune", "oracle", "permuted", "filtered")  # need a synthetic set
+SYNTHETIC_ARMS = (
+    "mixed",
+    "mixed_full_pool",
+    "rebalanced",
+    "synthetic_only",
+    "pretrain_finetune",
+    "oracle",
+    "permuted",
+    "filtered",
+)  # need a synthetic set
+
 
 def parse_arm(
-    name: str # an arm, or a variant such as mixed-share25 or mixed-pool500
-) -> tuple[str, float|None, int|None]: # arm, share (0-1) and pool (images); None: the usual one
+    name: str,  # an arm, or a variant such as mixed-share25 or mixed-pool500
+) -> tuple[
+    str, float | None, int | None
+]:  # arm, share (0-1) and pool (images); None: the usual one
     "Read an arm's name; raises `CxrError` for one that does not exist."
     base, *rest = name.split("-")
     one_of(base, ARMS, "arm")
@@ -33,5 +53,9 @@ def parse_arm(
     values = {m[1]: int(m[2]) for m in found if m}
     ok = all(found) and len(values) == len(rest) and (not rest or base in ("mixed", "oracle"))
     if not ok or not 0 < values.get("share", 50) < 100 or values.get("pool", 4) < 4:
-        raise CxrError(f"unknown variant {name!r}.\nAllowed for mixed and oracle: -shareP (1 to 99 %) and -poolN (4 images or more), such as mixed-share25.")
+        raise CxrError(
+            f"unknown variant {name!r}.\n"
+            "Allowed for mixed and oracle: -shareP (1 to 99 %) and -poolN (4 images or more), "
+            "such as mixed-share25."
+        )
     return base, values["share"] / 100 if "share" in values else None, values.get("pool")

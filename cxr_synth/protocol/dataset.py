@@ -20,16 +20,19 @@ from ..base.settings import is_scratch, known_base
 # %% ../../nbs/protocol/dataset.ipynb #da7a0007
 UNKNOWN, ASK = "unknown", "unknown, ask the owner"
 
+
 @dataclass(frozen=True)
 class DatasetCard:
     "What must be said of a data set wherever its images, or pictures made from them, go."
-    name: str = UNKNOWN         # as its authors call it
-    citation: str = UNKNOWN     # authors, title, year, link; plain text
-    licence: str = ASK          # in words, such as CC BY 4.0
-    population: str = UNKNOWN   # whom the images show, and where they were taken
-    patient_rule: str = UNKNOWN # how its file names tell patients apart
-    home_page: str = UNKNOWN    # where it is to be had
-    drawn: bool = False         # drawings: no patient is behind the images
+
+    name: str = UNKNOWN  # as its authors call it
+    citation: str = UNKNOWN  # authors, title, year, link; plain text
+    licence: str = ASK  # in words, such as CC BY 4.0
+    population: str = UNKNOWN  # whom the images show, and where they were taken
+    patient_rule: str = UNKNOWN  # how its file names tell patients apart
+    home_page: str = UNKNOWN  # where it is to be had
+    drawn: bool = False  # drawings: no patient is behind the images
+
     @property
     def licensed(self) -> bool:
         "Whether anybody has said what the licence is."
@@ -39,105 +42,177 @@ class DatasetCard:
 KERMANY = DatasetCard(
     name="Chest X-Ray Images (Pneumonia)",
     citation="Kermany, Zhang and Goldbaum, Labeled Optical Coherence Tomography (OCT) and Chest X-Ray Images for Classification, "
-             "Mendeley Data 2018, https://doi.org/10.17632/rscbjbr9sj; described in Kermany et al., Identifying Medical Diagnoses and "
-             "Treatable Diseases by Image-Based Deep Learning, Cell 172 (2018), https://doi.org/10.1016/j.cell.2018.02.010",
+    "Mendeley Data 2018, https://doi.org/10.17632/rscbjbr9sj; described in Kermany et al., Identifying Medical Diagnoses and "
+    "Treatable Diseases by Image-Based Deep Learning, Cell 172 (2018), https://doi.org/10.1016/j.cell.2018.02.010",
     licence="CC BY 4.0",
     population="children of one to five years, from one hospital (Guangzhou Women and Children's Medical Center)",
     patient_rule="kind and number: person12_bacteria_7 shows bacteria-12, IM-0115-0001 shows normal-IM-0115",
-    home_page="https://doi.org/10.17632/rscbjbr9sj")
+    home_page="https://doi.org/10.17632/rscbjbr9sj",
+)
 PHANTOM = DatasetCard(
-    name="drawn phantoms", citation="drawn by cxr_synth", licence="none needed: drawn by cxr_synth",
-    population="drawn patients; no person is behind them", patient_rule="as in the Kermany set", home_page="the notebook images/phantom",
-    drawn=True)
+    name="drawn phantoms",
+    citation="drawn by cxr_synth",
+    licence="none needed: drawn by cxr_synth",
+    population="drawn patients; no person is behind them",
+    patient_rule="as in the Kermany set",
+    home_page="the notebook images/phantom",
+    drawn=True,
+)
 
 CARDS = {"kermany": KERMANY, "phantom": PHANTOM, "unknown": DatasetCard()}
 HUB_IDS = {"hf-vision/chest-xray-pneumonia": "kermany"}
 
 # %% ../../nbs/protocol/dataset.ipynb #da7a000c
-KERMANY_NAMES = frozenset("""
-    IM-0006-0001 IM-0543-0001-0002 IM-0655-0001 NORMAL2-IM-0500-0001 NORMAL2-IM-0875-0001 NORMAL2-IM-0918-0001
-    NORMAL2-IM-1171-0001 NORMAL2-IM-1276-0001 person11_virus_38 person115_virus_218 person141_bacteria_670
-    person296_virus_613 person442_virus_898 person899_virus_1553 person907_bacteria_2832 person929_virus_1589
-    person1261_bacteria_3219 person1353_bacteria_3446 person1438_bacteria_3721 person1536_bacteria_4018
-    person1582_bacteria_4143 person1661_bacteria_4406 person1753_bacteria_4594""".split())
+KERMANY_NAMES = frozenset(
+    [
+        "IM-0006-0001",
+        "IM-0543-0001-0002",
+        "IM-0655-0001",
+        "NORMAL2-IM-0500-0001",
+        "NORMAL2-IM-0875-0001",
+        "NORMAL2-IM-0918-0001",
+        "NORMAL2-IM-1171-0001",
+        "NORMAL2-IM-1276-0001",
+        "person11_virus_38",
+        "person115_virus_218",
+        "person141_bacteria_670",
+        "person296_virus_613",
+        "person442_virus_898",
+        "person899_virus_1553",
+        "person907_bacteria_2832",
+        "person929_virus_1589",
+        "person1261_bacteria_3219",
+        "person1353_bacteria_3446",
+        "person1438_bacteria_3721",
+        "person1536_bacteria_4018",
+        "person1582_bacteria_4143",
+        "person1661_bacteria_4406",
+        "person1753_bacteria_4594",
+    ]
+)
+
 
 def recognise(
-    stems # file names without suffix
-) -> DatasetCard: # of the data set that has these names, or the unknown one
+    stems,  # file names without suffix
+) -> DatasetCard:  # of the data set that has these names, or the unknown one
     "Tell a data set by its file names."
-    marked = {s for s in stems if hashlib.sha256(s.encode(errors="replace")).hexdigest().startswith("00")}
+    marked = {
+        s for s in stems if hashlib.sha256(s.encode(errors="replace")).hexdigest().startswith("00")
+    }
     return KERMANY if len(marked) >= 5 and marked <= KERMANY_NAMES else CARDS["unknown"]
 
+
 def find_card(
-    source: str,     # phantom, hub or folder
-    hub_id: str = "",# hub only: the data set's id
-    stems=()         # file names without suffix
+    source: str,  # phantom, hub or folder
+    hub_id: str = "",  # hub only: the data set's id
+    stems=(),  # file names without suffix
 ) -> DatasetCard:
     "The card of a source, as far as it is known."
-    if source == "phantom": return PHANTOM
-    if source == "hub" and hub_id in HUB_IDS: return CARDS[HUB_IDS[hub_id]]
+    if source == "phantom":
+        return PHANTOM
+    if source == "hub" and hub_id in HUB_IDS:
+        return CARDS[HUB_IDS[hub_id]]
     return recognise(stems)
 
 # %% ../../nbs/protocol/dataset.ipynb #da7a000f
 def read_card(
-    text: str # a name in `CARDS`, or the path of a JSON file with fields of `DatasetCard`
-) -> DatasetCard: # raises `CxrError` for neither, an unknown field, or a value that is no text
+    text: str,  # a name in `CARDS`, or the path of a JSON file with fields of `DatasetCard`
+) -> DatasetCard:  # raises `CxrError` for neither, an unknown field, or a value that is no text
     "The card that a user gives."
-    if text in CARDS: return CARDS[text]
+    if text in CARDS:
+        return CARDS[text]
     names = [f.name for f in fields(DatasetCard)]
-    allowed = f"Allowed: {', '.join(CARDS)}, or a JSON file with any of the fields {', '.join(names)}."
-    if not Path(text).is_file(): raise CxrError(f"--data.card {text!r} is neither a known data set nor a file.\n{allowed}")
+    allowed = (
+        f"Allowed: {', '.join(CARDS)}, or a JSON file with any of the fields {', '.join(names)}."
+    )
+    if not Path(text).is_file():
+        raise CxrError(f"--data.card {text!r} is neither a known data set nor a file.\n{allowed}")
     facts = read_json(text)
-    if not isinstance(facts, dict): raise CxrError(f"{text} holds no table of facts.\n{allowed}")
+    if not isinstance(facts, dict):
+        raise CxrError(f"{text} holds no table of facts.\n{allowed}")
     for key, value in facts.items():
-        if key not in names: raise CxrError(f"{text} has the unknown field {key!r}.\n{allowed}")
-        good = isinstance(value, bool) if key == "drawn" else isinstance(value, str) and value.strip()
-        if not good: raise CxrError(f"{text}: {key} is {value!r}.\nExpected {'true or false' if key == 'drawn' else 'a text'}.")
+        if key not in names:
+            raise CxrError(f"{text} has the unknown field {key!r}.\n{allowed}")
+        good = (
+            isinstance(value, bool) if key == "drawn" else isinstance(value, str) and value.strip()
+        )
+        if not good:
+            raise CxrError(
+                f"{text}: {key} is {value!r}.\n"
+                f"Expected {'true or false' if key == 'drawn' else 'a text'}."
+            )
     return DatasetCard(**facts)
 
 # %% ../../nbs/protocol/dataset.ipynb #da7a0012
 FILE = "data/dataset.json"
 
+
 def write_card_file(
-    study: Study,     # the study
-    card: DatasetCard # of its real images
+    study: Study,  # the study
+    card: DatasetCard,  # of its real images
 ):
     "Write data/dataset.json."
-    write_json(study/FILE, asdict(card))
+    write_json(study / FILE, asdict(card))
+
 
 def dataset_card(
-    study: Study # after data
-) -> DatasetCard: # of its real images
+    study: Study,  # after data
+) -> DatasetCard:  # of its real images
     "The card of a study's real images; every text that speaks of licence, source or population reads it here."
-    if (study/FILE).is_file(): return read_card(str(study/FILE))
+    if (study / FILE).is_file():
+        return read_card(str(study / FILE))
     settings = study.records().get("data", {}).get("settings", {})
     source = settings.get("source") or study.info().get("source", "")
-    rows = read_csv(study/"data/manifest.csv") if (study/"data/manifest.csv").is_file() else []
+    rows = read_csv(study / "data/manifest.csv") if (study / "data/manifest.csv").is_file() else []
     return find_card(source, settings.get("hub_id", ""), [r["image_id"] for r in rows])
 
 # %% ../../nbs/protocol/dataset.ipynb #da7a0015
-HUB_LICENCES = ("apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0",
-                "cc-by-nd-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "odbl", "pddl", "odc-by", "unknown", "other")
+HUB_LICENCES = (
+    "apache-2.0",
+    "mit",
+    "bsd-3-clause",
+    "cc0-1.0",
+    "cc-by-3.0",
+    "cc-by-4.0",
+    "cc-by-sa-4.0",
+    "cc-by-nc-4.0",
+    "cc-by-nd-4.0",
+    "cc-by-nc-sa-4.0",
+    "cc-by-nc-nd-4.0",
+    "odbl",
+    "pddl",
+    "odc-by",
+    "unknown",
+    "other",
+)
+
 
 def hub_licence(
-    card: DatasetCard # of the real images
-) -> dict: # license, and license_name where that is other
+    card: DatasetCard,  # of the real images
+) -> dict:  # license, and license_name where that is other
     "The licence as fields of a card's header on the Hub."
-    if card.drawn or not card.licensed: return dict(license="unknown")
+    if card.drawn or not card.licensed:
+        return dict(license="unknown")
     short = re.sub(r"[^a-z0-9.]+", "-", card.licence.lower()).strip("-")
-    return dict(license=short) if short in HUB_LICENCES else dict(license="other", license_name=short)
+    return (
+        dict(license=short) if short in HUB_LICENCES else dict(license="other", license_name=short)
+    )
 
 # %% ../../nbs/protocol/dataset.ipynb #da7a0018
 LICENCE_LINE = "Licence of the real images: "
 
+
 def lineage(
-    card: DatasetCard, # of the real images
-    base: str          # model that was fine-tuned: a name in `BASES`, a Hub id, or a folder's name
-) -> str:              # Markdown
+    card: DatasetCard,  # of the real images
+    base: str,  # model that was fine-tuned: a name in `BASES`, a Hub id, or a folder's name
+) -> str:  # Markdown
     "Whose work the images rest on, and under which terms."
-    if card.drawn: data = "The generator was trained on drawn phantoms: no patient's image is behind this set."
-    elif card.citation == UNKNOWN: data = "The generator was trained on a data set whose source is not recorded."
-    else: data = f"The generator was trained on {card.citation}. Name this source when you pass the images on: they are made from it."
+    if card.drawn:
+        data = "The generator was trained on drawn phantoms: no patient's image is behind this set."
+    elif card.citation == UNKNOWN:
+        data = "The generator was trained on a data set whose source is not recorded."
+    else:
+        data = f"The generator was trained on {card.citation}. Name this source when you pass the images on: they are made from it."
     terms = "The model was trained from nothing on the same images."
     if not is_scratch(base):
         known = known_base(base)
@@ -146,24 +221,33 @@ def lineage(
 
 # %% ../../nbs/protocol/dataset.ipynb #da7a001b
 def stated(
-    card: DatasetCard, # of the real images
-    licence: str = ""  # what the user says; empty: nothing
-) -> DatasetCard:      # with that licence; raises `CxrError` for a text that is no licence, and for one that contradicts the card
+    card: DatasetCard,  # of the real images
+    licence: str = "",  # what the user says; empty: nothing
+) -> DatasetCard:  # with that licence; raises `CxrError` for a text that is no licence, and for one that contradicts the card
     "The card with the licence that its user states."
     text = " ".join(licence.split())
-    if not text: return card
+    if not text:
+        return card
     if not re.search(r"\w", text) or text.lower().startswith("unknown") or len(text) > 100:
-        raise CxrError(f"--licence {licence!r} names no licence.\nExpected its name, such as 'CC BY 4.0' or 'by written permission of the owner'.")
+        raise CxrError(
+            f"--licence {licence!r} names no licence.\n"
+            "Expected its name, such as 'CC BY 4.0' or 'by written permission of the owner'."
+        )
     other = replace(card, licence=text)
     if card.licensed and hub_licence(other) != hub_licence(card) and text != card.licence:
-        raise CxrError(f"--licence {text!r} contradicts data/dataset.json: {card.licence}.\nDrop the flag, or correct the facts: cxr-synth data STUDY --data.card FILE.json")
+        raise CxrError(
+            f"--licence {text!r} contradicts data/dataset.json: {card.licence}.\n"
+            "Drop the flag, or correct the facts: cxr-synth data STUDY --data.card FILE.json"
+        )
     return other
 
 # %% ../../nbs/protocol/dataset.ipynb #b727cbbb
 def parse_name(
-    stem: str # file name without suffix
-) -> tuple[str, str]: # kind and patient id; two empty strings for a name of another form
+    stem: str,  # file name without suffix
+) -> tuple[str, str]:  # kind and patient id; two empty strings for a name of another form
     "Kind (normal, bacteria, virus) and patient of an image, from its name."
-    if m := re.match(r"person(\d+)_(bacteria|virus)(_|$)", stem): return m[2], f"{m[2]}-{int(m[1])}"
-    if m := re.match(r"((?:NORMAL2-)?IM-\d+)(-|$)", stem): return "normal", f"normal-{m[1]}"
+    if m := re.match(r"person(\d+)_(bacteria|virus)(_|$)", stem):
+        return m[2], f"{m[2]}-{int(m[1])}"
+    if m := re.match(r"((?:NORMAL2-)?IM-\d+)(-|$)", stem):
+        return "normal", f"normal-{m[1]}"
     return "", ""

@@ -18,106 +18,165 @@ from .arms import ARMS, SYNTHETIC_ARMS
 @dataclass(frozen=True)
 class Run:
     "One classifier to train."
-    arm: str         # one of `ARMS`, or a variant
+
+    arm: str  # one of `ARMS`, or a variant
     fraction: float  # share of the real training patients, 0-1
-    replicate: int   # which draw of patients, and which generator
-    seed: int        # of views, synthetic images, weights and order
+    replicate: int  # which draw of patients, and which generator
+    seed: int  # of views, synthetic images, weights and order
+
     @property
-    def base(self): return self.arm.split("-")[0]
+    def base(self):
+        return self.arm.split("-")[0]
+
     @property
-    def subset(self): return generator_name(self.fraction, self.replicate)
+    def subset(self):
+        return generator_name(self.fraction, self.replicate)
+
     @property
-    def folder(self): return f"runs/{self.arm}/{self.subset}-seed{self.seed}"
+    def folder(self):
+        return f"runs/{self.arm}/{self.subset}-seed{self.seed}"
+
     @property
-    def synthetic(self): return self.base in SYNTHETIC_ARMS
+    def synthetic(self):
+        return self.base in SYNTHETIC_ARMS
+
     @property
     def splits(self):
         "What it may predict: at 100 % classifier and generator have seen the internal patients."
         return ("val",) if self.fraction == 1 else ("val", "internal")
 
+
 def plan_runs(
-    plan: dict # from `load_plan`
-) -> list[Run]:# in the order of results.csv
+    plan: dict,  # from `load_plan`
+) -> list[Run]:  # in the order of results.csv
     "Every run of a plan."
-    return [Run(arm, c["fraction"], k, s) for arm in plan["arms"] for c in plan["cells"] if arm in c["arms"] for k in range(c["replicates"]) for s in range(c["seeds"])]
+    return [
+        Run(arm, c["fraction"], k, s)
+        for arm in plan["arms"]
+        for c in plan["cells"]
+        if arm in c["arms"]
+        for k in range(c["replicates"])
+        for s in range(c["seeds"])
+    ]
+
 
 def generator_of(
     run: Run,  # which
-    plan: dict # from `load_plan`
-) -> str:      # name of a generator
+    plan: dict,  # from `load_plan`
+) -> str:  # name of a generator
     "Whose synthetic images a run uses; `oracle` takes one that saw the whole half of the patients."
-    if run.base != "oracle": return run.subset
-    half = [g["name"] for g in plan["generators"] if g["fraction"] == .5]
+    if run.base != "oracle":
+        return run.subset
+    half = [g["name"] for g in plan["generators"] if g["fraction"] == 0.5]
     return half[run.replicate % len(half)]
 
 # %% ../../nbs/protocol/plan.ipynb #a8142e26
 BASIC_ARMS = ["real", "duplicate", "mixed", "synthetic_only"]
 WIDE_ARMS = ["real", "real_shuffled", "mixed", "rebalanced", "synthetic_only"]
 DOSE_ARMS = ["mixed-share25", "mixed-share75"]
-TIERS = {"pilot": dict(primary=[.1], cells=[(1.0, 1, 3, BASIC_ARMS), (.1, 2, 3, ARMS)], oracles=1),
-         "fair": dict(primary=[.1], cells=[(1.0, 3, 4, WIDE_ARMS), (.1, 5, 6, ARMS)], oracles=5),
-         "full": dict(primary=[.05, .1, .25], cells=[(1.0, 3, 4, WIDE_ARMS + ["augmented", "pretrain_finetune"]), (.5, 3, 4, WIDE_ARMS), (.25, 3, 4, WIDE_ARMS + ["real_short"]),
-                                                     (.1, 3, 4, list(ARMS) + DOSE_ARMS), (.05, 3, 4, WIDE_ARMS + ["real_short"])], oracles=5)}
+TIERS = {
+    "pilot": dict(primary=[0.1], cells=[(1.0, 1, 3, BASIC_ARMS), (0.1, 2, 3, ARMS)], oracles=1),
+    "fair": dict(primary=[0.1], cells=[(1.0, 3, 4, WIDE_ARMS), (0.1, 5, 6, ARMS)], oracles=5),
+    "full": dict(
+        primary=[0.05, 0.1, 0.25],
+        cells=[
+            (1.0, 3, 4, WIDE_ARMS + ["augmented", "pretrain_finetune"]),
+            (0.5, 3, 4, WIDE_ARMS),
+            (0.25, 3, 4, WIDE_ARMS + ["real_short"]),
+            (0.1, 3, 4, list(ARMS) + DOSE_ARMS),
+            (0.05, 3, 4, WIDE_ARMS + ["real_short"]),
+        ],
+        oracles=5,
+    ),
+}
+
 
 def tier_cells(
-    tier: str,     # one of `TIERS`
-    primary: float,# primary fraction: 5 replicates x 6 seeds, but for the pilot
-    extra: list[str] = (), # more arms, at the primary fraction
-    without: tuple = ()    # arms that this study cannot have
-) -> list[dict]:   # fraction, replicates, seeds, arms
+    tier: str,  # one of `TIERS`
+    primary: float,  # primary fraction: 5 replicates x 6 seeds, but for the pilot
+    extra: list[str] = (),  # more arms, at the primary fraction
+    without: tuple = (),  # arms that this study cannot have
+) -> list[dict]:  # fraction, replicates, seeds, arms
     "The cells of a tier."
     out = []
     for f, k, s, arms in TIERS[tier]["cells"]:
-        if f == primary and tier != "pilot": k, s = 5, 6
-        arms = [a for a in [*arms, *(e for e in extra if f == primary and e not in arms)] if a not in without]
+        if f == primary and tier != "pilot":
+            k, s = 5, 6
+        arms = [
+            a
+            for a in [*arms, *(e for e in extra if f == primary and e not in arms)]
+            if a not in without
+        ]
         out.append(dict(fraction=f, replicates=k, seeds=s, arms=arms))
     return out
 
 # %% ../../nbs/protocol/plan.ipynb #25300871
 def margin(
-    room: float|None # headroom at the primary fraction, percentage points; None: unknown
-) -> dict:           # margin_pp, margin_why
+    room: float | None,  # headroom at the primary fraction, percentage points; None: unknown
+) -> dict:  # margin_pp, margin_why
     "The margin of the analysis plan."
-    value = min(1., max(.5, (room or 0) / 4))
-    why = "half a point of AUROC: a smaller gain is within the patient error of the official test (0.36 to 0.52 points)" if value == .5 else \
-          f"a quarter of the headroom of {room:.1f} points, at most one point"
+    value = min(1.0, max(0.5, (room or 0) / 4))
+    why = (
+        (
+            "half a point of AUROC: a smaller gain is within the patient error of the official test "
+            "(0.36 to 0.52 points)"
+        )
+        if value == 0.5
+        else f"a quarter of the headroom of {room:.1f} points, at most one point"
+    )
     return dict(margin_pp=round(value, 2), margin_why=why)
 
 # %% ../../nbs/protocol/plan.ipynb #27fc5964
 def plan_contrast(
-    fraction: float, # share of the real training patients, 0-1
-    split: str,      # internal or test
+    fraction: float,  # share of the real training patients, 0-1
+    split: str,  # internal or test
     arm: str = "mixed",
-    control: str = "real"
+    control: str = "real",
 ) -> dict:
     "One question: `arm` minus `control`, AUROC."
     return dict(arm=arm, control=control, fraction=fraction, split=split, metric="auroc")
 
+
 def secondary_contrasts(
-    cells: list[dict], # of the plan
-    primary: float,    # fraction
-    has_test: bool     # is there an official test?
+    cells: list[dict],  # of the plan
+    primary: float,  # fraction
+    has_test: bool,  # is there an official test?
 ) -> list[dict]:
     "The three secondary contrasts, as far as this plan has their arms."
     arms = {c["fraction"]: c["arms"] for c in cells}
-    wish = [plan_contrast(primary, "test"), plan_contrast(.1, "internal", "oracle", "mixed"), plan_contrast(1.0, "test")]
-    return [c for c in wish if {c["arm"], c["control"]} <= {*arms.get(c["fraction"], [])} and (has_test or c["split"] != "test")]
+    wish = [
+        plan_contrast(primary, "test"),
+        plan_contrast(0.1, "internal", "oracle", "mixed"),
+        plan_contrast(1.0, "test"),
+    ]
+    return [
+        c
+        for c in wish
+        if {c["arm"], c["control"]} <= {*arms.get(c["fraction"], [])}
+        and (has_test or c["split"] != "test")
+    ]
 
 # %% ../../nbs/protocol/plan.ipynb #3ecaacdb
 def plan_seal(
-    plan: dict # sealed or not
-) -> str:      # 64 hex digits
+    plan: dict,  # sealed or not
+) -> str:  # 64 hex digits
     "SHA-256 of everything in a plan but the date and the seal itself."
     return digest_json({k: v for k, v in plan.items() if k not in ("sealed", "sha256")})
 
 # %% ../../nbs/protocol/plan.ipynb #63132642
 def load_plan(
-    study: Study # the study
-) -> dict:       # raises `CxrError` when there is none, or when it was changed after sealing
+    study: Study,  # the study
+) -> dict:  # raises `CxrError` when there is none, or when it was changed after sealing
     "The sealed plan."
-    path = study/"plan.json"
-    if not path.exists(): raise CxrError(f"{path} is missing: nothing has been planned yet.\nRun: cxr-synth plan {study.root}")
+    path = study / "plan.json"
+    if not path.exists():
+        raise CxrError(
+            f"{path} is missing: nothing has been planned yet.\nRun: cxr-synth plan {study.root}"
+        )
     plan = read_json(path)
     if plan.get("sha256") != plan_seal(plan):
-        raise CxrError(f"{path} was changed after it was sealed.\nPut the sealed plan back, or make a new one: cxr-synth plan {study.root} --redo")
+        raise CxrError(
+            f"{path} was changed after it was sealed.\n"
+            f"Put the sealed plan back, or make a new one: cxr-synth plan {study.root} --redo"
+        )
     return plan

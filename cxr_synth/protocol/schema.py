@@ -13,5 +13,18 @@ PREDICTION_COLUMNS = ["image_id", "patient_id", "split", "label"]
 
 # %% ../../nbs/protocol/schema.ipynb #d258e6c9
 SPLITS = ("val", "internal", "test")
-RESULT_COLUMNS = ["arm", "network", "real_fraction", "replicate", "seed", "generator", "share", "pool", "n_real", "n_synthetic", "optimizer_steps",
-           "status", "plan_sha256"] + [f"{s}_{m}" for s in SPLITS for m in SCORES]
+RESULT_COLUMNS = [
+    "arm",
+    "network",
+    "real_fraction",
+    "replicate",
+    "seed",
+    "generator",
+    "share",
+    "pool",
+    "n_real",
+    "n_synthetic",
+    "optimizer_steps",
+    "status",
+    "plan_sha256",
+] + [f"{s}_{m}" for s in SPLITS for m in SCORES]

@@ -16,72 +16,106 @@ from ..base.records import Study
 
 # %% ../../nbs/protocol/sets.ipynb #bc4d91e5
 def read_lines(
-    path # of a file with one JSON object a line
+    path,  # of a file with one JSON object a line
 ) -> list[dict]:
     "Its lines; a line without its end was cut by a kill and does not count, a file that is gone has none."
-    try: text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError: return []
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
     return [json.loads(line) for line in text.split("\n")[:-1]]
 
 # %% ../../nbs/protocol/sets.ipynb #db551613
 def unexpected_files(
-    folder,          # of the set
-    known: list[str] # file names that belong to it
-) -> list[str]:      # the others, sorted
+    folder,  # of the set
+    known: list[str],  # file names that belong to it
+) -> list[str]:  # the others, sorted
     "Images in the folder that do not belong to the set; hidden folders are left out."
     found = []
-    for base, folders, files in os.walk(folder):   # which bears with folders that vanish meanwhile
+    for base, folders, files in os.walk(folder):  # which bears with folders that vanish meanwhile
         folders[:] = [f for f in folders if not f.startswith(".")]
-        found += [(Path(base)/f).relative_to(folder).as_posix() for f in files if f.endswith(".png")]
+        found += [
+            (Path(base) / f).relative_to(folder).as_posix() for f in files if f.endswith(".png")
+        ]
     return sorted(set(found) - set(known))
 
 # %% ../../nbs/protocol/sets.ipynb #74cb9746
 def load_metadata(
     study: Study,  # with synthetic images
-    generator: str # its name
-) -> list[dict]:   # one per image
+    generator: str,  # its name
+) -> list[dict]:  # one per image
     "The lines of a set's metadata; raises `CxrError` when the set is not finished."
-    path = study/"synthetic"/generator/"metadata.jsonl"
-    if not path.exists(): raise CxrError(f"{path.parent} holds no finished synthetic set.\nRun: cxr-synth generate {study.root}")
+    path = study / "synthetic" / generator / "metadata.jsonl"
+    if not path.exists():
+        raise CxrError(
+            f"{path.parent} holds no finished synthetic set.\nRun: cxr-synth generate {study.root}"
+        )
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 # %% ../../nbs/protocol/sets.ipynb #33942afb
 MARK_COLUMNS = ["file_name", "reason", "by"]
 
+
 def set_marks(
     study: Study,  # with a synthetic set
-    generator: str # its name
-) -> list[dict]:   # file_name, reason, by
+    generator: str,  # its name
+) -> list[dict]:  # file_name, reason, by
     "Everything that was noted about a set's images: by the gate, by the copy report, by a person."
-    paths = [study/f"synthetic/{generator}/flags.csv", study/f"quality/{generator}-copies.csv", study/f"curation/{generator}.csv"]
+    paths = [
+        study / f"synthetic/{generator}/flags.csv",
+        study / f"quality/{generator}-copies.csv",
+        study / f"curation/{generator}.csv",
+    ]
     return [r for p in paths if p.exists() for r in read_csv(p)]
+
 
 def rejected_images(
     study: Study,  # with a synthetic set
-    generator: str # its name
-) -> list[str]:    # file names, sorted
+    generator: str,  # its name
+) -> list[str]:  # file names, sorted
     "The images that the arm `filtered` leaves out: all that have a note."
     return sorted({r["file_name"] for r in set_marks(study, generator)})
 
 # %% ../../nbs/protocol/sets.ipynb #42ad146f
 def read_synthetic_set(
     study: Study,  # with synthetic images
-    generator: str # its name
-) -> list[dict]:   # the lines of metadata.jsonl; raises `CxrError` for a missing set and for one of another generator
+    generator: str,  # its name
+) -> list[
+    dict
+]:  # the lines of metadata.jsonl; raises `CxrError` for a missing set and for one of another generator
     "What a synthetic set says about its images."
-    path = study/"synthetic"/generator/"metadata.jsonl"
-    if not path.exists(): raise CxrError(f"{path.parent} holds no finished synthetic set.\nMake it: cxr-synth generate {study.root}")
+    path = study / "synthetic" / generator / "metadata.jsonl"
+    if not path.exists():
+        raise CxrError(
+            f"{path.parent} holds no finished synthetic set.\n"
+            f"Make it: cxr-synth generate {study.root}"
+        )
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     if other := sorted({m["generator"] for m in lines} - {generator}):
-        raise CxrError(f"synthetic/{generator} holds images of the generator {other[0]}, which saw other patients.\nOnly the arm oracle may use those. Make its own: cxr-synth generate {study.root}")
+        raise CxrError(
+            f"synthetic/{generator} holds images of the generator {other[0]}, which saw other "
+            "patients.\n"
+            f"Only the arm oracle may use those. Make its own: cxr-synth generate {study.root}"
+        )
     return lines
+
 
 MARK_FILES = ("synthetic/{}/flags.csv", "quality/{}-copies.csv", "curation/{}.csv")
 
+
 def marked_images(
     study: Study,  # with quality reports
-    generator: str # whose set
-) -> set[str]:     # file names
+    generator: str,  # whose set
+) -> set[str]:  # file names
     "The synthetic images that a gate, the copy report or a person has marked."
-    if not (study/MARK_FILES[1].format(generator)).is_file(): raise CxrError(f"no copy report of {generator}: filtered would be mixed under another name.\nMake it: cxr-synth quality {study.root}")
-    return {r["file_name"] for m in MARK_FILES if (study/m.format(generator)).is_file() for r in read_csv(study/m.format(generator))}
+    if not (study / MARK_FILES[1].format(generator)).is_file():
+        raise CxrError(
+            f"no copy report of {generator}: filtered would be mixed under another name.\n"
+            f"Make it: cxr-synth quality {study.root}"
+        )
+    return {
+        r["file_name"]
+        for m in MARK_FILES
+        if (study / m.format(generator)).is_file()
+        for r in read_csv(study / m.format(generator))
+    }

@@ -10,7 +10,7 @@ __all__ = ['SHIFTS', 'SEARCH_VERSION', 'DISGUISES', 'unit_rows', 'SearchSpace', 
 # %% ../../nbs/quality/copies.ipynb #f908e169
 import io
 from dataclasses import dataclass
-from typing import Callable
+from collections.abc import Callable
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch, torch.nn.functional as F
 from PIL import Image
 from scipy.stats import mannwhitneyu
@@ -23,213 +23,288 @@ from .metrics import ms_ssim
 
 # %% ../../nbs/quality/copies.ipynb #eef13905
 def unit_rows(
-    x # (N, D)
-):    # float32 tensor (N, D)
+    x,  # (N, D)
+):  # float32 tensor (N, D)
     "Vectors of unit length."
     return F.normalize(torch.as_tensor(np.asarray(x, np.float32)), dim=1)
+
 
 @dataclass
 class SearchSpace:
     "A way to look at images: `reference` makes what is searched in, `versions` what is searched for."
-    reference: Callable # images uint8 (N, R, R) -> tensor (N, D), rows of unit length
+
+    reference: Callable  # images uint8 (N, R, R) -> tensor (N, D), rows of unit length
     versions: Callable  # images -> tensors like that, one after the other
 
+
 def feature_space(
-    get,        # images -> features (N, D)
-    flip=False  # search for mirror images too
+    get,  # images -> features (N, D)
+    flip=False,  # search for mirror images too
 ) -> SearchSpace:
     "Look through a network."
+
     def versions(images):
         yield unit_rows(get(images))
-        if flip: yield unit_rows(get(np.ascontiguousarray(images[:, :, ::-1])))
+        if flip:
+            yield unit_rows(get(np.ascontiguousarray(images[:, :, ::-1])))
+
     return SearchSpace(lambda images: unit_rows(get(images)), versions)
 
 # %% ../../nbs/quality/copies.ipynb #b5c949bd
-SHIFTS = ((2, 2), (0, 2), (4, 2), (2, 0), (2, 4))  # first row and column of a 60 px window in a 64 px thumbnail
+SHIFTS = (
+    (2, 2),
+    (0, 2),
+    (4, 2),
+    (2, 0),
+    (2, 4),
+)  # first row and column of a 60 px window in a 64 px thumbnail
+
 
 def thumbnails(
-    images # uint8 (N, R, R)
-):         # tensor (N, 64, 64)
+    images,  # uint8 (N, R, R)
+):  # tensor (N, 64, 64)
     "Small versions of images."
-    return torch.cat([to_input(b, 64)[:, 0] for b in np.array_split(images, max(1, len(images) // 256))])
+    return torch.cat(
+        [to_input(b, 64)[:, 0] for b in np.array_split(images, max(1, len(images) // 256))]
+    )
+
 
 def centred_windows(
-    x,          # from `thumbnails`
-    row: int,   # first row of the window, 0-4
-    column: int # first column
-):              # (N, 3600), mean 0 and length 1
+    x,  # from `thumbnails`
+    row: int,  # first row of the window, 0-4
+    column: int,  # first column
+):  # (N, 3600), mean 0 and length 1
     "A 60 px window of every thumbnail, free of brightness and contrast."
-    x = x[:, row:row + 60, column:column + 60].flatten(1)
+    x = x[:, row : row + 60, column : column + 60].flatten(1)
     return F.normalize(x - x.mean(1, keepdim=True), dim=1)
+
 
 def pixel_space() -> SearchSpace:
     "Look at thumbnails: the product of two is their correlation; five shifts, mirrored and not."
+
     def versions(images):
         small = thumbnails(images)
         for x in (small, small.flip(2)):
-            for s in SHIFTS: yield centred_windows(x, *s)
+            for s in SHIFTS:
+                yield centred_windows(x, *s)
+
     return SearchSpace(lambda images: centred_windows(thumbnails(images), 2, 2), versions)
 
 # %% ../../nbs/quality/copies.ipynb #0b889959
 def nearest_neighbours(
-    space: SearchSpace, # how to look
-    images,       # uint8 (N, R, R): search for these
-    reference,    # from `space.reference` (M, D): search among these
+    space: SearchSpace,  # how to look
+    images,  # uint8 (N, R, R): search for these
+    reference,  # from `space.reference` (M, D): search among these
     k: int = 50,  # neighbours
-    apart=None    # pairs that do not count (N, M) bool, such as images of one patient; None: all count
-):                # distance (N,), ratio to the mean of the 2nd to k-th (N,), index of the nearest (N,)
+    apart=None,  # pairs that do not count (N, M) bool, such as images of one patient; None: all count
+):  # distance (N,), ratio to the mean of the 2nd to k-th (N,), index of the nearest (N,)
     "Nearest neighbours, the best over all versions of an image."
     best = None
     for v in space.versions(images):
-        s = v @ reference.T                                  # (N, M)
+        s = v @ reference.T  # (N, M)
         best = s if best is None else torch.maximum(best, s)
-    if apart is not None: best[torch.as_tensor(apart)] = -1  # as far as can be
+    if apart is not None:
+        best[torch.as_tensor(apart)] = -1  # as far as can be
     top, index = best.topk(min(k, best.shape[1]), dim=1)
-    d = (2 - 2 * top.double()).clip(0).sqrt().numpy()        # (N, k), ascending
+    d = (2 - 2 * top.double()).clip(0).sqrt().numpy()  # (N, k), ascending
     ratio = d[:, 0] / d[:, 1:].mean(1).clip(1e-9) if d.shape[1] > 1 else np.ones(len(d))
     return d[:, 0], ratio, index[:, 0].numpy()
 
 # %% ../../nbs/quality/copies.ipynb #95ce10b7
 SEARCH_VERSION = 1  # of `nearest_neighbours` and the spaces: raise it when they give other numbers
 
+
 def nearest_in_spaces(
-    spaces: dict,    # name -> Space
-    references: dict,# name -> from its `reference`
-    images,          # uint8 (N, R, R)
-    apart=None       # see `nearest_neighbours`
-) -> pd.DataFrame:   # for each name: NAME, "NAME ratio", "NAME index"
+    spaces: dict,  # name -> Space
+    references: dict,  # name -> from its `reference`
+    images,  # uint8 (N, R, R)
+    apart=None,  # see `nearest_neighbours`
+) -> pd.DataFrame:  # for each name: NAME, "NAME ratio", "NAME index"
     "Nearest neighbours of images in every space."
     out = {}
-    for name, space in spaces.items(): out[name], out[f"{name} ratio"], out[f"{name} index"] = nearest_neighbours(space, images, references[name], apart=apart)
+    for name, space in spaces.items():
+        out[name], out[f"{name} ratio"], out[f"{name} index"] = nearest_neighbours(
+            space, images, references[name], apart=apart
+        )
     return pd.DataFrame(out)
 
 # %% ../../nbs/quality/copies.ipynb #7ac2af51
 class CopyTest:
     "A threshold such that a given share of unseen real images falls below it."
-    def __init__(self,
-                 null: pd.DataFrame, # from `nearest_in_spaces` at real images of one class that the generator never saw
-                 patients=None,      # of these images (N,); None: one each
-                 rate=0.01,          # share of unseen images that may be called copies
-                 seed=0):            # of the bootstrap
-        if len(null) < 20: raise CxrError(f"a search for copies needs at least 20 real images that the generator never saw, found {len(null)}.\nUse a larger data set, or a larger val_share.")
+
+    def __init__(
+        self,
+        null: pd.DataFrame,  # from `nearest_in_spaces` at real images of one class that the generator never saw
+        patients=None,  # of these images (N,); None: one each
+        rate=0.01,  # share of unseen images that may be called copies
+        seed=0,
+    ):  # of the bootstrap
+        if len(null) < 20:
+            raise CxrError(
+                "a search for copies needs at least 20 real images that the generator never saw, "
+                f"found {len(null)}.\n"
+                "Use a larger data set, or a larger val_share."
+            )
         self.columns = [c for c in null if not c.endswith("index")]
         logs = np.log(null[self.columns] + 1e-6)
-        self.middle, self.scale = logs.median(), (logs.median() - logs.quantile(.05)).clip(lower=1e-6)
-        self.null, self.rate = self.score(null), max(rate, 1 / (len(null) + 1))
+        self.middle = logs.median()
+        self.scale = (logs.median() - logs.quantile(0.05)).clip(lower=1e-6)
+        self.null = self.score(null)
+        self.rate = max(rate, 1 / (len(null) + 1))
         self.threshold = self.quantile(self.null)
-        self.interval = self.bootstrap(np.arange(len(null)) if patients is None else np.asarray(patients), seed)
+        self.interval = self.bootstrap(
+            np.arange(len(null)) if patients is None else np.asarray(patients), seed
+        )
+
     def score(self, found):
         "Lowest place of each image, 0: as far as the median unseen image, -1: as near as the nearest 5 % (N,)."
-        return ((np.log(found[self.columns] + 1e-6) - self.middle) / self.scale).min(axis=1).to_numpy()
-    def quantile(self, scores): return float(np.quantile(scores, self.rate, method="weibull"))
+        return (
+            ((np.log(found[self.columns] + 1e-6) - self.middle) / self.scale).min(axis=1).to_numpy()
+        )
+
+    def quantile(self, scores):
+        return float(np.quantile(scores, self.rate, method="weibull"))
+
     def bootstrap(self, patients, seed, draws=200):
         "2.5 % and 97.5 % of the threshold over draws of patients with replacement."
         rng, names = np.random.default_rng(seed_for(seed, "alarm")), np.unique(patients)
         rows = [np.flatnonzero(patients == n) for n in names]
-        found = [self.quantile(self.null[np.concatenate([rows[k] for k in rng.integers(len(rows), size=len(rows))])]) for _ in range(draws)]
-        return tuple(float(q) for q in np.quantile(found, [.025, .975]))
+        found = [
+            self.quantile(
+                self.null[
+                    np.concatenate([rows[k] for k in rng.integers(len(rows), size=len(rows))])
+                ]
+            )
+            for _ in range(draws)
+        ]
+        return tuple(float(q) for q in np.quantile(found, [0.025, 0.975]))
 
 # %% ../../nbs/quality/copies.ipynb #3f38ee33
 def wilson(
-    hits: int,    # how many
-    n: int,       # of how many, at least 1
-    z: float=1.96 # 1.96 for 95 %
+    hits: int,  # how many
+    n: int,  # of how many, at least 1
+    z: float = 1.96,  # 1.96 for 95 %
 ) -> tuple[float, float]:
     "Wilson's interval of a share."
     p, s = hits / n, z * z / n
     half = z * np.sqrt(p * (1 - p) / n + s / (4 * n))
-    return max(0., float((p + s / 2 - half) / (1 + s))), min(1., float((p + s / 2 + half) / (1 + s)))
+    return max(0.0, float((p + s / 2 - half) / (1 + s))), min(
+        1.0, float((p + s / 2 + half) / (1 + s))
+    )
 
 # %% ../../nbs/quality/copies.ipynb #ca977b13
-def as_jpeg(x, rng): # uint8 (R, R)
+def as_jpeg(x, rng):  # uint8 (R, R)
     "Stored as JPEG, quality 75."
     f = io.BytesIO()
     Image.fromarray(x).save(f, "JPEG", quality=75)
     return np.asarray(Image.open(f))
 
+
 def as_shifted(x, rng):
     "Moved by 4 px of 224 (at least one) in either direction; the edge is repeated."
     s = max(1, round(4 * len(x) / 224))
     r, c = rng.choice([0, 2 * s], 2)
-    return np.pad(x, s, mode="edge")[r:r + len(x), c:c + len(x)]
+    return np.pad(x, s, mode="edge")[r : r + len(x), c : c + len(x)]
+
 
 def as_noisy(x, rng):
     "With Gaussian noise, 5 grey levels."
     return (x + rng.normal(0, 5, x.shape)).clip(0, 255).round().astype(np.uint8)
 
+
 DISGUISES = dict(jpeg=as_jpeg, shift=as_shifted, noise=as_noisy)
 
+
 def plant_copies(
-    images,        # uint8 (N, R, R) that the generator saw
-    each: int = 20,# copies a disguise
-    seed: int = 0  # of the draw
-):                 # uint8 (P, R, R) and the disguise of each (P,)
+    images,  # uint8 (N, R, R) that the generator saw
+    each: int = 20,  # copies a disguise
+    seed: int = 0,  # of the draw
+):  # uint8 (P, R, R) and the disguise of each (P,)
     "Disguised copies of random images."
-    rng, out, names = np.random.default_rng(seed_for(seed, "plant")), [], []
+    rng = np.random.default_rng(seed_for(seed, "plant"))
+    out = []
+    names = []
     for name, change in DISGUISES.items():
-        for k in rng.permutation(len(images))[:each]: out.append(change(images[k], rng)), names.append(name)
+        for k in rng.permutation(len(images))[:each]:
+            out.append(change(images[k], rng)), names.append(name)
     return np.stack(out), np.array(names)
 
 # %% ../../nbs/quality/copies.ipynb #845e1f2f
 @dataclass
 class CopyReport:
     "What the search for copies found in one class."
-    n: int           # synthetic images
-    n_unseen: int    # real images that the generator never saw
-    n_seen: int      # real images that it saw, both classes
-    flagged: np.ndarray # indices of synthetic images called copies, most suspicious first
-    scores: dict     # synthetic, unseen and planted: scores as in `CopyTest`
-    threshold: float # of the alarm
+
+    n: int  # synthetic images
+    n_unseen: int  # real images that the generator never saw
+    n_seen: int  # real images that it saw, both classes
+    flagged: np.ndarray  # indices of synthetic images called copies, most suspicious first
+    scores: dict  # synthetic, unseen and planted: scores as in `CopyTest`
+    threshold: float  # of the alarm
     interval: tuple  # 95 % of the threshold
-    rate: float      # share of unseen images below the threshold
-    share: float     # of the synthetic images flagged
-    low: float       # 95 % interval of the share
+    rate: float  # share of unseen images below the threshold
+    share: float  # of the synthetic images flagged
+    low: float  # 95 % interval of the share
     high: float
-    range: tuple     # share at both ends of the threshold's interval
-    p: float         # one-sided Mann-Whitney: synthetic images as a whole nearer than unseen ones
-    recall: dict     # disguise -> share of planted copies found
-    among: float     # share of seen images that other seen patients' images would flag; near `rate` if the unseen ones are a fair sample
-    pairs: pd.DataFrame # the closest pairs: synthetic, seen (indices), score, correlation, ms_ssim, rms (grey levels)
+    range: tuple  # share at both ends of the threshold's interval
+    p: float  # one-sided Mann-Whitney: synthetic images as a whole nearer than unseen ones
+    recall: dict  # disguise -> share of planted copies found
+    among: float  # share of seen images that other seen patients' images would flag; near `rate` if the unseen ones are a fair sample
+    pairs: pd.DataFrame  # the closest pairs: synthetic, seen (indices), score, correlation, ms_ssim, rms (grey levels)
+
     @property
     def found(self) -> float:
         "Share of all planted copies found."
         return float(np.mean(self.scores["planted"] < self.threshold))
+
     def sentence(self) -> str:
         "The result in words."
         at = f"{len(self.flagged)} of {self.n} images ({self.share:.1%}, 95 % interval {self.low:.1%} to {self.high:.1%}) are closer to a training image than {1 - self.rate:.0%} of {self.n_unseen} unseen real images are"
         control = f"of copies planted on purpose the search found {self.found:.0%}"
-        if self.found < .9: return f"{at}; but {control}: copies cannot be ruled out with these images."
-        if self.low > self.rate: return f"{at}: more than chance allows, look at the pairs; {control}."
+        if self.found < 0.9:
+            return f"{at}; but {control}: copies cannot be ruled out with these images."
+        if self.low > self.rate:
+            return f"{at}: more than chance allows, look at the pairs; {control}."
         return f"{at}, about as many as chance gives; {control}. This is no guarantee of privacy."
 
 # %% ../../nbs/quality/copies.ipynb #5f5e40ff
 def closest_pairs(
-    found: pd.DataFrame, # from `nearest_in_spaces` at synthetic images
-    scores,              # of these (N,)
-    synthetic,           # uint8 (N, R, R)
-    seen,                # uint8 (M, R, R)
-    count: int = 20      # pairs
-) -> pd.DataFrame:       # closest first: synthetic and seen (indices), score, correlation, ms_ssim, rms
+    found: pd.DataFrame,  # from `nearest_in_spaces` at synthetic images
+    scores,  # of these (N,)
+    synthetic,  # uint8 (N, R, R)
+    seen,  # uint8 (M, R, R)
+    count: int = 20,  # pairs
+) -> pd.DataFrame:  # closest first: synthetic and seen (indices), score, correlation, ms_ssim, rms
     "The most suspicious synthetic images, each beside the training image that the pixels find nearest."
     k = np.argsort(scores, kind="stable")[:count]
     j = found["pixels index"].to_numpy()[k]
     a, b = synthetic[k], seen[j]
     n, versions = len(k), np.concatenate([a, a[:, :, ::-1], b])
     alike = np.maximum(*(ms_ssim(versions, range(s, s + n), range(2 * n, 3 * n)) for s in (0, n)))
-    def rms(x): return np.sqrt(np.square(x.astype(float) - b).mean((1, 2)))
-    return pd.DataFrame(dict(synthetic=k, seen=j, score=scores[k], correlation=1 - found["pixels"].to_numpy()[k]**2 / 2,
-                             ms_ssim=alike, rms=np.minimum(rms(a), rms(a[:, :, ::-1]))))
+
+    def rms(x):
+        return np.sqrt(np.square(x.astype(float) - b).mean((1, 2)))
+
+    return pd.DataFrame(
+        dict(
+            synthetic=k,
+            seen=j,
+            score=scores[k],
+            correlation=1 - found["pixels"].to_numpy()[k] ** 2 / 2,
+            ms_ssim=alike,
+            rms=np.minimum(rms(a), rms(a[:, :, ::-1])),
+        )
+    )
 
 # %% ../../nbs/quality/copies.ipynb #dbb64192
 def report_copies(
     found: pd.DataFrame,  # from `nearest_in_spaces` at synthetic images of one class
-    null: pd.DataFrame,   # at real images of that class that the generator never saw
-    planted: pd.DataFrame,# at planted copies
-    disguise,             # of the planted (P,)
-    synthetic,            # uint8 (N, R, R)
-    seen,                 # uint8 (M, R, R), all that the generator saw
-    patients=None,        # of the null's images
-    among=None            # from `nearest_in_spaces` at seen images, those of one patient `apart`; None: not looked at
+    null: pd.DataFrame,  # at real images of that class that the generator never saw
+    planted: pd.DataFrame,  # at planted copies
+    disguise,  # of the planted (P,)
+    synthetic,  # uint8 (N, R, R)
+    seen,  # uint8 (M, R, R), all that the generator saw
+    patients=None,  # of the null's images
+    among=None,  # from `nearest_in_spaces` at seen images, those of one patient `apart`; None: not looked at
 ) -> CopyReport:
     "Search one class for copies."
     alarm = CopyTest(null, patients)
@@ -237,45 +312,82 @@ def report_copies(
     order = np.argsort(s["synthetic"], kind="stable")
     flagged = order[s["synthetic"][order] < alarm.threshold]
     low, high = wilson(len(flagged), len(found))
-    return CopyReport(len(found), len(null), len(seen), flagged, s, alarm.threshold, alarm.interval, alarm.rate, len(flagged) / len(found), low, high,
-                      tuple(float((s["synthetic"] < t).mean()) for t in alarm.interval), float(mannwhitneyu(s["synthetic"], s["unseen"], alternative="less").pvalue),
-                      {k: float((s["planted"][disguise == k] < alarm.threshold).mean()) for k in DISGUISES},
-                      float("nan") if among is None else float((alarm.score(among) < alarm.threshold).mean()), closest_pairs(found, s["synthetic"], synthetic, seen))
+    return CopyReport(
+        len(found),
+        len(null),
+        len(seen),
+        flagged,
+        s,
+        alarm.threshold,
+        alarm.interval,
+        alarm.rate,
+        len(flagged) / len(found),
+        low,
+        high,
+        tuple(float((s["synthetic"] < t).mean()) for t in alarm.interval),
+        float(mannwhitneyu(s["synthetic"], s["unseen"], alternative="less").pvalue),
+        {k: float((s["planted"][disguise == k] < alarm.threshold).mean()) for k in DISGUISES},
+        float("nan") if among is None else float((alarm.score(among) < alarm.threshold).mean()),
+        closest_pairs(found, s["synthetic"], synthetic, seen),
+    )
 
 # %% ../../nbs/quality/copies.ipynb #306297ed
 def plot_copies(
-    report: CopyReport, # of one class
-    ax=None,            # matplotlib axes; None makes a figure
-    title: str = ""     # such as the class
-):                      # the axes
+    report: CopyReport,  # of one class
+    ax=None,  # matplotlib axes; None makes a figure
+    title: str = "",  # such as the class
+):  # the axes
     "Scores of synthetic, unseen and planted images, and the alarm."
-    if ax is None: ax = plt.subplots(figsize=(6, 2.6))[1]
-    bins = np.linspace(max(-8, min(map(np.min, report.scores.values()))), max(map(np.max, report.scores.values())), 50)
+    if ax is None:
+        ax = plt.subplots(figsize=(6, 2.6))[1]
+    bins = np.linspace(
+        max(-8, min(map(np.min, report.scores.values()))),
+        max(map(np.max, report.scores.values())),
+        50,
+    )
     for (name, s), colour in zip(report.scores.items(), ("#E69F00", "#777777", "#D55E00")):
-        ax.hist(s.clip(bins[0]), bins, weights=np.full(len(s), 1 / len(s)), histtype="stepfilled", alpha=.5, color=colour, label=name)
-    ax.axvspan(*report.interval, color="#0072B2", alpha=.2, lw=0)
+        ax.hist(
+            s.clip(bins[0]),
+            bins,
+            weights=np.full(len(s), 1 / len(s)),
+            histtype="stepfilled",
+            alpha=0.5,
+            color=colour,
+            label=name,
+        )
+    ax.axvspan(*report.interval, color="#0072B2", alpha=0.2, lw=0)
     ax.axvline(report.threshold, color="#0072B2", lw=1.2, label=f"{report.rate:.0%} of unseen")
-    ax.set(xlabel="nearness to a training image (0: median unseen image, left: nearer)", ylabel="share of images", title=title)
+    ax.set(
+        xlabel="nearness to a training image (0: median unseen image, left: nearer)",
+        ylabel="share of images",
+        title=title,
+    )
     ax.legend(frameon=False, fontsize=8)
     return ax
 
 # %% ../../nbs/quality/copies.ipynb #38f951d8
 def plot_pairs(
-    report: CopyReport, # of one class
-    synthetic,          # uint8 (N, R, R)
-    seen,               # uint8 (M, R, R)
-    fig=None,           # matplotlib figure; None makes one
-    count: int = 20     # pairs
-):                      # the figure
+    report: CopyReport,  # of one class
+    synthetic,  # uint8 (N, R, R)
+    seen,  # uint8 (M, R, R)
+    fig=None,  # matplotlib figure; None makes one
+    count: int = 20,  # pairs
+):  # the figure
     "The closest pairs: synthetic above, its nearest training image below."
     pairs = report.pairs.head(count)
     wide = min(10, len(pairs))
     rows = -(-len(pairs) // wide)
     fig = fig or plt.figure(figsize=(1.1 * wide, 2.4 * rows))
     axes = fig.subplots(2 * rows, wide, squeeze=False)
-    for ax in axes.flat: ax.axis("off")
+    for ax in axes.flat:
+        ax.axis("off")
     for k, p in enumerate(pairs.itertuples()):
         r, c = 2 * (k // wide), k % wide
-        axes[r, c].imshow(synthetic[p.synthetic], cmap="gray", vmin=0, vmax=255), axes[r + 1, c].imshow(seen[p.seen], cmap="gray", vmin=0, vmax=255)
-        axes[r, c].set_title(f"{p.score:.1f}{'!' if p.score < report.threshold else ''}", fontsize=7)
+        (
+            axes[r, c].imshow(synthetic[p.synthetic], cmap="gray", vmin=0, vmax=255),
+            axes[r + 1, c].imshow(seen[p.seen], cmap="gray", vmin=0, vmax=255),
+        )
+        axes[r, c].set_title(
+            f"{p.score:.1f}{'!' if p.score < report.threshold else ''}", fontsize=7
+        )
     return fig

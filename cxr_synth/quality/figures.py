@@ -18,75 +18,128 @@ from .measure import MEASURES
 
 # %% ../../nbs/quality/figures.ipynb #903656a9
 def comparison_grid(
-    real,          # images uint8 (N, R, R) and labels (N,)
-    synthetic,     # images and labels
-    ax = None,     # matplotlib axes; None makes a figure
-    n: int = 8,    # images a row
-    seed: int = 0, # of the draw
-    nearest = None # image beside each synthetic one (N, R, R): a third row
-):                 # the axes
+    real,  # images uint8 (N, R, R) and labels (N,)
+    synthetic,  # images and labels
+    ax=None,  # matplotlib axes; None makes a figure
+    n: int = 8,  # images a row
+    seed: int = 0,  # of the draw
+    nearest=None,  # image beside each synthetic one (N, R, R): a third row
+):  # the axes
     "Random real and synthetic images of both classes, and the synthetic ones' nearest real neighbours."
     rows, names = [], []
+
     def add(name, images, k):
         row = np.full((n, *images.shape[1:]), 255, np.uint8)
-        row[:len(k)] = images[k]
+        row[: len(k)] = images[k]
         rows.append(np.hstack(row)), names.append(name)
+
     for label, c in enumerate(CLASSES):
         for what, (images, labels) in dict(real=real, synthetic=synthetic).items():
             k = np.flatnonzero(np.asarray(labels) == label)
             k = np.random.default_rng(seed_for(seed, "grid", what, c)).permutation(k)[:n]
             add(f"{c}\n{what}", images, k)
-        if nearest is not None: add("its nearest\nreal", nearest, k)
-    if ax is None: ax = plt.subplots(figsize=(n, len(rows)))[1]
+        if nearest is not None:
+            add("its nearest\nreal", nearest, k)
+    if ax is None:
+        ax = plt.subplots(figsize=(n, len(rows)))[1]
     ax.imshow(np.vstack(rows), cmap="gray", vmin=0, vmax=255)
-    ax.set_yticks(len(rows[0]) * (np.arange(len(rows)) + .5), names, fontsize=7)
+    ax.set_yticks(len(rows[0]) * (np.arange(len(rows)) + 0.5), names, fontsize=7)
     ax.set_xticks([])
     return ax
 
 # %% ../../nbs/quality/figures.ipynb #3e42d3f1
 def plot_bars(
     rows: list[dict],  # of one generator, after fine-tuning
-    before: list[dict],# of its base; empty if it was not drawn
-    axes=None,         # three matplotlib axes; None makes a figure
-    note: str = ""     # what a reader must know about the base
-):                     # the axes
+    before: list[dict],  # of its base; empty if it was not drawn
+    axes=None,  # three matplotlib axes; None makes a figure
+    note: str = "",  # what a reader must know about the base
+):  # the axes
     "Distances before and after fine-tuning, with their spread and the real-against-real floor."
-    if axes is None: axes = plt.subplots(1, 3, figsize=(7.5, 2.8), layout="constrained")[1]
-    sides = ((-.2, "#999999", before), (.2, "#E69F00", rows)) if before else ((0, "#E69F00", rows),)
-    for ax, metric in zip(axes, ("fid" if any(r["metric"] == "fid" for r in rows) else "fd", "kid", "mmd")):
+    if axes is None:
+        axes = plt.subplots(1, 3, figsize=(7.5, 2.8), layout="constrained")[1]
+    sides = (
+        ((-0.2, "#999999", before), (0.2, "#E69F00", rows)) if before else ((0, "#E69F00", rows),)
+    )
+    for ax, metric in zip(
+        axes, ("fid" if any(r["metric"] == "fid" for r in rows) else "fd", "kid", "mmd")
+    ):
         for (k, c), (shift, colour, found) in itertools.product(enumerate(CLASSES), sides):
-            for r in (r for r in found if (r["class_name"], r["metric"], r["reference"]) == (c, metric, "train")):
-                ax.bar(k + shift, r["value"], .36, color=colour, yerr=[[max(0, r["value"] - r["low"])], [max(0, r["high"] - r["value"])]], ecolor="#222222")
-                ax.fill_between([k - .42, k + .42], r["floor_low"], r["floor_high"], color="#0072B2", alpha=.5, lw=0)
-                ax.set_title(f"{MEASURES[metric].label}, n = {r['n_synthetic']}{' < dimensions!' if 'DIMENSIONS' in r['sentence'] else ''}", fontsize=9)
+            for r in (
+                r
+                for r in found
+                if (r["class_name"], r["metric"], r["reference"]) == (c, metric, "train")
+            ):
+                ax.bar(
+                    k + shift,
+                    r["value"],
+                    0.36,
+                    color=colour,
+                    yerr=[[max(0, r["value"] - r["low"])], [max(0, r["high"] - r["value"])]],
+                    ecolor="#222222",
+                )
+                ax.fill_between(
+                    [k - 0.42, k + 0.42],
+                    r["floor_low"],
+                    r["floor_high"],
+                    color="#0072B2",
+                    alpha=0.5,
+                    lw=0,
+                )
+                ax.set_title(
+                    (
+                        f"{MEASURES[metric].label}, n = "
+                        f"{r['n_synthetic']}{' < dimensions!' if 'DIMENSIONS' in r['sentence'] else ''}"
+                    ),
+                    fontsize=9,
+                )
         ax.set_xticks(range(len(CLASSES)), CLASSES)
-    axes[0].set_xlabel(f"{'grey: before fine-tuning; ' if before else ''}orange: after; blue: real against real{note}", fontsize=7, loc="left")
+    axes[0].set_xlabel(
+        (
+            f"{'grey: before fine-tuning; ' if before else ''}orange: after; blue: real against "
+            f"real{note}"
+        ),
+        fontsize=7,
+        loc="left",
+    )
     return axes
 
 # %% ../../nbs/quality/figures.ipynb #f05d9955
 def plot_map(
-    real,      # features and labels
-    synthetic, # features and labels
-    ax=None,   # matplotlib axes; None makes a figure
-    most=300   # points of each kind
-):             # the axes
+    real,  # features and labels
+    synthetic,  # features and labels
+    ax=None,  # matplotlib axes; None makes a figure
+    most=300,  # points of each kind
+):  # the axes
     "The two broadest directions of the real images, and where the synthetic ones lie on them."
     x = np.asarray(real[0], np.float64)
     middle = x.mean(0)
-    axes2 = np.linalg.svd(x[np.random.default_rng(0).permutation(len(x))[:1000]] - middle, full_matrices=False)[2][:2].T  # (D, 2)
-    if ax is None: ax = plt.subplots(figsize=(4, 3.4))[1]
+    axes2 = np.linalg.svd(
+        x[np.random.default_rng(0).permutation(len(x))[:1000]] - middle, full_matrices=False
+    )[2][:2].T  # (D, 2)
+    if ax is None:
+        ax = plt.subplots(figsize=(4, 3.4))[1]
     for (what, (f, labels)), marker in zip(dict(real=real, synthetic=synthetic).items(), "o^"):
         for label, colour in enumerate(("#0072B2", "#D55E00")):
             p = ((np.asarray(f, np.float64) - middle) @ axes2)[np.asarray(labels) == label][:most]
-            ax.scatter(*p.T, s=8, marker=marker, lw=.6, edgecolor=colour, facecolor="none" if what == "real" else colour, alpha=.6, label=f"{CLASSES[label]}, {what}")
+            ax.scatter(
+                *p.T,
+                s=8,
+                marker=marker,
+                lw=0.6,
+                edgecolor=colour,
+                facecolor="none" if what == "real" else colour,
+                alpha=0.6,
+                label=f"{CLASSES[label]}, {what}",
+            )
     ax.legend(frameon=False, fontsize=7)
     ax.set(xlabel="first principal axis of the real images", ylabel="second")
     return ax
 
 # %% ../../nbs/quality/figures.ipynb #4975c5b7
 def save_quality_figure(
-    fig: Figure, # to write
-    path         # PNG
+    fig: Figure,  # to write
+    path,  # PNG
 ):
     "Write a figure whole or not at all."
-    with atomic_path(path) as tmp: fig.savefig(tmp, format="png", dpi=100)
+    with atomic_path(path) as tmp:
+        fig.savefig(tmp, format="png", dpi=100)

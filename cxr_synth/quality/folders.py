@@ -27,127 +27,207 @@ from .metrics import frechet_distance
 
 # %% ../../nbs/quality/folders.ipynb #191da2a1
 def create_comparison_grid(
-    real_dir,                     # folder of real images
-    synth_dir,                    # folder of synthetic images
-    num_samples: int = 5,         # images a row
-    save_path = "comparison.png"  # where to write the figure
-) -> Path:                        # `save_path`
+    real_dir,  # folder of real images
+    synth_dir,  # folder of synthetic images
+    num_samples: int = 5,  # images a row
+    save_path="comparison.png",  # where to write the figure
+) -> Path:  # `save_path`
     "Random real images above random synthetic ones (guide, section 9)."
     fig = Figure(figsize=(3 * num_samples, 6), layout="tight")
     axes = fig.subplots(2, num_samples, squeeze=False)
-    for row, (what, folder) in zip(axes, {"Real Images": real_dir, "Synthetic Images": synth_dir}.items()):
+    for row, (what, folder) in zip(
+        axes, {"Real Images": real_dir, "Synthetic Images": synth_dir}.items()
+    ):
         files = image_files(folder)
         chosen = np.random.default_rng(seed_for(0, what)).permutation(len(files))
-        for ax, k in zip(row, chosen): ax.imshow(read_image(files[k]), cmap="gray", vmin=0, vmax=255)
-        for ax in row: ax.axis("off")
+        for ax, k in zip(row, chosen):
+            ax.imshow(read_image(files[k]), cmap="gray", vmin=0, vmax=255)
+        for ax in row:
+            ax.axis("off")
         row[num_samples // 2].set_title(what, fontsize=14, fontweight="bold")
-    with atomic_path(save_path) as tmp: fig.savefig(tmp, dpi=150, bbox_inches="tight", format=Path(save_path).suffix[1:] or "png")
+    with atomic_path(save_path) as tmp:
+        fig.savefig(tmp, dpi=150, bbox_inches="tight", format=Path(save_path).suffix[1:] or "png")
     return Path(save_path)
 
 # %% ../../nbs/quality/folders.ipynb #537c660f
 @torch.inference_mode()
 def folder_activations(
-    folder,          # images, all of one size
-    model,           # (B, 3, H, W) in 0..1 -> list whose first item is (B, D, 1, 1)
-    batch_size: int, # images a batch
-    device: str,     # cuda, mps or cpu
-    cache = None     # folder of computed activations; None computes afresh
-):                   # float32 (N, D); raises `CxrError` for mixed sizes and unreadable files
+    folder,  # images, all of one size
+    model,  # (B, 3, H, W) in 0..1 -> list whose first item is (B, D, 1, 1)
+    batch_size: int,  # images a batch
+    device: str,  # cuda, mps or cpu
+    cache=None,  # folder of computed activations; None computes afresh
+):  # float32 (N, D); raises `CxrError` for mixed sizes and unreadable files
     "A network's view of every image in a folder."
     images = read_folder(folder, 2, "RGB")
+
     def see():
-        batches = progress(range(0, len(images), batch_size), f"activations, {Path(folder).name}", unit="batch")
-        inputs = (torch.from_numpy(images[i:i + batch_size]).permute(0, 3, 1, 2).float() / 255 for i in batches)  # (B, 3, H, W)
+        batches = progress(
+            range(0, len(images), batch_size), f"activations, {Path(folder).name}", unit="batch"
+        )
+        inputs = (
+            torch.from_numpy(images[i : i + batch_size]).permute(0, 3, 1, 2).float() / 255
+            for i in batches
+        )  # (B, 3, H, W)
         return np.concatenate([model(x.to(device))[0].flatten(1).cpu().numpy() for x in inputs])
-    if cache is None: return see()
-    key = dict(network=str(model), weights=weights_key(model), batch=batch_size, device=device, torch=torch.__version__, threads=torch.get_num_threads())
+
+    if cache is None:
+        return see()
+    key = dict(
+        network=str(model),
+        weights=weights_key(model),
+        batch=batch_size,
+        device=device,
+        torch=torch.__version__,
+        threads=torch.get_num_threads(),
+    )
     return cached(cache, "activations", key | dict(images=digest_array(images)), see)
 
+
 def same_files(
-    real, synthetic # folders
+    real,
+    synthetic,  # folders
 ) -> int:
     "How many images are in both folders, byte for byte."
-    return len(set.intersection(*({digest_file(p) for p in image_files(f)} for f in (real, synthetic))))
+    return len(
+        set.intersection(*({digest_file(p) for p in image_files(f)} for f in (real, synthetic)))
+    )
+
 
 def folder_remarks(
-    real, synthetic, # folders
-    dim: int         # features per image
-) -> list[str]:      # what a reader of the number must know
+    real,
+    synthetic,  # folders
+    dim: int,  # features per image
+) -> list[str]:  # what a reader of the number must know
     "What makes a distance between two folders say less than it seems to."
     files = [image_files(p) for p in (real, synthetic)]
     n, unused = min(map(len, files)), sum(map(unused_files, {Path(real), Path(synthetic)}))
     same = same_files(real, synthetic)
-    return [text for text, there in {
-        f"{len(files[0])} real and {len(files[1])} synthetic images in {dim} dimensions: the value is mostly sample size; compare it only at equal n, or use the quality stage": n < dim,
-        f"fewer than 50 images a side: the value means nothing": n < 50,
-        f"{same} files are in both folders": same, f"{unused} files are no images and were not used": unused}.items() if there]
+    return [
+        text
+        for text, there in {
+            f"{len(files[0])} real and {len(files[1])} synthetic images in {dim} dimensions: the value is mostly sample size; compare it only at equal n, or use the quality stage": n
+            < dim,
+            "fewer than 50 images a side: the value means nothing": n < 50,
+            f"{same} files are in both folders": same,
+            f"{unused} files are no images and were not used": unused,
+        }.items()
+        if there
+    ]
 
 # %% ../../nbs/quality/folders.ipynb #ca67d51b
 def calculate_fid(
-    real_path: str,       # folder of real images of one class
+    real_path: str,  # folder of real images of one class
     synthetic_path: str,  # folder of synthetic ones
-    batch_size: int = 50, # images a batch
-    model = None,         # another network in Inception's place, for tests; the number is then no FID
-    cache = None,         # folder of computed activations: the real ones serve before and after fine-tuning
-    weights = None        # file or folder of Inception's weights; None: PyTorch's cache, then download
+    batch_size: int = 50,  # images a batch
+    model=None,  # another network in Inception's place, for tests; the number is then no FID
+    cache=None,  # folder of computed activations: the real ones serve before and after fine-tuning
+    weights=None,  # file or folder of Inception's weights; None: PyTorch's cache, then download
 ) -> float:
     "FID between two folders (guide, section 9); the quality stage adds what it lacks: equal n and a floor."
     device = pick_device()
     model = (model or inception_fid(weights).net.net).to(device).eval()
-    a, b = (folder_activations(p, model, batch_size, device, cache) for p in (real_path, synthetic_path))
-    if remarks := folder_remarks(real_path, synthetic_path, a.shape[1]): warnings.warn("FID: " + "; ".join(remarks) + ".", stacklevel=2)
+    a, b = (
+        folder_activations(p, model, batch_size, device, cache) for p in (real_path, synthetic_path)
+    )
+    if remarks := folder_remarks(real_path, synthetic_path, a.shape[1]):
+        warnings.warn("FID: " + "; ".join(remarks) + ".", stacklevel=2)
     return frechet_distance(a, b)
 
 # %% ../../nbs/quality/folders.ipynb #b4889da2
 def folder_classes(
-    real_dir, synth_dir # folders
-) -> dict:              # class -> (folder, folder); one nameless class for plain folders
+    real_dir,
+    synth_dir,  # folders
+) -> dict:  # class -> (folder, folder); one nameless class for plain folders
     "The classes that two folders hold; raises `CxrError` when one is on one side only."
-    sides = [{p.name.lower(): p for p in Path(d).glob("*") if p.is_dir() and p.name.lower() in CLASSES} for d in (real_dir, synth_dir)]
+    sides = [
+        {p.name.lower(): p for p in Path(d).glob("*") if p.is_dir() and p.name.lower() in CLASSES}
+        for d in (real_dir, synth_dir)
+    ]
     if missing := set(sides[0]) ^ set(sides[1]):
-        raise CxrError(f"the class {min(missing)} is only in {real_dir if min(missing) in sides[0] else synth_dir}.\nBoth folders need the same class folders ({', '.join(CLASSES)}), or images and no class folders.")
-    return {c: (sides[0][c], sides[1][c]) for c in CLASSES if c in sides[0]} or {"": (Path(real_dir), Path(synth_dir))}
+        raise CxrError(
+            f"the class {min(missing)} is only in "
+            f"{real_dir if min(missing) in sides[0] else synth_dir}.\n"
+            f"Both folders need the same class folders ({', '.join(CLASSES)}), or images and no "
+            "class folders."
+        )
+    return {c: (sides[0][c], sides[1][c]) for c in CLASSES if c in sides[0]} or {
+        "": (Path(real_dir), Path(synth_dir))
+    }
+
 
 @dataclass
 class FolderPair:
     "The real and the synthetic images of one class, from two folders."
-    images: tuple     # uint8 (N, R, R), (M, R, R): R is the smaller side of the first synthetic image
-    x: tuple          # features (N, D), (M, D)
-    patients: np.ndarray # of the real images (N,)
-    unused: int       # files that are no images
+
+    images: tuple  # uint8 (N, R, R), (M, R, R): R is the smaller side of the first synthetic image
+    x: tuple  # features (N, D), (M, D)
+    patients: np.ndarray  # of the real images (N,)
+    unused: int  # files that are no images
+
 
 def load_pair(
-    real, synthetic, # folders
-    eye: Embedder         # how to look
-) -> FolderPair:     # raises `CxrError` for unreadable images or fewer than 12
+    real,
+    synthetic,  # folders
+    eye: Embedder,  # how to look
+) -> FolderPair:  # raises `CxrError` for unreadable images or fewer than 12
     "All images of two folders at one size, by the one path."
     files = [image_files(p, 12) for p in (real, synthetic)]
     side = min(read_image(files[1][0]).size)
-    images = tuple(np.stack([np.asarray(prepare_image(read_image(p), side)) for p in f]) for f in files)
-    return FolderPair(images, tuple(eye(x, f"features, {p}") for x, p in zip(images, (real, synthetic))),
-                      np.array([parse_name(p.stem)[1] or p.stem for p in files[0]]), unused_files(real) + unused_files(synthetic))
+    images = tuple(
+        np.stack([np.asarray(prepare_image(read_image(p), side)) for p in f]) for f in files
+    )
+    return FolderPair(
+        images,
+        tuple(eye(x, f"features, {p}") for x, p in zip(images, (real, synthetic))),
+        np.array([parse_name(p.stem)[1] or p.stem for p in files[0]]),
+        unused_files(real) + unused_files(synthetic),
+    )
 
 # %% ../../nbs/quality/folders.ipynb #1cfdf6b6
 def measure_folders(
-    real_dir,             # folder of real images, or of class folders
-    synth_dir,            # the same of synthetic images
-    cfg: QualityConfig = QualityConfig(), # settings
-    cache = None,         # folder for computed features and distances
-    extractor = None      # a callable, uint8 (B, R, R) -> (B, D), in place of the setting
-) -> pd.DataFrame:        # rows as in quality/GENERATOR.json; warns of files that are on both sides
+    real_dir,  # folder of real images, or of class folders
+    synth_dir,  # the same of synthetic images
+    cfg: QualityConfig = QualityConfig(),  # settings
+    cache=None,  # folder for computed features and distances
+    extractor=None,  # a callable, uint8 (B, R, R) -> (B, D), in place of the setting
+) -> pd.DataFrame:  # rows as in quality/GENERATOR.json; warns of files that are on both sides
     "Every metric that two folders allow, per class, with floor, verdict and sentence."
     eye, rows = Embedder(cfg, pick_device(cfg.device), cache, extractor), []
     folders = folder_classes(real_dir, synth_dir)
     pairs = {c: load_pair(*p, eye) for c, p in folders.items()}
     for p in folders.values():
-        if same := same_files(*p): warnings.warn(f"{same} files are in both {p[0]} and {p[1]}: the distances mean nothing.", stacklevel=2)
-    rulers = {c: Baseline(p.x[0], p.patients, next((q.x[0] for q in pairs.values() if q is not p), None), cfg.halvings, cache=cache) for c, p in pairs.items()}
-    n = min(cfg.max_images, *(r.room for r in rulers.values()), *(len(p.x[1]) for p in pairs.values()))
+        if same := same_files(*p):
+            warnings.warn(
+                f"{same} files are in both {p[0]} and {p[1]}: the distances mean nothing.",
+                stacklevel=2,
+            )
+    rulers = {
+        c: Baseline(
+            p.x[0],
+            p.patients,
+            next((q.x[0] for q in pairs.values() if q is not p), None),
+            cfg.halvings,
+            cache=cache,
+        )
+        for c, p in pairs.items()
+    }
+    n = min(
+        cfg.max_images, *(r.room for r in rulers.values()), *(len(p.x[1]) for p in pairs.values())
+    )
     for c, p in pairs.items():
         about = dict(real_available=len(p.x[0]), synthetic_available=len(p.x[1]))
-        found = [make_row(c, m.replace("_", "-"), s, **about, **eye.about) for m, s in rulers[c].measure(p.x[1], n).items()]
-        (value, values), (_, floors) = (set_similarity(x, n, cfg.pairs, cfg.halvings, who, cache=cache) for x, who in zip(p.images[::-1], (None, p.patients)))
+        found = [
+            make_row(c, m.replace("_", "-"), s, **about, **eye.about)
+            for m, s in rulers[c].measure(p.x[1], n).items()
+        ]
+        (value, values), (_, floors) = (
+            set_similarity(x, n, cfg.pairs, cfg.halvings, who, cache=cache)
+            for x, who in zip(p.images[::-1], (None, p.patients))
+        )
         for j, (m, worse) in enumerate((("ms-ssim", "either"), ("ms-ssim-top", "above"))):
-            found.append(make_row(c, m, summarise_draws(values[:, j], floors[:, j], None, worse, n), **about))
+            found.append(
+                make_row(c, m, summarise_draws(values[:, j], floors[:, j], None, worse, n), **about)
+            )
         rows += [r | dict(unused_files=p.unused) for r in found]
     return pd.DataFrame(rows)

@@ -19,91 +19,165 @@ from ..protocol.sets import MARK_COLUMNS, load_metadata, set_marks
 # %% ../../nbs/quality/gallery.ipynb #5ad6c130
 REASONS = ("anatomy", "artefact", "wrong class", "blurred", "copy", "other")
 
+
 class Gallery:
     "A person's marks on the images of one set, page by page."
+
     def __init__(self, study: Study, generator: str, per_page: int = 24):
-        self.study, self.generator, self.per_page, self.done = study, generator, per_page, []
-        self.names = {c: [m["file_name"] for m in load_metadata(study, generator) if m["class_name"] == c] for c in CLASSES}
-        self.path, (self.cls, self.page) = study/f"curation/{generator}.csv", (CLASSES[0], 0)
-        self.marks = {r["file_name"]: r["reason"] for r in read_csv(self.path)} if self.path.exists() else {}
-        for name in self.marks: self.check(name)
+        self.study = study
+        self.generator = generator
+        self.per_page = per_page
+        self.done = []
+        self.names = {
+            c: [m["file_name"] for m in load_metadata(study, generator) if m["class_name"] == c]
+            for c in CLASSES
+        }
+        self.path, (self.cls, self.page) = study / f"curation/{generator}.csv", (CLASSES[0], 0)
+        self.marks = (
+            {r["file_name"]: r["reason"] for r in read_csv(self.path)} if self.path.exists() else {}
+        )
+        for name in self.marks:
+            self.check(name)
+
     def check(self, name: str):
         if not any(name in names for names in self.names.values()):
-            raise CxrError(f"{self.generator} has no image {name!r}.\nAllowed: names such as {self.names[self.cls][0]}.\nIf {self.path} belongs to another set, move it away.")
+            raise CxrError(
+                f"{self.generator} has no image {name!r}.\n"
+                f"Allowed: names such as {self.names[self.cls][0]}.\n"
+                f"If {self.path} belongs to another set, move it away."
+            )
+
     @property
-    def pages(self) -> int: return max(1, math.ceil(len(self.names[self.cls]) / self.per_page))
-    def here(self) -> list[str]: return self.names[self.cls][self.page * self.per_page:][:self.per_page]
+    def pages(self) -> int:
+        return max(1, math.ceil(len(self.names[self.cls]) / self.per_page))
+
+    def here(self) -> list[str]:
+        return self.names[self.cls][self.page * self.per_page :][: self.per_page]
+
     def go(self, page: int = 0, cls: str = None):
         "Turn to a page, counted from 0; numbers beyond the ends mean the first and the last."
-        if cls: self.cls = one_of(cls, CLASSES, "class")
+        if cls:
+            self.cls = one_of(cls, CLASSES, "class")
         self.page = min(max(0, page), self.pages - 1)
+
     def mark(self, name: str, reason: str | None):
         "Reject an image for one of `REASONS`; None keeps it."
         self.check(name)
-        if reason is not None: one_of(reason, REASONS, "reason")
+        if reason is not None:
+            one_of(reason, REASONS, "reason")
         self.done.append((name, self.marks.get(name)))
         self.put(name, reason)
+
     def undo(self):
         "Take back the last mark; with nothing to take back, nothing happens."
-        if self.done: self.put(*self.done.pop())
+        if self.done:
+            self.put(*self.done.pop())
+
     def put(self, name, reason):
-        self.marks = {k: v for k, v in self.marks.items() if k != name} | ({name: reason} if reason else {})
-        write_csv(self.path, MARK_COLUMNS, [dict(file_name=n, reason=r, by="person") for n, r in sorted(self.marks.items())])
+        self.marks = {k: v for k, v in self.marks.items() if k != name} | (
+            {name: reason} if reason else {}
+        )
+        write_csv(
+            self.path,
+            MARK_COLUMNS,
+            [dict(file_name=n, reason=r, by="person") for n, r in sorted(self.marks.items())],
+        )
+
     def counts(self) -> dict:
         "Images, kept and rejected, per class."
         bad = {c: sum(n in self.marks for n in names) for c, names in self.names.items()}
-        return {c: dict(images=len(names), kept=len(names) - bad[c], rejected=bad[c]) for c, names in self.names.items()}
-    def pixels(self, name: str) -> Image.Image: return Image.open(self.study/"synthetic"/self.generator/name)
+        return {
+            c: dict(images=len(names), kept=len(names) - bad[c], rejected=bad[c])
+            for c, names in self.names.items()
+        }
+
+    def pixels(self, name: str) -> Image.Image:
+        return Image.open(self.study / "synthetic" / self.generator / name)
 
 # %% ../../nbs/quality/gallery.ipynb #b16d358e
 class GalleryView:
     "Widgets around a `Gallery`; show `.widget` in a notebook."
+
     def __init__(self, gallery: Gallery, size: int = 128, columns: int = 6):
-        self.gallery, self.size = gallery, size
+        self.gallery = gallery
+        self.size = size
         self.classes = widgets.ToggleButtons(options=CLASSES, value=gallery.cls)
         self.reason = widgets.Dropdown(options=REASONS, description="reason")
-        self.back, self.next, self.undo = (widgets.Button(description=d) for d in ("back", "next", "undo"))
-        self.text, self.grid = widgets.HTML(), widgets.GridBox(layout=widgets.Layout(grid_template_columns=f"repeat({columns}, {size + 8}px)"))
+        self.back, self.next, self.undo = (
+            widgets.Button(description=d) for d in ("back", "next", "undo")
+        )
+        self.text = widgets.HTML()
+        self.grid = widgets.GridBox(
+            layout=widgets.Layout(grid_template_columns=f"repeat({columns}, {size + 8}px)")
+        )
         self.classes.observe(lambda change: self.do(gallery.go, 0, change["new"]), "value")
         self.back.on_click(lambda _: self.do(gallery.go, gallery.page - 1))
         self.next.on_click(lambda _: self.do(gallery.go, gallery.page + 1))
         self.undo.on_click(lambda _: self.do(gallery.undo))
-        self.widget = widgets.VBox([widgets.HBox([self.classes, self.reason]), widgets.HBox([self.back, self.next, self.undo, self.text]), self.grid])
+        self.widget = widgets.VBox(
+            [
+                widgets.HBox([self.classes, self.reason]),
+                widgets.HBox([self.back, self.next, self.undo, self.text]),
+                self.grid,
+            ]
+        )
         self.redraw()
+
     def do(self, action, *args):
         action(*args)
         self.redraw()
+
     def tile(self, name: str, noted: dict):
         "One image, its notes, and its button."
         g, marked = self.gallery, self.gallery.marks.get(name)
-        button = widgets.Button(description=f"rejected: {marked}" if marked else "reject", button_style="danger" if marked else "", tooltip=name)
+        button = widgets.Button(
+            description=f"rejected: {marked}" if marked else "reject",
+            button_style="danger" if marked else "",
+            tooltip=name,
+        )
         button.on_click(lambda _: self.do(g.mark, name, None if marked else self.reason.value))
-        png = (g.study/"synthetic"/g.generator/name).read_bytes()
-        return widgets.VBox([widgets.Image(value=png, format="png", width=self.size, height=self.size), widgets.Label(noted.get(name, "")), button])
+        png = (g.study / "synthetic" / g.generator / name).read_bytes()
+        return widgets.VBox(
+            [
+                widgets.Image(value=png, format="png", width=self.size, height=self.size),
+                widgets.Label(noted.get(name, "")),
+                button,
+            ]
+        )
+
     def redraw(self):
         "Show the gallery's page as it is now."
         g, noted = self.gallery, {}
         for r in set_marks(g.study, g.generator):
-            if r["by"] != "person": noted[r["file_name"]] = f"{r['by']}: {r['reason']}"
+            if r["by"] != "person":
+                noted[r["file_name"]] = f"{r['by']}: {r['reason']}"
         self.grid.children = [self.tile(n, noted) for n in g.here()]
         c = g.counts()[g.cls]
         self.text.value = f"{g.cls}: page {g.page + 1} of {g.pages}; {c['kept']} of {c['images']} kept, {c['rejected']} rejected"
 
 # %% ../../nbs/quality/gallery.ipynb #36c70da6
 def gallery_figure(
-    gallery: Gallery, # turned to a page
-    columns: int = 6, # images in a row
-    size: float = 1.2 # of an image, inches
+    gallery: Gallery,  # turned to a page
+    columns: int = 6,  # images in a row
+    size: float = 1.2,  # of an image, inches
 ):
     "One page of a gallery as a figure; returned for saving."
     names = gallery.here()
     rows = math.ceil(len(names) / columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(size * columns, size * rows * 1.2), squeeze=False)
-    for ax in axes.flat: ax.axis("off")
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(size * columns, size * rows * 1.2), squeeze=False
+    )
+    for ax in axes.flat:
+        ax.axis("off")
     for ax, name in zip(axes.flat, names):
         image, reason = gallery.pixels(name), gallery.marks.get(name)
         ax.imshow(image, cmap="gray", vmin=0, vmax=255)
-        ax.set_title(reason or name.split("/")[1].removesuffix(".png"), fontsize=8, color="#D55E00" if reason else "black")
-        if reason: ax.plot([0, image.width - 1], [0, image.height - 1], color="#D55E00")
-    fig.tight_layout(pad=.3)
+        ax.set_title(
+            reason or name.split("/")[1].removesuffix(".png"),
+            fontsize=8,
+            color="#D55E00" if reason else "black",
+        )
+        if reason:
+            ax.plot([0, image.width - 1], [0, image.height - 1], color="#D55E00")
+    fig.tight_layout(pad=0.3)
     return fig

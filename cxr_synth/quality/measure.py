@@ -24,54 +24,137 @@ from ..base.settings import CLASSES, QualityConfig
 from ..images.features import extract_features, features_key, resize_rule
 from ..images.networks import BACKBONES, LoadedNetwork, load_backbone
 from ..images.study_images import load_images, load_synthetic, split_rows, training_rows
-from .copies import (CopyReport, SEARCH_VERSION, feature_space, nearest_in_spaces,
-                                      pixel_space, plant_copies, report_copies)
-from .metrics import (FORMULAS, apply_head, bandwidth, compare_features,
-                                       expected_coverage, floor_verdict, halvings, inception_score,
-                                       kernel_metrics, largest_common_n, ms_ssim, random_pairs,
-                                       real_pairs, top_mean)
+from cxr_synth.quality.copies import (
+    CopyReport,
+    SEARCH_VERSION,
+    feature_space,
+    nearest_in_spaces,
+    pixel_space,
+    plant_copies,
+    report_copies,
+)
+from cxr_synth.quality.metrics import (
+    FORMULAS,
+    apply_head,
+    bandwidth,
+    compare_features,
+    expected_coverage,
+    floor_verdict,
+    halvings,
+    inception_score,
+    kernel_metrics,
+    largest_common_n,
+    ms_ssim,
+    random_pairs,
+    real_pairs,
+    top_mean,
+)
 from ..stats.auc import auroc
 
 # %% ../../nbs/quality/measure.ipynb #7e9f60b1
-WORSE_SIDE = dict(fd="above", kid="above", mmd="above", density="below", coverage="below", source_auc="above")  # the side of the floor that is a finding
+WORSE_SIDE = dict(
+    fd="above", kid="above", mmd="above", density="below", coverage="below", source_auc="above"
+)  # the side of the floor that is a finding
+
 
 class Baseline:
     "Real features of one class, with floor and control for each n computed once."
-    def __init__(self,
-                 features,    # real, this class (N, D)
-                 patients,    # (N,)
-                 other,       # real features of the other class (M, D); None: no control
-                 count=20,    # halvings
-                 seed=0,      # of every draw
-                 inside=None, # images that the generator never saw (N,) bool: the first side is drawn from them; None: from all
-                 cache=None): # folder for computed distances
-        self.x, self.patients, self.other, self.count, self.seed, self.cache = np.asarray(features), np.asarray(patients), other, count, seed, cache
-        self.pairs, self.width, self.known = real_pairs(patients, inside, count, seed), bandwidth(features), {}
-        self.metrics = [*WORSE_SIDE] if inside is None else ["kid", "mmd"]  # a Fréchet distance needs more images than `unseen` has
-        self.room = largest_common_n(self.pairs) if other is None else min(largest_common_n(self.pairs), len(other))  # largest n
+
+    def __init__(
+        self,
+        features,  # real, this class (N, D)
+        patients,  # (N,)
+        other,  # real features of the other class (M, D); None: no control
+        count=20,  # halvings
+        seed=0,  # of every draw
+        inside=None,  # images that the generator never saw (N,) bool: the first side is drawn from them; None: from all
+        cache=None,
+    ):  # folder for computed distances
+        self.x = np.asarray(features)
+        self.patients = np.asarray(patients)
+        self.other = other
+        self.count = count
+        self.seed = seed
+        self.cache = cache
+        self.pairs = real_pairs(patients, inside, count, seed)
+        self.width = bandwidth(features)
+        self.known = {}
+        self.metrics = (
+            [*WORSE_SIDE] if inside is None else ["kid", "mmd"]
+        )  # a Fréchet distance needs more images than `unseen` has
+        self.room = (
+            largest_common_n(self.pairs)
+            if other is None
+            else min(largest_common_n(self.pairs), len(other))
+        )  # largest n
+
     def draws(self, y, n, what, count):
         "Every metric for each first half against a draw of n from `y`; from `y=None`, against the second half (count, metrics)."
+
         def one(k):
-            a, b = self.pairs[k][0][:n], self.pairs[k][1][:n] if y is None else np.random.default_rng(seed_for(self.seed, what, k)).permutation(len(y))[:n]
-            if self.metrics == ["kid", "mmd"]: m = kernel_metrics(self.x[a], (self.x if y is None else y)[b], self.width)
-            else: m = compare_features(self.x[a], (self.x if y is None else y)[b], self.width, self.patients[a], self.patients[b] if y is None else None)
+            a = self.pairs[k][0][:n]
+            b = (
+                self.pairs[k][1][:n]
+                if y is None
+                else np.random.default_rng(seed_for(self.seed, what, k)).permutation(len(y))[:n]
+            )
+            if self.metrics == ["kid", "mmd"]:
+                m = kernel_metrics(self.x[a], (self.x if y is None else y)[b], self.width)
+            else:
+                m = compare_features(
+                    self.x[a],
+                    (self.x if y is None else y)[b],
+                    self.width,
+                    self.patients[a],
+                    self.patients[b] if y is None else None,
+                )
             return [m[k] for k in self.metrics]
-        key = dict(metrics={m: FORMULAS[m] for m in self.metrics}, what=what, n=n, count=count, seed=self.seed, width=self.width,
-                   pairs=[[side[:n].tolist() for side in pair] for pair in self.pairs], patients=self.patients.tolist(),
-                   real=digest_array(self.x), other=None if y is None else digest_array(np.asarray(y)))
-        return cached(self.cache, "distances", key, lambda: np.array([one(k) for k in progress(range(count), f"distances, {what}")]))
+
+        key = dict(
+            metrics={m: FORMULAS[m] for m in self.metrics},
+            what=what,
+            n=n,
+            count=count,
+            seed=self.seed,
+            width=self.width,
+            pairs=[[side[:n].tolist() for side in pair] for pair in self.pairs],
+            patients=self.patients.tolist(),
+            real=digest_array(self.x),
+            other=None if y is None else digest_array(np.asarray(y)),
+        )
+        return cached(
+            self.cache,
+            "distances",
+            key,
+            lambda: np.array([one(k) for k in progress(range(count), f"distances, {what}")]),
+        )
+
     def floor(self, n):
         "Floor and control at this n."
         if n not in self.known:
-            other = None if self.other is None else self.draws(self.other, n, "other class", min(5, self.count))
+            other = (
+                None
+                if self.other is None
+                else self.draws(self.other, n, "other class", min(5, self.count))
+            )
             self.known[n] = self.draws(None, n, "real against real", self.count), other
         return self.known[n]
+
     def measure(self, synthetic, n):
         "Metrics of synthetic features (S, D) at n images a side, beside their floor: metric -> summary."
         if not 6 <= n <= min(self.room, len(synthetic)):
-            raise CxrError(f"cannot measure with n = {n} images a side: {len(synthetic)} synthetic images, and room for {self.room} among the real ones.\nAllowed: 6 to {min(self.room, len(synthetic))}.")
+            raise CxrError(
+                f"cannot measure with n = {n} images a side: {len(synthetic)} synthetic images, "
+                f"and room for {self.room} among the real ones.\n"
+                f"Allowed: 6 to {min(self.room, len(synthetic))}."
+            )
         (floor, other), value = self.floor(n), self.draws(synthetic, n, "synthetic", self.count)
-        return {m: summarise_draws(value[:, k], floor[:, k], None if other is None else other[:, k], WORSE_SIDE[m], n) for k, m in enumerate(self.metrics)}
+        return {
+            m: summarise_draws(
+                value[:, k], floor[:, k], None if other is None else other[:, k], WORSE_SIDE[m], n
+            )
+            for k, m in enumerate(self.metrics)
+        }
 
 # %% ../../nbs/quality/measure.ipynb #0e5528be
 def summarise_draws(
@@ -79,69 +162,110 @@ def summarise_draws(
     floor,  # of real images, one a draw
     other,  # of the other class, one a draw; or None
     worse,  # which side is a finding, see `floor_verdict`
-    n: int  # images a side
+    n: int,  # images a side
 ) -> dict:  # value, floor, each with _low and _high; other, verdict, n
     "Means and ranges over the draws, and what they say."
-    stats = {f"{k}{s}": float(f(v)) for k, v in dict(value=value, floor=floor).items() for s, f in (("", np.mean), ("_low", np.min), ("_high", np.max))}
-    return dict(stats, other=None if other is None else float(np.mean(other)), n=n, verdict=floor_verdict(stats["value"], floor, other, worse, n))
+    stats = {
+        f"{k}{s}": float(f(v))
+        for k, v in dict(value=value, floor=floor).items()
+        for s, f in (("", np.mean), ("_low", np.min), ("_high", np.max))
+    }
+    return dict(
+        stats,
+        other=None if other is None else float(np.mean(other)),
+        n=n,
+        verdict=floor_verdict(stats["value"], floor, other, worse, n),
+    )
 
 # %% ../../nbs/quality/measure.ipynb #f1b17164
 def set_similarity(
-    images,        # uint8 (N, R, R)
-    n: int,        # images to use
-    pairs: int,    # pairs
-    count: int,    # halves
-    groups=None,   # patients (N,); None: one an image
-    seed: int = 0, # of the draw
-    cache=None     # folder for computed values
-):                 # mean over all pairs and over the 1 % most similar ones (2,); the same for each half (count, 2)
+    images,  # uint8 (N, R, R)
+    n: int,  # images to use
+    pairs: int,  # pairs
+    count: int,  # halves
+    groups=None,  # patients (N,); None: one an image
+    seed: int = 0,  # of the draw
+    cache=None,  # folder for computed values
+):  # mean over all pairs and over the 1 % most similar ones (2,); the same for each half (count, 2)
     "How alike the images of one set are."
     order = np.random.default_rng(seed_for(seed, "likeness")).permutation(len(images))[:n]
     first, second = random_pairs(n, pairs, seed)
-    key = dict(version=FORMULAS["ms_ssim"], first=first.tolist(), second=second.tolist(), images=digest_array(images[order]),
-               torch=torch.__version__, threads=torch.get_num_threads())
+    key = dict(
+        version=FORMULAS["ms_ssim"],
+        first=first.tolist(),
+        second=second.tolist(),
+        images=digest_array(images[order]),
+        torch=torch.__version__,
+        threads=torch.get_num_threads(),
+    )
     values = cached(cache, "ms-ssim", key, lambda: ms_ssim(images[order], first, second))
     halves = []
-    for a, b in halvings((np.arange(len(images)) if groups is None else np.asarray(groups))[order], count, seed):
+    for a, b in halvings(
+        (np.arange(len(images)) if groups is None else np.asarray(groups))[order], count, seed
+    ):
         half = values[np.isin(first, a) & np.isin(second, a)]
-        if len(half): halves.append([half.mean(), top_mean(half)])
-    return np.array([values.mean(), top_mean(values)]), np.array(halves or [[values.mean(), top_mean(values)]])
+        if len(half):
+            halves.append([half.mean(), top_mean(half)])
+    return np.array([values.mean(), top_mean(values)]), np.array(
+        halves or [[values.mean(), top_mean(values)]]
+    )
 
 # %% ../../nbs/quality/measure.ipynb #4eb885e9
 def fit_head(
     features,  # real (N, D)
-    labels,    # 0 or 1 (N,), both present
-    C=0.01     # inverse strength of the regularisation
-):             # features (M, D) -> P(pneumonia) (M,)
+    labels,  # 0 or 1 (N,), both present
+    C=0.01,  # inverse strength of the regularisation
+):  # features (M, D) -> P(pneumonia) (M,)
     "A class-balanced logistic head."
     features = np.asarray(features, np.float64)
     middle, spread = features.mean(0), features.std(0).clip(1e-8)
-    head = LogisticRegression(C=C, class_weight="balanced", max_iter=5000).fit((features - middle) / spread, labels)
+    head = LogisticRegression(C=C, class_weight="balanced", max_iter=5000).fit(
+        (features - middle) / spread, labels
+    )
     return lambda f: head.predict_proba((np.asarray(f, np.float64) - middle) / spread)[:, 1]
 
+
 def label_agreement(
-    labels,       # 0 or 1 (N,)
-    probs,        # P(pneumonia) (N,)
-    threshold=0.5 # at and above it the answer is pneumonia
-) -> dict:        # label_auroc, and the share that agrees, by class
+    labels,  # 0 or 1 (N,)
+    probs,  # P(pneumonia) (N,)
+    threshold=0.5,  # at and above it the answer is pneumonia
+) -> dict:  # label_auroc, and the share that agrees, by class
     "Ranking and agreement; NaN where a class is missing."
     labels, hit = np.asarray(labels), np.asarray(probs) >= threshold
-    share = {c: float((hit[labels == k] == k).mean()) if (labels == k).any() else float("nan") for k, c in enumerate(CLASSES)}
-    return dict(both=auroc(labels == 1, probs) if len({*labels.tolist()}) == 2 else float("nan"), **share)
+    share = {
+        c: float((hit[labels == k] == k).mean()) if (labels == k).any() else float("nan")
+        for k, c in enumerate(CLASSES)
+    }
+    return dict(
+        both=auroc(labels == 1, probs) if len({*labels.tolist()}) == 2 else float("nan"), **share
+    )
 
 # %% ../../nbs/quality/measure.ipynb #5ab181fa
 def label_fidelity(
-    labels, probs,           # of the synthetic images (S,)
-    real_labels, real_probs, # of real images that the head has not seen (N,)
-    patients,                # of these (N,)
-    count: int = 20,         # halvings
-    seed: int = 0            # of the draw
-) -> dict:                   # both (label-AUROC), normal, pneumonia (agreement) -> summary
+    labels,
+    probs,  # of the synthetic images (S,)
+    real_labels,
+    real_probs,  # of real images that the head has not seen (N,)
+    patients,  # of these (N,)
+    count: int = 20,  # halvings
+    seed: int = 0,  # of the draw
+) -> dict:  # both (label-AUROC), normal, pneumonia (agreement) -> summary
     "Do synthetic images show their label as real ones do?"
-    labels, probs, real_labels, real_probs = map(np.asarray, (labels, probs, real_labels, real_probs))
-    floor = pd.DataFrame([label_agreement(real_labels[a], real_probs[a]) for a, _ in halvings(patients, count, seed)])
-    half = [np.random.default_rng(seed_for(seed, "labels", k)).permutation(len(labels))[:max(2, len(labels) // 2)] for k in range(count)]
-    value, point, real = pd.DataFrame([label_agreement(labels[h], probs[h]) for h in half]), label_agreement(labels, probs), label_agreement(real_labels, real_probs)
+    labels, probs, real_labels, real_probs = map(
+        np.asarray, (labels, probs, real_labels, real_probs)
+    )
+    floor = pd.DataFrame(
+        [label_agreement(real_labels[a], real_probs[a]) for a, _ in halvings(patients, count, seed)]
+    )
+    half = [
+        np.random.default_rng(seed_for(seed, "labels", k)).permutation(len(labels))[
+            : max(2, len(labels) // 2)
+        ]
+        for k in range(count)
+    ]
+    value = pd.DataFrame([label_agreement(labels[h], probs[h]) for h in half])
+    point = label_agreement(labels, probs)
+    real = label_agreement(real_labels, real_probs)
     out = {}
     for k in point:
         s = summarise_draws(value[k].dropna(), floor[k].dropna(), None, "below", 50)
@@ -154,289 +278,604 @@ def label_fidelity(
 @dataclass(frozen=True)
 class Measure:
     "How one metric is called and what a finding means."
-    label: str      # name in tables and sentences
-    above: str = "" # said when the value lies above the floor
-    below: str = "" # and below
+
+    label: str  # name in tables and sentences
+    above: str = ""  # said when the value lies above the floor
+    below: str = ""  # and below
+
 
 SETS_DIFFER = "synthetic and real images differ by more than real ones do among themselves"
 MEASURES = {
-    "fid": Measure("FID", SETS_DIFFER), "fd": Measure("FD", SETS_DIFFER), "kid": Measure("KID", SETS_DIFFER), "mmd": Measure("RBF-MMD", SETS_DIFFER),
+    "fid": Measure("FID", SETS_DIFFER),
+    "fd": Measure("FD", SETS_DIFFER),
+    "kid": Measure("KID", SETS_DIFFER),
+    "mmd": Measure("RBF-MMD", SETS_DIFFER),
     "density": Measure("density", below="many synthetic images lie where no real ones are"),
     "coverage": Measure("coverage", below="kinds of real images are missing"),
     "source-auc": Measure("source AUC", "a linear head can tell them from real ones"),
-    "ms-ssim": Measure("MS-SSIM", "the images are more alike than real ones: less diverse", "the images are less alike than real ones, which noise or artefacts also cause"),
-    "ms-ssim-top": Measure("MS-SSIM of the 1 % most similar pairs", "some images are nearly the same: less diverse"),
+    "ms-ssim": Measure(
+        "MS-SSIM",
+        "the images are more alike than real ones: less diverse",
+        "the images are less alike than real ones, which noise or artefacts also cause",
+    ),
+    "ms-ssim-top": Measure(
+        "MS-SSIM of the 1 % most similar pairs", "some images are nearly the same: less diverse"
+    ),
     "is": Measure("Inception Score"),
-    "copies": Measure("share called copies", "more images are close to a training image than chance allows"),
-    "label-auroc": Measure("label-AUROC", below="images show their label less clearly than real ones"),
-    "label-agreement": Measure("agreement with the label", below="a head trained on real images agrees less often than on real ones")}
+    "copies": Measure(
+        "share called copies", "more images are close to a training image than chance allows"
+    ),
+    "label-auroc": Measure(
+        "label-AUROC", below="images show their label less clearly than real ones"
+    ),
+    "label-agreement": Measure(
+        "agreement with the label",
+        below="a head trained on real images agrees less often than on real ones",
+    ),
+}
 
 # %% ../../nbs/quality/measure.ipynb #c844bdff
-REFERENCE_TEXT = dict(unseen=", real images that the generator never saw", val=" of val", internal=" of internal")  # said of a reference; train and seen go without saying
-VERDICT_TEXT = {"within the floor": " No difference from real images is seen.", "uninformative": " Uninformative for X-rays of one class.",
-        "not measurable at this n": " Not measurable at this n: too few images, or real images of the other class score no worse."}
+REFERENCE_TEXT = dict(
+    unseen=", real images that the generator never saw", val=" of val", internal=" of internal"
+)  # said of a reference; train and seen go without saying
+VERDICT_TEXT = {
+    "within the floor": " No difference from real images is seen.",
+    "uninformative": " Uninformative for X-rays of one class.",
+    "not measurable at this n": " Not measurable at this n: too few images, or real images of the other class score no worse.",
+}
+
 
 def reading_note(
-    row: dict # with metric, extractor, n_real, n_synthetic
-) -> str:     # empty for most metrics
+    row: dict,  # with metric, extractor, n_real, n_synthetic
+) -> str:  # empty for most metrics
     "What a reader must know to read the number at all."
-    n, dim = row["n_synthetic"], BACKBONES[row["extractor"]].dim if row["extractor"] in BACKBONES else 0
-    if row["metric"] in ("fd", "fid") and n < dim: return f" {n} IMAGES IN {dim:,} DIMENSIONS: mostly sample size, read it only against the floor."
-    if row["metric"] == "coverage": return f" A perfect generator: {expected_coverage(row['n_real'], n):.3g}, from counts alone."
+    n = row["n_synthetic"]
+    dim = BACKBONES[row["extractor"]].dim if row["extractor"] in BACKBONES else 0
+    if row["metric"] in ("fd", "fid") and n < dim:
+        return f" {n} IMAGES IN {dim:,} DIMENSIONS: mostly sample size, read it only against the floor."
+    if row["metric"] == "coverage":
+        return (
+            f" A perfect generator: {expected_coverage(row['n_real'], n):.3g}, from counts alone."
+        )
     return ""
 
+
 def row_sentence(
-    row: dict # with metric, reference, extractor, value, floor_low, floor_high, verdict, n_real, n_synthetic
+    row: dict,  # with metric, reference, extractor, value, floor_low, floor_high, verdict, n_real, n_synthetic
 ) -> str:
     "A row in words."
     m, on = MEASURES[row["metric"]], f" ({row['extractor']})" if row["extractor"] else ""
-    def num(v): return f"{v:.0f}" if abs(v) >= 1000 else f"{v:.3g}"
+
+    def num(v):
+        return f"{v:.0f}" if abs(v) >= 1000 else f"{v:.3g}"
+
     head = f"{m.label}{on} {num(row['value'])} at n = {row['n_synthetic']}; real images{REFERENCE_TEXT.get(row['reference'], '')}: {num(row['floor_low'])} to {num(row['floor_high'])}."
-    why = VERDICT_TEXT | {"above the floor": f" Above the floor: {m.above}.", "below the floor": f" Below the floor: {m.below}."}
+    why = VERDICT_TEXT | {
+        "above the floor": f" Above the floor: {m.above}.",
+        "below the floor": f" Below the floor: {m.below}.",
+    }
     low, high = row["value"] < row["floor_low"], row["value"] > row["floor_high"]
-    if low and m.above == SETS_DIFFER: said = " Nearer than real images are to each other: copies or lost diversity do that."
-    elif (low or high) and row["verdict"] == "within the floor": said = " Beyond real images, on the harmless side."
-    else: said = why[row["verdict"]]
+    if low and m.above == SETS_DIFFER:
+        said = " Nearer than real images are to each other: copies or lost diversity do that."
+    elif (low or high) and row["verdict"] == "within the floor":
+        said = " Beyond real images, on the harmless side."
+    else:
+        said = why[row["verdict"]]
     return head + said + reading_note(row)
 
 # %% ../../nbs/quality/measure.ipynb #78cd8542
-QUALITY_COLUMNS = ["class_name", "metric", "reference", "extractor", "weights_sha256", "resize", "n_real", "n_synthetic", "value", "low", "high", "floor", "floor_low", "floor_high",
-           "verdict", "real_available", "synthetic_available", "unused_files", "sentence"]
+QUALITY_COLUMNS = [
+    "class_name",
+    "metric",
+    "reference",
+    "extractor",
+    "weights_sha256",
+    "resize",
+    "n_real",
+    "n_synthetic",
+    "value",
+    "low",
+    "high",
+    "floor",
+    "floor_low",
+    "floor_high",
+    "verdict",
+    "real_available",
+    "synthetic_available",
+    "unused_files",
+    "sentence",
+]
+
 
 def make_row(
-    class_name: str, # one of `CLASSES`, or both
-    metric: str,     # one of `MEASURES`
-    s: dict,         # from `summarise_draws`
-    **about          # the other columns, where they are not empty
-) -> dict:           # in the order of `QUALITY_COLUMNS`
+    class_name: str,  # one of `CLASSES`, or both
+    metric: str,  # one of `MEASURES`
+    s: dict,  # from `summarise_draws`
+    **about,  # the other columns, where they are not empty
+) -> dict:  # in the order of `QUALITY_COLUMNS`
     "One row of quality/GENERATOR.json."
-    given = dict(class_name=class_name, metric=metric, reference="train", extractor="", weights_sha256="", resize="", n_real=s["n"], n_synthetic=s["n"], verdict=s["verdict"], unused_files=0,
-                 low=s["value_low"], high=s["value_high"], **{k: s[k] for k in ("value", "floor", "floor_low", "floor_high")}) | about
+    given = (
+        dict(
+            class_name=class_name,
+            metric=metric,
+            reference="train",
+            extractor="",
+            weights_sha256="",
+            resize="",
+            n_real=s["n"],
+            n_synthetic=s["n"],
+            verdict=s["verdict"],
+            unused_files=0,
+            low=s["value_low"],
+            high=s["value_high"],
+            **{k: s[k] for k in ("value", "floor", "floor_low", "floor_high")},
+        )
+        | about
+    )
     given = null_for_nan({k: round(v, 6) if isinstance(v, float) else v for k, v in given.items()})
-    return {k: given.get(k) for k in QUALITY_COLUMNS[:-1]} | dict(sentence=given.get("sentence") or row_sentence(given))
+    return {k: given.get(k) for k in QUALITY_COLUMNS[:-1]} | dict(
+        sentence=given.get("sentence") or row_sentence(given)
+    )
 
 # %% ../../nbs/quality/measure.ipynb #e53c2954
 def low_n_warning(
     n: int,  # images a side
-    dim: int # features per image
-) -> str:    # empty when there are enough
+    dim: int,  # features per image
+) -> str:  # empty when there are enough
     "The label that a distance at too small an n must carry."
     few = "; fewer than 50 images a side support no verdict but a finding" if n < 50 else ""
-    return f"n = {n} images in {dim} dimensions: the distance itself is mostly sample size; read it only against the floor{few}" if n < dim else ""
+    return (
+        (
+            f"n = {n} images in {dim} dimensions: the distance itself is mostly sample size; read it "
+            f"only against the floor{few}"
+        )
+        if n < dim
+        else ""
+    )
 
 # %% ../../nbs/quality/measure.ipynb #739985cd
 class Embedder:
     "How a quality stage looks at images: through its extractor, and for places through the layout of EfficientNet-Lite0. An image seen before is not looked at again."
-    def __init__(self,
-                 cfg: QualityConfig, # settings
-                 device: str,        # from `pick_device`
-                 cache=None,         # folder of features; None keeps them in memory alone
-                 extractor=None):    # a callable as in `extract_features`, in place of the setting
-        self.cfg, self.device, self.cache, self.known, self.extractor = cfg, device, cache, {}, extractor or cfg.extractor
-        self.loaded = LoadedNetwork(None, None) if extractor else load_backbone(cfg.extractor, device, cfg.weights or None)
+
+    def __init__(
+        self,
+        cfg: QualityConfig,  # settings
+        device: str,  # from `pick_device`
+        cache=None,  # folder of features; None keeps them in memory alone
+        extractor=None,
+    ):  # a callable as in `extract_features`, in place of the setting
+        self.cfg = cfg
+        self.device = device
+        self.cache = cache
+        self.known = {}
+        self.extractor = extractor or cfg.extractor
+        self.loaded = (
+            LoadedNetwork(None, None)
+            if extractor
+            else load_backbone(cfg.extractor, device, cfg.weights or None)
+        )
         name = getattr(extractor, "__name__", "a callable") if extractor else cfg.extractor
-        self.about = dict(extractor=name, weights_sha256=self.loaded.sha256, resize=resize_rule(self.extractor, cfg.size))  # what every row says
+        self.about = dict(
+            extractor=name,
+            weights_sha256=self.loaded.sha256,
+            resize=resize_rule(self.extractor, cfg.size),
+        )  # what every row says
+
     @property
-    def layout_size(self): return min(128, max(32, self.cfg.size // 32 * 32))
+    def layout_size(self):
+        return min(128, max(32, self.cfg.size // 32 * 32))
+
     @property
-    def key(self) -> list: # a part of the key of a cache, see `cached`
+    def key(self) -> list:  # a part of the key of a cache, see `cached`
         "Both ways to look, with everything on which they depend; there is none for a callable, which has no version."
-        looks = (self.extractor, self.cfg.size, self.cfg.weights or None), ("efficientnet-lite0-layout", self.layout_size, None)
-        return [features_key(extractor, size, self.device, weights) for extractor, size, weights in looks]
+        looks = (
+            (self.extractor, self.cfg.size, self.cfg.weights or None),
+            ("efficientnet-lite0-layout", self.layout_size, None),
+        )
+        return [
+            features_key(extractor, size, self.device, weights)
+            for extractor, size, weights in looks
+        ]
+
     def recall(self, extractor, images, size, desc, weights=None):
         "Features, computed for new images alone."
-        keys = [str(extractor) + hashlib.sha256(np.ascontiguousarray(im)).hexdigest() for im in images]
+        keys = [
+            str(extractor) + hashlib.sha256(np.ascontiguousarray(im)).hexdigest() for im in images
+        ]
         new = list({k: i for i, k in enumerate(keys) if k not in self.known}.items())
-        if new: self.known |= zip([k for k, _ in new], extract_features(images[[i for _, i in new]], extractor, size, self.device, self.cache, desc, weights))
+        if new:
+            self.known |= zip(
+                [k for k, _ in new],
+                extract_features(
+                    images[[i for _, i in new]],
+                    extractor,
+                    size,
+                    self.device,
+                    self.cache,
+                    desc,
+                    weights,
+                ),
+            )
         return np.stack([self.known[k] for k in keys])
-    def __call__(self, images, desc=""): return self.recall(self.extractor, images, self.cfg.size, desc, self.cfg.weights or None)
+
+    def __call__(self, images, desc=""):
+        return self.recall(self.extractor, images, self.cfg.size, desc, self.cfg.weights or None)
+
     def layout(self, images, desc="layout"):
         return self.recall("efficientnet-lite0-layout", images, self.layout_size, desc)
 
 # %% ../../nbs/quality/measure.ipynb #e23d97d3
 class RealReference:
     "The real images of a study, looked at once, for every generator to be measured against."
-    def __init__(self,
-                 study: Study,       # with a finished data stage
-                 cfg: QualityConfig, # settings
-                 device: str):       # from `pick_device`
-        self.study, self.cfg, self.cache = study, cfg, study/"cache"
+
+    def __init__(
+        self,
+        study: Study,  # with a finished data stage
+        cfg: QualityConfig,  # settings
+        device: str,
+    ):  # from `pick_device`
+        self.study = study
+        self.cfg = cfg
+        self.cache = study / "cache"
         self.eye = Embedder(cfg, device, self.cache)
-        self.pool = pd.concat([training_rows(study, 1.0, 0), split_rows(study, "val")], ignore_index=True)
+        self.pool = pd.concat(
+            [training_rows(study, 1.0, 0), split_rows(study, "val")], ignore_index=True
+        )
         self.images = load_images(study, self.pool.image_id)
         self.x = self.eye(self.images, "features, real")
         self.eye.layout(self.images, "layout, real")
-        self.label, self.patient, split = (self.pool[c].to_numpy() for c in ("label", "patient_id", "split"))
-        self.train, own = split != "val", split == "train"
+        self.label, self.patient, split = (
+            self.pool[c].to_numpy() for c in ("label", "patient_id", "split")
+        )
+        self.train = split != "val"
+        own = split == "train"
         self.head = fit_head(self.x[own], self.label[own])
         self.rulers = {c: self.ruler(k) for k, c in enumerate(CLASSES)}
+
     def ruler(self, label, unseen=None):
         "Ruler of one class: against the training images, or against the real images that `unseen` marks."
         where = self.train if unseen is None else np.ones_like(self.train)
         mine, other = where & (self.label == label), where & (self.label != label)
-        return Baseline(self.x[mine], self.patient[mine], self.x[other], self.cfg.halvings, 0, None if unseen is None else unseen[mine], self.cache)
+        return Baseline(
+            self.x[mine],
+            self.patient[mine],
+            self.x[other],
+            self.cfg.halvings,
+            0,
+            None if unseen is None else unseen[mine],
+            self.cache,
+        )
+
     def unseen(self, generator):
         "Real images that a generator never saw (N,) bool; an unknown name counts as having seen the training set."
         m = re.match(r"real(\d{3})-rep(\d+)", generator)
-        seen = training_rows(self.study, *((int(m[1]) / 100, int(m[2])) if m else (1.0, 0))).image_id
+        seen = training_rows(
+            self.study, *((int(m[1]) / 100, int(m[2])) if m else (1.0, 0))
+        ).image_id
         return ~self.pool.image_id.isin(seen).to_numpy()
 
 # %% ../../nbs/quality/measure.ipynb #94e1ca59
 @dataclass
 class SyntheticSet:
     "The synthetic set of one generator."
-    name: str   # of the generator; NAME-base: before fine-tuning
-    images: np.ndarray # uint8 (N, R, R)
-    labels: np.ndarray # 0 or 1 (N,)
-    files: list # file_name of each
-    base: str   # the base model, from metadata.jsonl
-    x: np.ndarray # features (N, D)
+
+    name: str  # of the generator; NAME-base: before fine-tuning
+    images: np.ndarray  # uint8 (N, R, R)
+    labels: np.ndarray  # 0 or 1 (N,)
+    files: list  # file_name of each
+    base: str  # the base model, from metadata.jsonl
+    x: np.ndarray  # features (N, D)
+
 
 def load_synthetic_set(
-    study: Study,   # the study
-    generator: str, # its name
-    eye: Embedder        # how to look
-) -> SyntheticSet:          # raises `CxrError` when a class is missing
+    study: Study,  # the study
+    generator: str,  # its name
+    eye: Embedder,  # how to look
+) -> SyntheticSet:  # raises `CxrError` when a class is missing
     "One synthetic set and its features."
     images, labels = load_synthetic(study, generator)
-    meta = pd.read_json(study/f"synthetic/{generator}/metadata.jsonl", lines=True)
+    meta = pd.read_json(study / f"synthetic/{generator}/metadata.jsonl", lines=True)
     for k, c in enumerate(CLASSES):
-        if not (labels == k).any(): raise CxrError(f"synthetic/{generator} holds no {c} images.\nBoth classes are needed; generate the missing one: {study.writer('synthetic')}.")
-    return SyntheticSet(generator, images, labels, [*meta.file_name], str(meta.get("base_model", pd.Series([""])).iloc[0]), eye(images, f"features, {generator}"))
+        if not (labels == k).any():
+            raise CxrError(
+                f"synthetic/{generator} holds no {c} images.\n"
+                f"Both classes are needed; generate the missing one: {study.writer('synthetic')}."
+            )
+    return SyntheticSet(
+        generator,
+        images,
+        labels,
+        [*meta.file_name],
+        str(meta.get("base_model", pd.Series([""])).iloc[0]),
+        eye(images, f"features, {generator}"),
+    )
 
 # %% ../../nbs/quality/measure.ipynb #6605203d
 def distance_rows(
-    suite: RealReference, # real images
-    pile: SyntheticSet    # synthetic ones
-) -> tuple[list[dict], dict]: # rows, and the mean FD of the other class, by class
+    suite: RealReference,  # real images
+    pile: SyntheticSet,  # synthetic ones
+) -> tuple[list[dict], dict]:  # rows, and the mean FD of the other class, by class
     "Distances to the training images and to the unseen ones; the same n for both classes."
-    rows, other, cfg, about = [], {}, suite.cfg, suite.eye.about
+    rows = []
+    other = {}
+    cfg = suite.cfg
+    about = suite.eye.about
     count = [int((pile.labels == k).sum()) for k in range(2)]
+
     def add(rulers, reference):
         n = min(cfg.max_images, *count, *(r.room for r in rulers.values()))
-        if n < 6 and reference != "train": return
+        if n < 6 and reference != "train":
+            return
         for k, (c, r) in enumerate(rulers.items()):
             for metric, s in r.measure(pile.x[pile.labels == k], n).items():
-                if metric == "fd": other[c] = round(s["other"], 4)
-                name = "fid" if (metric, cfg.extractor) == ("fd", "inception-fid") else metric.replace("_", "-")
-                rows.append(make_row(c, name, s, reference=reference, real_available=len(r.x), synthetic_available=count[k], **about))
+                if metric == "fd":
+                    other[c] = round(s["other"], 4)
+                name = (
+                    "fid"
+                    if (metric, cfg.extractor) == ("fd", "inception-fid")
+                    else metric.replace("_", "-")
+                )
+                rows.append(
+                    make_row(
+                        c,
+                        name,
+                        s,
+                        reference=reference,
+                        real_available=len(r.x),
+                        synthetic_available=count[k],
+                        **about,
+                    )
+                )
+
     add(suite.rulers, "train")
     unseen = suite.unseen(pile.name)
-    if all((unseen & (suite.label == k)).any() for k in range(2)): add({c: suite.ruler(k, unseen) for k, c in enumerate(CLASSES)}, "unseen")
+    if all((unseen & (suite.label == k)).any() for k in range(2)):
+        add({c: suite.ruler(k, unseen) for k, c in enumerate(CLASSES)}, "unseen")
     return rows, other
 
 # %% ../../nbs/quality/measure.ipynb #1a801390
 def similarity_rows(
-    suite: RealReference, # real images
-    pile: SyntheticSet    # synthetic ones
+    suite: RealReference,  # real images
+    pile: SyntheticSet,  # synthetic ones
 ) -> list[dict]:
     "MS-SSIM within the set, beside the real images' own at the same n and number of pairs."
-    rows, cfg, side = [], suite.cfg, pile.images.shape[1]
+    rows = []
+    cfg = suite.cfg
+    side = pile.images.shape[1]
     keep = [suite.train & (suite.label == k) for k in range(2)]
-    n = min(cfg.max_images, *(min(int(keep[k].sum()), int((pile.labels == k).sum())) for k in range(2)))
+    n = min(
+        cfg.max_images, *(min(int(keep[k].sum()), int((pile.labels == k).sum())) for k in range(2))
+    )
     for k, c in enumerate(CLASSES):
-        (value, values), (_, floors) = (set_similarity(*a, cache=suite.cache) for a in (
-            (pile.images[pile.labels == k], n, cfg.pairs, cfg.halvings), (suite.images[keep[k]], n, cfg.pairs, cfg.halvings, suite.patient[keep[k]])))
+        (value, values), (_, floors) = (
+            set_similarity(*a, cache=suite.cache)
+            for a in (
+                (pile.images[pile.labels == k], n, cfg.pairs, cfg.halvings),
+                (suite.images[keep[k]], n, cfg.pairs, cfg.halvings, suite.patient[keep[k]]),
+            )
+        )
         for j, (metric, worse) in enumerate((("ms-ssim", "either"), ("ms-ssim-top", "above"))):
-            s = summarise_draws(values[:, j], floors[:, j], None, worse, n) | dict(value=float(value[j]))
+            s = summarise_draws(values[:, j], floors[:, j], None, worse, n) | dict(
+                value=float(value[j])
+            )
             s["verdict"] = floor_verdict(s["value"], floors[:, j], None, worse, n)
-            rows.append(make_row(c, metric, s, resize="none" if side >= 176 else f"{side} px enlarged to 256 px, bilinear",
-                                 real_available=int(keep[k].sum()), synthetic_available=int((pile.labels == k).sum())))
+            rows.append(
+                make_row(
+                    c,
+                    metric,
+                    s,
+                    resize="none" if side >= 176 else f"{side} px enlarged to 256 px, bilinear",
+                    real_available=int(keep[k].sum()),
+                    synthetic_available=int((pile.labels == k).sum()),
+                )
+            )
     return rows
 
 # %% ../../nbs/quality/measure.ipynb #c87842c6
 def score_rows(
-    suite: RealReference, # real images
-    pile: SyntheticSet    # synthetic ones
+    suite: RealReference,  # real images
+    pile: SyntheticSet,  # synthetic ones
 ) -> list[dict]:  # empty when the network has no last layer
     "Inception Score beside the real images' own."
     rows, head = [], suite.eye.loaded.head
     for k, c in enumerate(CLASSES if head else ()):
         r, y = suite.rulers[c], apply_head(pile.x[pile.labels == k], head)
         real, n = apply_head(r.x, head), min(suite.cfg.max_images, r.room, len(y))
-        value = [inception_score(y[np.random.default_rng(seed_for(0, "is", k)).permutation(len(y))[:n]]) for k in range(r.count)]
-        s = summarise_draws(value, [inception_score(real[a[:n]]) for a, _ in r.pairs], None, "either", n) | dict(verdict="uninformative")
-        rows.append(make_row(c, "is", s, real_available=len(r.x), synthetic_available=len(y), **suite.eye.about))
+        value = [
+            inception_score(y[np.random.default_rng(seed_for(0, "is", k)).permutation(len(y))[:n]])
+            for k in range(r.count)
+        ]
+        s = summarise_draws(
+            value, [inception_score(real[a[:n]]) for a, _ in r.pairs], None, "either", n
+        ) | dict(verdict="uninformative")
+        rows.append(
+            make_row(
+                c, "is", s, real_available=len(r.x), synthetic_available=len(y), **suite.eye.about
+            )
+        )
     return rows
 
 # %% ../../nbs/quality/measure.ipynb #d332c92b
 def label_rows(
-    suite: RealReference, # real images, and the head trained on some of them
-    pile: SyntheticSet    # synthetic ones
+    suite: RealReference,  # real images, and the head trained on some of them
+    pile: SyntheticSet,  # synthetic ones
 ) -> list[dict]:
     "Label-AUROC, then agreement by class, beside the real images of val and of internal, which the head has not seen."
-    rows, split, probs = [], suite.pool.split.to_numpy(), suite.head(pile.x)
+    rows = []
+    split = suite.pool.split.to_numpy()
+    probs = suite.head(pile.x)
     for reference in ("val", "internal"):
         h = split == reference
-        if min(np.bincount(suite.label[h], minlength=2)) < 4: continue  # no halves to draw
-        found = label_fidelity(pile.labels, probs, suite.label[h], suite.head(suite.x[h]), suite.patient[h], suite.cfg.halvings)
+        if min(np.bincount(suite.label[h], minlength=2)) < 4:
+            continue  # no halves to draw
+        found = label_fidelity(
+            pile.labels,
+            probs,
+            suite.label[h],
+            suite.head(suite.x[h]),
+            suite.patient[h],
+            suite.cfg.halvings,
+        )
         for c, s in found.items():
-            rows.append(make_row(c, "label-auroc" if c == "both" else "label-agreement", s, reference=reference, n_real=int(h.sum()), real_available=int(h.sum()),
-                                 synthetic_available=s["n"], **suite.eye.about))
+            rows.append(
+                make_row(
+                    c,
+                    "label-auroc" if c == "both" else "label-agreement",
+                    s,
+                    reference=reference,
+                    n_real=int(h.sum()),
+                    real_available=int(h.sum()),
+                    synthetic_available=s["n"],
+                    **suite.eye.about,
+                )
+            )
     return rows
 
 # %% ../../nbs/quality/measure.ipynb #4360288f
 class CopySearch:
     "Looks for what one generator saw, in three spaces; results are kept in the study's cache."
-    def __init__(self,
-                 suite: RealReference, # real images
-                 seen):        # which of them the generator saw (N,) bool
-        self.suite, self.images, self.patient = suite, suite.images[seen], suite.patient[seen]
-        self.spaces = dict(features=feature_space(suite.eye), layout=feature_space(suite.eye.layout, flip=True), pixels=pixel_space())
+
+    def __init__(
+        self,
+        suite: RealReference,  # real images
+        seen,
+    ):  # which of them the generator saw (N,) bool
+        self.suite = suite
+        self.images = suite.images[seen]
+        self.patient = suite.patient[seen]
+        self.spaces = dict(
+            features=feature_space(suite.eye),
+            layout=feature_space(suite.eye.layout, flip=True),
+            pixels=pixel_space(),
+        )
         self.references = {k: s.reference(self.images) for k, s in self.spaces.items()}
         self.columns = [f"{k}{s}" for k in self.spaces for s in ("", " ratio", " index")]
-    def __call__(self, images, patients=None) -> pd.DataFrame: # as from `nearest_in_spaces`; with patients: among the images of others
+
+    def __call__(
+        self, images, patients=None
+    ) -> pd.DataFrame:  # as from `nearest_in_spaces`; with patients: among the images of others
         apart = None if patients is None else patients[:, None] == self.patient
         whose = None if patients is None else [patients.tolist(), self.patient.tolist()]
-        key = dict(version=SEARCH_VERSION, looks=self.suite.eye.key, columns=self.columns, patients=whose,
-                   images=digest_array(images), seen=digest_array(self.images))
-        found = cached(self.suite.cache, "copies", key, lambda: nearest_in_spaces(self.spaces, self.references, images, apart).to_numpy())
-        return pd.DataFrame(found, columns=self.columns).astype({c: int for c in self.columns if c.endswith("index")})
+        key = dict(
+            version=SEARCH_VERSION,
+            looks=self.suite.eye.key,
+            columns=self.columns,
+            patients=whose,
+            images=digest_array(images),
+            seen=digest_array(self.images),
+        )
+        found = cached(
+            self.suite.cache,
+            "copies",
+            key,
+            lambda: nearest_in_spaces(self.spaces, self.references, images, apart).to_numpy(),
+        )
+        return pd.DataFrame(found, columns=self.columns).astype(
+            {c: int for c in self.columns if c.endswith("index")}
+        )
 
 # %% ../../nbs/quality/measure.ipynb #bc3d9112
 def search_copies(
-    suite: RealReference, # real images
-    pile: SyntheticSet,   # synthetic ones
-    most: int=600 # unseen real images of each class, drawn by lot
-):                # class -> CopyReport, or None where too few real images are unseen; the nearest seen image of each synthetic one (N, R, R)
+    suite: RealReference,  # real images
+    pile: SyntheticSet,  # synthetic ones
+    most: int = 600,  # unseen real images of each class, drawn by lot
+):  # class -> CopyReport, or None where too few real images are unseen; the nearest seen image of each synthetic one (N, R, R)
     "Search one synthetic set for copies of what its generator saw; both classes at once."
     unseen, out = suite.unseen(pile.name), {}
     see, seen_label = CopySearch(suite, ~unseen), suite.label[~unseen]
     order = np.random.default_rng(seed_for(0, "null")).permutation(len(unseen))
-    unseen = np.sort(np.concatenate([order[(unseen & (suite.label == k))[order]][:most] for k in range(2)]))  # indices
+    unseen = np.sort(
+        np.concatenate([order[(unseen & (suite.label == k))[order]][:most] for k in range(2)])
+    )  # indices
     found, null = see(pile.images), see(suite.images[unseen]) if len(unseen) else None
     for k, c in enumerate(CLASSES):
         fresh, mine = suite.label[unseen] == k, pile.labels == k
-        if fresh.sum() < 20: out[c] = None
+        if fresh.sum() < 20:
+            out[c] = None
         else:
             planted, disguise = plant_copies(see.images[seen_label == k])
-            some = np.random.default_rng(seed_for(0, "among")).permutation(np.flatnonzero(seen_label == k))[:200]
-            out[c] = report_copies(found[mine], null[fresh], see(planted), disguise, pile.images[mine], see.images, suite.patient[unseen][fresh],
-                                   see(see.images[some], see.patient[some]))
+            some = np.random.default_rng(seed_for(0, "among")).permutation(
+                np.flatnonzero(seen_label == k)
+            )[:200]
+            out[c] = report_copies(
+                found[mine],
+                null[fresh],
+                see(planted),
+                disguise,
+                pile.images[mine],
+                see.images,
+                suite.patient[unseen][fresh],
+                see(see.images[some], see.patient[some]),
+            )
     return out, see.images[found["pixels index"]]
 
 # %% ../../nbs/quality/measure.ipynb #fe6c8a71
 def copy_row(
-    c: str,             # class
-    r: CopyReport|None, # of that class
-    n: int,             # synthetic images
-    about: dict         # from `Embedder`
+    c: str,  # class
+    r: CopyReport | None,  # of that class
+    n: int,  # synthetic images
+    about: dict,  # from `Embedder`
 ) -> dict:
     "The search for copies as a row: the share flagged beside the share of unseen real images that would be."
     if r is None:
-        s = dict.fromkeys(("value", "value_low", "value_high", "floor", "floor_low", "floor_high")) | dict(n=n, verdict="not measurable at this n")
-        return make_row(c, "copies", s, reference="seen", n_real=0, synthetic_available=n, sentence="Copies were not searched for: fewer than 20 real images are unseen.")
-    blind = r.found < .9
-    s = dict(value=r.share, value_low=r.low, value_high=r.high, floor=r.rate, floor_low=0.0, floor_high=r.rate, n=r.n,
-             verdict="not measurable at this n" if blind else "above the floor" if r.low > r.rate else "within the floor")
-    return make_row(c, "copies", s, reference="seen", n_real=r.n_seen, real_available=r.n_seen, synthetic_available=n, sentence=r.sentence(), **about)
+        s = dict.fromkeys(
+            ("value", "value_low", "value_high", "floor", "floor_low", "floor_high")
+        ) | dict(n=n, verdict="not measurable at this n")
+        return make_row(
+            c,
+            "copies",
+            s,
+            reference="seen",
+            n_real=0,
+            synthetic_available=n,
+            sentence="Copies were not searched for: fewer than 20 real images are unseen.",
+        )
+    blind = r.found < 0.9
+    s = dict(
+        value=r.share,
+        value_low=r.low,
+        value_high=r.high,
+        floor=r.rate,
+        floor_low=0.0,
+        floor_high=r.rate,
+        n=r.n,
+        verdict="not measurable at this n"
+        if blind
+        else "above the floor"
+        if r.low > r.rate
+        else "within the floor",
+    )
+    return make_row(
+        c,
+        "copies",
+        s,
+        reference="seen",
+        n_real=r.n_seen,
+        real_available=r.n_seen,
+        synthetic_available=n,
+        sentence=r.sentence(),
+        **about,
+    )
+
 
 def copy_facts(
-    r: CopyReport|None, # of one class
-    doubles: int = 0    # seen images that have a near duplicate among all images of the study
-) -> dict: # for the record of the stage
+    r: CopyReport | None,  # of one class
+    doubles: int = 0,  # seen images that have a near duplicate among all images of the study
+) -> dict:  # for the record of the stage
     "What the record says about the search."
-    if r is None: return {}
-    return dict(flagged=len(r.flagged), of=r.n, unseen=r.n_unseen, seen=r.n_seen, rate=round(r.rate, 4), threshold=round(r.threshold, 4), interval=[round(v, 4) for v in r.interval],
-                share_at_interval=[round(v, 4) for v in r.range], p_nearer_than_unseen=round(r.p, 6), recall=null_for_nan(r.recall),
-                seen_among_themselves=null_for_nan(round(r.among, 4)), seen_with_duplicates=doubles)
+    if r is None:
+        return {}
+    return dict(
+        flagged=len(r.flagged),
+        of=r.n,
+        unseen=r.n_unseen,
+        seen=r.n_seen,
+        rate=round(r.rate, 4),
+        threshold=round(r.threshold, 4),
+        interval=[round(v, 4) for v in r.interval],
+        share_at_interval=[round(v, 4) for v in r.range],
+        p_nearer_than_unseen=round(r.p, 6),
+        recall=null_for_nan(r.recall),
+        seen_among_themselves=null_for_nan(round(r.among, 4)),
+        seen_with_duplicates=doubles,
+    )

@@ -21,72 +21,106 @@ from ..stats.auc import auroc
 
 # %% ../../nbs/quality/metrics.ipynb #c6c45b5f
 def frechet_moments(
-    m1, S1, # mean (D,) and covariance (D, D) of one cloud
-    m2, S2  # and of the other
+    m1,
+    S1,  # mean (D,) and covariance (D, D) of one cloud
+    m2,
+    S2,  # and of the other
 ) -> float:
     "Fréchet distance (squared, as FID is) between two normal distributions, by symmetric eigen-decomposition."
     w, V = np.linalg.eigh(S1)
     root = (V * np.sqrt(w.clip(0))) @ V.T
     cross = np.linalg.eigvalsh(root @ S2 @ root)
-    return max(0.0, float(np.square(m1 - m2).sum() + np.trace(S1) + np.trace(S2) - 2 * np.sqrt(cross.clip(0)).sum()))
+    return max(
+        0.0,
+        float(
+            np.square(m1 - m2).sum()
+            + np.trace(S1)
+            + np.trace(S2)
+            - 2 * np.sqrt(cross.clip(0)).sum()
+        ),
+    )
 
 # %% ../../nbs/quality/metrics.ipynb #edc4b994
 def covariance_factor(
-    x # features (N, D), N at least 2
-):    # mean (D,), and R of at most min(N, D) rows with R.T @ R the covariance
+    x,  # features (N, D), N at least 2
+):  # mean (D,), and R of at most min(N, D) rows with R.T @ R the covariance
     "A cloud as its mean and a factor of its covariance, in float64."
     x = np.asarray(x, np.float64)
-    if len(x) < 2: raise CxrError(f"a Fréchet distance needs at least 2 images a side, found {len(x)}.\nGenerate more images, or use a larger data set.")
+    if len(x) < 2:
+        raise CxrError(
+            f"a Fréchet distance needs at least 2 images a side, found {len(x)}.\n"
+            "Generate more images, or use a larger data set."
+        )
     a = (x - x.mean(0)) / np.sqrt(len(x) - 1)
     return x.mean(0), np.linalg.qr(a, mode="r") if len(a) > a.shape[1] else a
 
+
 def frechet_distance(
-    a, # features of one set (N, D)
-    b  # features of the other (M, D)
-) -> float: # 0 or more; equal means and covariances give 0, but for rounding (some 1e-13 of the spread)
+    a,  # features of one set (N, D)
+    b,  # features of the other (M, D)
+) -> (
+    float
+):  # 0 or more; equal means and covariances give 0, but for rounding (some 1e-13 of the spread)
     "Fréchet distance between two sets of features, exact also where there are fewer images than dimensions."
     (ma, A), (mb, B) = covariance_factor(a), covariance_factor(b)
     cross = np.linalg.svd(A @ B.T, compute_uv=False)  # roots of the eigenvalues of S1 S2
-    return max(0.0, float(np.square(ma - mb).sum() + np.square(A).sum() + np.square(B).sum() - 2 * cross.sum()))
+    return max(
+        0.0,
+        float(np.square(ma - mb).sum() + np.square(A).sum() + np.square(B).sum() - 2 * cross.sum()),
+    )
 
 # %% ../../nbs/quality/metrics.ipynb #c6815a51
 def unbiased_mmd(
-    kxx, # kernel within the first set (N, N)
-    kyy, # within the second (M, M)
-    kxy  # between them (N, M)
+    kxx,  # kernel within the first set (N, N)
+    kyy,  # within the second (M, M)
+    kxy,  # between them (N, M)
 ) -> float:
     "Unbiased squared maximum mean discrepancy from three kernel matrices (Gretton et al., 2012, equation 3)."
-    if min(kxy.shape) < 2: raise CxrError(f"a kernel distance needs at least 2 images a side, found {kxy.shape[0]} and {kxy.shape[1]}.\nGenerate more images.")
-    def off(k): return (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1))
+    if min(kxy.shape) < 2:
+        raise CxrError(
+            f"a kernel distance needs at least 2 images a side, found {kxy.shape[0]} and "
+            f"{kxy.shape[1]}.\n"
+            "Generate more images."
+        )
+
+    def off(k):
+        return (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1))
+
     return float(off(kxx) + off(kyy) - 2 * kxy.mean())
 
+
 def kid(
-    x, # features (N, D)
-    y  # features (M, D)
-) -> float: # 0 on average for equal distributions
+    x,  # features (N, D)
+    y,  # features (M, D)
+) -> float:  # 0 on average for equal distributions
     "KID: the kernel is a cubic polynomial (Bińkowski et al., 2018). All images at once, no subsets."
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    def k(a, b): return (a @ b.T / a.shape[1] + 1)**3
+
+    def k(a, b):
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
     return unbiased_mmd(k(x, x), k(y, y), k(x, y))
 
 # %% ../../nbs/quality/metrics.ipynb #8305c3c5
 def unit_length(
-    x # features (N, D)
-):    # float64 (N, D)
+    x,  # features (N, D)
+):  # float64 (N, D)
     "Features of unit length."
     x = np.asarray(x, np.float64)
     return x / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12)
 
+
 def squared_distances(
-    a, # (N, D)
-    b  # (M, D)
-):     # (N, M)
+    a,  # (N, D)
+    b,  # (M, D)
+):  # (N, M)
     "Squared Euclidean distances."
     return (np.square(a).sum(1)[:, None] + np.square(b).sum(1) - 2 * a @ b.T).clip(0)
 
+
 def bandwidth(
-    x,        # features of real images (N, D)
-    most=1000 # images used, from the front
+    x,  # features of real images (N, D)
+    most=1000,  # images used, from the front
 ) -> float:
     "Median distance between real images, the width of the Gaussian kernel."
     x = unit_length(x)[:most]
@@ -94,101 +128,132 @@ def bandwidth(
 
 # %% ../../nbs/quality/metrics.ipynb #b11304d3
 def rbf_mmd(
-    x,           # features (N, D)
-    y,           # features (M, D)
-    width: float # from `bandwidth`
-) -> float:      # 0 on average for equal distributions, at most 2
+    x,  # features (N, D)
+    y,  # features (M, D)
+    width: float,  # from `bandwidth`
+) -> float:  # 0 on average for equal distributions, at most 2
     "Squared maximum mean discrepancy with a Gaussian kernel on features of unit length."
     x, y = unit_length(x), unit_length(y)
-    def k(a, b): return np.exp(-squared_distances(a, b) / (2 * width**2))
+
+    def k(a, b):
+        return np.exp(-squared_distances(a, b) / (2 * width**2))
+
     return unbiased_mmd(k(x, x), k(y, y), k(x, y))
 
 # %% ../../nbs/quality/metrics.ipynb #b5ee9d07
 def density_coverage_from_distances(
-    within,    # squared distances among real images (N, N)
-    between,   # from real to synthetic images (N, M)
-    k: int = 5 # neighbours that a ball reaches to
-) -> tuple[float, float]: # density, 0 or more; coverage, 0 to 1
+    within,  # squared distances among real images (N, N)
+    between,  # from real to synthetic images (N, M)
+    k: int = 5,  # neighbours that a ball reaches to
+) -> tuple[float, float]:  # density, 0 or more; coverage, 0 to 1
     "Density and coverage from squared distances."
-    if len(within) <= k: raise CxrError(f"density and coverage look at {k} neighbours, but there are only {len(within)} real images.\nUse more images, at least {k + 1}.")
+    if len(within) <= k:
+        raise CxrError(
+            f"density and coverage look at {k} neighbours, but there are only {len(within)} real "
+            "images.\n"
+            f"Use more images, at least {k + 1}."
+        )
     radius = np.partition(within, k, axis=1)[:, k]  # the image itself is neighbour 0
-    inside = between < radius[:, None]              # (N, M)
+    inside = between < radius[:, None]  # (N, M)
     return float(inside.sum(0).mean() / k), float(inside.any(1).mean())
 
+
 def density_coverage(
-    real,      # features (N, D)
-    synthetic, # features (M, D)
-    k: int = 5 # neighbours that a ball reaches to; fewer than N
+    real,  # features (N, D)
+    synthetic,  # features (M, D)
+    k: int = 5,  # neighbours that a ball reaches to; fewer than N
 ) -> tuple[float, float]:
     "Density and coverage (Naeem et al., 2020)."
     real, synthetic = np.asarray(real, np.float64), np.asarray(synthetic, np.float64)
-    return density_coverage_from_distances(squared_distances(real, real), squared_distances(real, synthetic), k)
+    return density_coverage_from_distances(
+        squared_distances(real, real), squared_distances(real, synthetic), k
+    )
 
 # %% ../../nbs/quality/metrics.ipynb #a4649bb4
 def expected_coverage(
-    n: int,    # real images
-    m: int,    # synthetic images
-    k: int = 5 # neighbours
+    n: int,  # real images
+    m: int,  # synthetic images
+    k: int = 5,  # neighbours
 ) -> float:
     "Coverage of a perfect generator, from counts alone."
     return 1 - float(np.prod([(n - 1 - i) / (n - 1 + m - i) for i in range(k)]))
 
 # %% ../../nbs/quality/metrics.ipynb #ab6a48f2
-SCALES = (.0448, .2856, .3001, .2363, .1333)  # exponents of Wang et al., finest first
+SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # exponents of Wang et al., finest first
+
 
 @functools.cache
 def gaussian_band(
-    n: int # pixels
-):         # (n - 10, n)
+    n: int,  # pixels
+):  # (n - 10, n)
     "Matrix that averages 11 neighbouring pixels with Gaussian weights, sigma 1.5."
-    g = torch.exp(-(torch.arange(11.) - 5)**2 / (2 * 1.5**2))
+    g = torch.exp(-((torch.arange(11.0) - 5) ** 2) / (2 * 1.5**2))
     return torch.stack([F.pad(g / g.sum(), (i, n - 11 - i)) for i in range(n - 10)])
 
+
 def local_mean(
-    x # (B, S, S)
-):    # (B, S - 10, S - 10)
+    x,  # (B, S, S)
+):  # (B, S - 10, S - 10)
     "Gaussian-weighted mean around every pixel."
     return gaussian_band(x.shape[1]) @ x @ gaussian_band(x.shape[2]).T
 
+
 def enlarge_small(
-    images # uint8 (N, R, R)
-):         # float32 (N, S, S), 0 to 1
+    images,  # uint8 (N, R, R)
+):  # float32 (N, S, S), 0 to 1
     "Images of at least 176 px; smaller ones are enlarged to 256 px, bilinearly."
     x = torch.from_numpy(np.ascontiguousarray(images)).float() / 255
-    return x if x.shape[1] >= 176 else F.interpolate(x[:, None], size=(256, 256), mode="bilinear", align_corners=False)[:, 0]
+    return (
+        x
+        if x.shape[1] >= 176
+        else F.interpolate(x[:, None], size=(256, 256), mode="bilinear", align_corners=False)[:, 0]
+    )
 
 # %% ../../nbs/quality/metrics.ipynb #e4c8b970
 @torch.inference_mode()
 def ms_ssim(
     images,  # uint8 (N, R, R), or float tensor (N, S, S) in 0..1 with S at least 161
-    first,   # indices of the pairs' first images (P,)
+    first,  # indices of the pairs' first images (P,)
     second,  # and of the second
-    desc=""  # shown by the progress bar
-):           # float32 (P,), 0 to 1
+    desc="",  # shown by the progress bar
+):  # float32 (P,), 0 to 1
     "MS-SSIM of pairs of images; negative contrast terms count as 0."
     x = images if isinstance(images, torch.Tensor) else enlarge_small(images)
-    if x.shape[1] < 161: raise CxrError(f"MS-SSIM needs images of at least 161 px, found {x.shape[1]}.\nEnlarge them first: `enlarge_small` does so for uint8 images.")
-    i, j, out = torch.as_tensor(first), torch.as_tensor(second), torch.ones(len(first))
+    if x.shape[1] < 161:
+        raise CxrError(
+            f"MS-SSIM needs images of at least 161 px, found {x.shape[1]}.\n"
+            "Enlarge them first: `enlarge_small` does so for uint8 images."
+        )
+    i = torch.as_tensor(first)
+    j = torch.as_tensor(second)
+    out = torch.ones(len(first))
     for scale, power in enumerate(progress(SCALES, desc or "MS-SSIM", unit="scale")):
-        mean = torch.cat([local_mean(b) for b in x.split(32)])                       # (N, S - 10, S - 10)
+        mean = torch.cat([local_mean(b) for b in x.split(32)])  # (N, S - 10, S - 10)
         var = torch.cat([local_mean(b * b) for b in x.split(32)]) - mean**2
         for part in torch.arange(len(i)).split(16):
             a, b = i[part], j[part]
-            s = (2 * (local_mean(x[a] * x[b]) - mean[a] * mean[b]) + .03**2) / (var[a] + var[b] + .03**2)  # contrast and structure
-            if scale == 4: s = s * (2 * mean[a] * mean[b] + .01**2) / (mean[a]**2 + mean[b]**2 + .01**2)   # luminance
+            s = (2 * (local_mean(x[a] * x[b]) - mean[a] * mean[b]) + 0.03**2) / (
+                var[a] + var[b] + 0.03**2
+            )  # contrast and structure
+            if scale == 4:
+                s = (
+                    s * (2 * mean[a] * mean[b] + 0.01**2) / (mean[a] ** 2 + mean[b] ** 2 + 0.01**2)
+                )  # luminance
             out[part] *= s.mean((1, 2)).relu() ** power
         x = F.avg_pool2d(x[:, None], 2, padding=[n % 2 for n in x.shape[1:]])[:, 0]
     return out.numpy()
 
 # %% ../../nbs/quality/metrics.ipynb #8e0b9c16
 def random_pairs(
-    n: int,        # images, at least 2
-    count: int,    # pairs wanted
-    seed: int = 0  # of the draw
-):                 # indices (P,), (P,), no pair twice; P at most `count`, at least min(n, count)
+    n: int,  # images, at least 2
+    count: int,  # pairs wanted
+    seed: int = 0,  # of the draw
+):  # indices (P,), (P,), no pair twice; P at most `count`, at least min(n, count)
     "Random pairs in which every image occurs about equally often."
-    if n < 2: raise CxrError(f"pairs need at least 2 images, found {n}.\nGenerate more images.")
-    order, steps = np.random.default_rng(seed_for(seed, "pairs")).permutation(n), min(max(1, count // n), max(1, (n - 1) // 2))
+    if n < 2:
+        raise CxrError(f"pairs need at least 2 images, found {n}.\nGenerate more images.")
+    order = np.random.default_rng(seed_for(seed, "pairs")).permutation(n)
+    steps = min(max(1, count // n), max(1, (n - 1) // 2))
     first = np.concatenate([order for _ in range(steps)])
     second = np.concatenate([np.roll(order, -1 - s) for s in range(steps)])
     kept = slice(0, 1 if n == 2 else count)
@@ -196,56 +261,68 @@ def random_pairs(
 
 # %% ../../nbs/quality/metrics.ipynb #f3716b69
 def top_mean(
-    values,    # (P,)
-    share=0.01 # of the values
+    values,  # (P,)
+    share=0.01,  # of the values
 ) -> float:
     "Mean of the largest values, at least one."
     values = np.sort(values)
-    return float(values[-max(1, round(share * len(values))):].mean())
+    return float(values[-max(1, round(share * len(values))) :].mean())
 
 # %% ../../nbs/quality/metrics.ipynb #fa538493
 def inception_score(
-    logits # scores of K kinds (N, K), from a network's last layer
-) -> float: # 1 to K
+    logits,  # scores of K kinds (N, K), from a network's last layer
+) -> float:  # 1 to K
     "Inception Score, in one split."
     logp = torch.log_softmax(torch.as_tensor(np.asarray(logits, np.float64)), 1)
-    return float(torch.exp((logp.exp() * (logp - logp.exp().mean(0, keepdim=True).log())).sum(1).mean()))
+    return float(
+        torch.exp((logp.exp() * (logp - logp.exp().mean(0, keepdim=True).log())).sum(1).mean())
+    )
+
 
 def apply_head(
-    features, # (N, D)
-    head      # weight (K, D) and bias (K,), from `load_backbone`
-):            # (N, K)
+    features,  # (N, D)
+    head,  # weight (K, D) and bias (K,), from `load_backbone`
+):  # (N, K)
     "The scores that a network's last layer gives."
-    weight, bias = (part.detach().cpu().double().numpy() for part in head)   # on the CPU: Apple's GPUs have no float64
+    weight, bias = (
+        part.detach().cpu().double().numpy() for part in head
+    )  # on the CPU: Apple's GPUs have no float64
     return np.asarray(features, np.float64) @ weight.T + bias
 
 # %% ../../nbs/quality/metrics.ipynb #4de12b30
 def source_auc(
-    real,          # features (N, D)
-    synthetic,     # features (M, D)
-    patients=None, # of the real images (N,); None: one each
-    others=None,   # "patients" of the synthetic side (M,); None: one each
-    folds: int=5,  # of the cross-validation
-    seed: int=0    # of the folds
-) -> float:        # 0.5: can't be told apart; 1: always
+    real,  # features (N, D)
+    synthetic,  # features (M, D)
+    patients=None,  # of the real images (N,); None: one each
+    others=None,  # "patients" of the synthetic side (M,); None: one each
+    folds: int = 5,  # of the cross-validation
+    seed: int = 0,  # of the folds
+) -> float:  # 0.5: can't be told apart; 1: always
     "Cross-validated AUROC of a ridge head that tells real from synthetic; no patient in two folds."
-    x, y = np.concatenate([real, synthetic]).astype(np.float64), np.repeat([-1., 1.], [len(real), len(synthetic)])
-    who = [f"r-{p}" for p in (range(len(real)) if patients is None else patients)] + [f"s-{p}" for p in (range(len(synthetic)) if others is None else others)]
+    x = np.concatenate([real, synthetic]).astype(np.float64)
+    y = np.repeat([-1.0, 1.0], [len(real), len(synthetic)])
+    who = [f"r-{p}" for p in (range(len(real)) if patients is None else patients)] + [
+        f"s-{p}" for p in (range(len(synthetic)) if others is None else others)
+    ]
     group = np.unique(who, return_inverse=True)[1]
-    fold = (np.random.default_rng(seed_for(seed, "folds")).permutation(group.max() + 1) % folds)[group]
+    fold = (np.random.default_rng(seed_for(seed, "folds")).permutation(group.max() + 1) % folds)[
+        group
+    ]
     x = (x - x.mean(0)) / x.std(0).clip(1e-8)
     K, scores = x @ x.T / x.shape[1], np.empty(len(y))
     for f in range(folds):
         a, b = fold != f, fold == f
-        scores[b] = K[np.ix_(b, a)] @ solve(K[np.ix_(a, a)] + .1 * np.eye(a.sum()), y[a] - y[a].mean(), assume_a="pos")
+        scores[b] = K[np.ix_(b, a)] @ solve(
+            K[np.ix_(a, a)] + 0.1 * np.eye(a.sum()), y[a] - y[a].mean(), assume_a="pos"
+        )
     return auroc(y > 0, scores)
 
 # %% ../../nbs/quality/metrics.ipynb #c1cbb866
 def halvings(
-    patients,       # patient of each image (N,)
-    count: int = 20,# how many
-    seed: int = 0   # of the draw
-) -> list:          # of pairs of index arrays, in random order within each half
+    patients,  # patient of each image (N,)
+    count: int = 20,  # how many
+    seed: int = 0,  # of the draw
+) -> list:  # of pairs of index arrays, in random order within each half
     "Random halvings of the images that keep each patient's images together."
     patients, out = np.asarray(patients), []
     names, which, size = np.unique(patients, return_inverse=True, return_counts=True)
@@ -259,82 +336,130 @@ def halvings(
 
 # %% ../../nbs/quality/metrics.ipynb #d55be16d
 def real_floor(
-    features,        # of real images of one class (N, D)
-    patients,        # patient of each (N,)
-    n: int,          # images a side
-    count: int = 20, # halvings
-    seed: int = 0    # of the draw
-):                   # (count,) distances; raises `CxrError` when a half has fewer than n images
+    features,  # of real images of one class (N, D)
+    patients,  # patient of each (N,)
+    n: int,  # images a side
+    count: int = 20,  # halvings
+    seed: int = 0,  # of the draw
+):  # (count,) distances; raises `CxrError` when a half has fewer than n images
     "Distances between random patient-disjoint halves of real images: what a perfect generator would score."
     pairs = halvings(patients, count, seed)
     room = min(min(len(a), len(b)) for a, b in pairs)
-    if n > room: raise CxrError(f"{n} images a side are asked for, but the smaller half of {len(features)} real images has {room}.\nAllowed: 2 to {room}.")
-    return np.array([frechet_distance(features[a[:n]], features[b[:n]]) for a, b in progress(pairs, "real-vs-real floor")])
+    if n > room:
+        raise CxrError(
+            f"{n} images a side are asked for, but the smaller half of {len(features)} real "
+            f"images has {room}.\n"
+            f"Allowed: 2 to {room}."
+        )
+    return np.array(
+        [
+            frechet_distance(features[a[:n]], features[b[:n]])
+            for a, b in progress(pairs, "real-vs-real floor")
+        ]
+    )
 
 # %% ../../nbs/quality/metrics.ipynb #1fd178eb
 def real_pairs(
-    patients,        # patient of each image (N,)
-    inside=None,     # which images the first side may use (N,) bool; None: all
-    count: int = 20, # how many
-    seed: int = 0    # of the draw
-) -> list:           # of pairs of index arrays without a common patient
+    patients,  # patient of each image (N,)
+    inside=None,  # which images the first side may use (N,) bool; None: all
+    count: int = 20,  # how many
+    seed: int = 0,  # of the draw
+) -> list:  # of pairs of index arrays without a common patient
     "Two sides of real images, drawn by patients, `count` times; `halvings` if the first side may use all."
-    if inside is None or np.all(inside): return halvings(patients, count, seed)
-    patients, inside, out = np.asarray(patients), np.asarray(inside), []
+    if inside is None or np.all(inside):
+        return halvings(patients, count, seed)
+    patients = np.asarray(patients)
+    inside = np.asarray(inside)
+    out = []
     for k in range(count):
         rng = np.random.default_rng(seed_for(seed, "unseen", k))
         names = rng.permutation(np.unique(patients[inside]))
         size = np.cumsum([(inside & (patients == n)).sum() for n in names])
-        left = inside & np.isin(patients, names[:1 + np.searchsorted(size, min(inside.sum(), len(patients) // 2))])
+        left = inside & np.isin(
+            patients, names[: 1 + np.searchsorted(size, min(inside.sum(), len(patients) // 2))]
+        )
         right = ~np.isin(patients, patients[left])
         out.append((rng.permutation(np.flatnonzero(left)), rng.permutation(np.flatnonzero(right))))
     return out
 
+
 def largest_common_n(
-    pairs # from `real_pairs`
+    pairs,  # from `real_pairs`
 ) -> int:
     "The largest n that every pair has on both sides."
     return min(min(len(a), len(b)) for a, b in pairs)
 
 # %% ../../nbs/quality/metrics.ipynb #737dbe84
-FLOOR_VERDICTS = ("within the floor", "above the floor", "below the floor", "not measurable at this n", "uninformative")
+FLOOR_VERDICTS = (
+    "within the floor",
+    "above the floor",
+    "below the floor",
+    "not measurable at this n",
+    "uninformative",
+)
+
 
 def floor_verdict(
     value: float,  # of the synthetic images, mean over the draws
-    floor,         # of real images against real ones
-    other=None,    # of the other class's real images in the synthetic ones' place, same n; None: no such control
-    worse="above", # which side of the floor is a finding: above, below or either
-    n: int = 50    # images a side; below 50 only a finding is reported
-) -> str:          # one of `FLOOR_VERDICTS`
+    floor,  # of real images against real ones
+    other=None,  # of the other class's real images in the synthetic ones' place, same n; None: no such control
+    worse="above",  # which side of the floor is a finding: above, below or either
+    n: int = 50,  # images a side; below 50 only a finding is reported
+) -> str:  # one of `FLOOR_VERDICTS`
     "What a value says, given what real images score among themselves."
     low, high = np.min(floor), np.max(floor)
-    if value > high and worse != "below": return "above the floor"
-    if value < low and worse != "above": return "below the floor"
-    blind = other is not None and (np.mean(other) <= high if worse == "above" else np.mean(other) >= low)
+    if value > high and worse != "below":
+        return "above the floor"
+    if value < low and worse != "above":
+        return "below the floor"
+    blind = other is not None and (
+        np.mean(other) <= high if worse == "above" else np.mean(other) >= low
+    )
     return "not measurable at this n" if blind or n < 50 else "within the floor"
 
 # %% ../../nbs/quality/metrics.ipynb #0e8fc82b
 # Version of each formula: raise it with each change of what it returns, and caches made before are not used.
 FORMULAS = dict(fd=2, kid=1, mmd=1, density=1, coverage=1, source_auc=1, ms_ssim=1)
 
+
 def kernel_metrics(
     real,  # features of one side (N, D), N at least 6
-    other, # features of the other (M, D), M at least 2
-    width  # from `bandwidth`
-) -> dict: # kid, mmd, density, coverage
+    other,  # features of the other (M, D), M at least 2
+    width,  # from `bandwidth`
+) -> dict:  # kid, mmd, density, coverage
     "The metrics that need only inner products, which are computed once."
     x, y = np.asarray(real, np.float64), np.asarray(other, np.float64)
-    xx, yy, xy = x @ x.T, y @ y.T, x @ y.T
-    a, b = np.diag(xx), np.diag(yy)                                                       # squared lengths
-    def gauss(g, p, q): return np.exp((g / np.sqrt(np.outer(p, q)).clip(1e-12) - 1) / width**2)  # |u - v|^2 = 2 - 2 u.v
-    density, coverage = density_coverage_from_distances((a[:, None] + a - 2 * xx).clip(0), (a[:, None] + b - 2 * xy).clip(0))
-    return dict(kid=unbiased_mmd(*((g / x.shape[1] + 1)**3 for g in (xx, yy, xy))),
-                mmd=unbiased_mmd(gauss(xx, a, a), gauss(yy, b, b), gauss(xy, a, b)), density=density, coverage=coverage)
+    xx = x @ x.T
+    yy = y @ y.T
+    xy = x @ y.T
+    a, b = np.diag(xx), np.diag(yy)  # squared lengths
+
+    def gauss(g, p, q):
+        return np.exp(
+            (g / np.sqrt(np.outer(p, q)).clip(1e-12) - 1) / width**2
+        )  # |u - v|^2 = 2 - 2 u.v
+
+    density, coverage = density_coverage_from_distances(
+        (a[:, None] + a - 2 * xx).clip(0), (a[:, None] + b - 2 * xy).clip(0)
+    )
+    return dict(
+        kid=unbiased_mmd(*((g / x.shape[1] + 1) ** 3 for g in (xx, yy, xy))),
+        mmd=unbiased_mmd(gauss(xx, a, a), gauss(yy, b, b), gauss(xy, a, b)),
+        density=density,
+        coverage=coverage,
+    )
+
 
 def compare_features(
-    real, other, width, # as in `kernel_metrics`
-    who=None,   # patients of the first side (N,)
-    whom=None   # and of the second
-) -> dict:      # metric -> value
+    real,
+    other,
+    width,  # as in `kernel_metrics`
+    who=None,  # patients of the first side (N,)
+    whom=None,  # and of the second
+) -> dict:  # metric -> value
     "Every metric on features, for two sides of equal size."
-    return dict(fd=frechet_distance(real, other), **kernel_metrics(real, other, width), source_auc=source_auc(real, other, who, whom))
+    return dict(
+        fd=frechet_distance(real, other),
+        **kernel_metrics(real, other, width),
+        source_auc=source_auc(real, other, who, whom),
+    )

@@ -19,50 +19,106 @@ from .page import STORIES, pairs_wrong
 
 # %% ../../nbs/report/cards.ipynb #28ba2eb5
 def template_cells(
-    r: dict # of `guide_rows`
+    r: dict,  # of `guide_rows`
 ) -> list[str]:
     "One row of the template."
     sd = "" if r["sd"] is None else f" ± {100 * r['sd']:.1f}%"
-    stars = "" if r.get("p_holm") is None else "**" if r["p_holm"] < 0.01 else "*" if r["p_holm"] < 0.05 else ""
-    return [GUIDE_TITLES.get(r["name"], r["name"]), f"{100 * r['mean']:.1f}%{sd}", f"{r['f1']:.3f}", f"{r['auc']:.3f}", "-" if r["delta"] is None else f"{100 * r['delta']:+.1f}%{stars}{'†' * bool(r.get('limited'))}"]
+    stars = (
+        ""
+        if r.get("p_holm") is None
+        else "**"
+        if r["p_holm"] < 0.01
+        else "*"
+        if r["p_holm"] < 0.05
+        else ""
+    )
+    return [
+        GUIDE_TITLES.get(r["name"], r["name"]),
+        f"{100 * r['mean']:.1f}%{sd}",
+        f"{r['f1']:.3f}",
+        f"{r['auc']:.3f}",
+        "-"
+        if r["delta"] is None
+        else f"{100 * r['delta']:+.1f}%{stars}{'†' * bool(r.get('limited'))}",
+    ]
 
 # %% ../../nbs/report/cards.ipynb #e97ba31e
 def results_table(
-    rows: list[dict], # from `guide_rows` or `study_rows`
-    markdown: bool=False, # a Markdown table in place of a box
-    note: str = "* p < 0.05 vs baseline | ** p < 0.01 vs baseline (paired by seed, Holm) | † vs real images of the same fraction"
+    rows: list[dict],  # from `guide_rows` or `study_rows`
+    markdown: bool = False,  # a Markdown table in place of a box
+    note: str = "* p < 0.05 vs baseline | ** p < 0.01 vs baseline (paired by seed, Holm) | † vs real images of the same fraction",
 ) -> str:
     "The guide's results table."
     cells = [list(GUIDE_HEAD), *map(template_cells, rows)]
-    if markdown: return "\n".join(["| " + " | ".join(c) + " |" for c in cells[:1]] + ["|" + "---|" * len(GUIDE_HEAD)] + ["| " + " | ".join(x.replace("|", "\\|").replace("*", "\\*") for x in c) + " |" for c in cells[1:]] + ["", note.replace("*", "\\*")])
+    if markdown:
+        return "\n".join(
+            ["| " + " | ".join(c) + " |" for c in cells[:1]]
+            + ["|" + "---|" * len(GUIDE_HEAD)]
+            + [
+                "| " + " | ".join(x.replace("|", "\\|").replace("*", "\\*") for x in c) + " |"
+                for c in cells[1:]
+            ]
+            + ["", note.replace("*", "\\*")]
+        )
     wide = [max(len(c[i]) for c in cells) for i in range(len(GUIDE_HEAD))]
     line = lambda c: "║ " + " │ ".join(x.ljust(w) for x, w in zip(c, wide)) + " ║"
     rule = lambda a, mid, b: a + mid.join("═" * (w + 2) for w in wide) + b
     title = "EXPERIMENT RESULTS SUMMARY".center(sum(wide) + 3 * len(wide) - 1)
-    return "\n".join([rule("╔", "═", "╗"), f"║{title}║", rule("╠", "╤", "╣"), line(cells[0]), rule("╠", "╪", "╣"), *map(line, cells[1:]), rule("╚", "╧", "╝"), note])
+    return "\n".join(
+        [
+            rule("╔", "═", "╗"),
+            f"║{title}║",
+            rule("╠", "╤", "╣"),
+            line(cells[0]),
+            rule("╠", "╪", "╣"),
+            *map(line, cells[1:]),
+            rule("╚", "╧", "╝"),
+            note,
+        ]
+    )
 
 # %% ../../nbs/report/cards.ipynb #6077b56b
 def study_rows(
-    ev: Evidence, # the study
-    split: str    # internal or test
-) -> list[dict]:  # as `guide_rows`; the baseline is real images at the largest fraction that predicts this split
+    ev: Evidence,  # the study
+    split: str,  # internal or test
+) -> list[
+    dict
+]:  # as `guide_rows`; the baseline is real images at the largest fraction that predicts this split
     "The study's arms in the guide's terms: accuracy at 0.5 and F1, means over runs."
     t = ev.results[~ev.results.arm.str.startswith("guide")].dropna(subset=f"{split}_accuracy")
     groups = {(f, a): g for (f, a), g in t.groupby(["real_fraction", "arm"], sort=False)}
     fractions = sorted({f for f, a in groups if a == "real"}, reverse=True)
-    if not fractions: return []
+    if not fractions:
+        return []
     mean = lambda key, m="accuracy": float(groups[key][f"{split}_{m}"].mean())
     order = sorted(groups, key=lambda k: (k != (fractions[0], "real"), -k[0], k[1] != "real"))
-    return [dict(name=f"{arm_label(a)}, {format_percent(f)} real" if a != "synthetic_only" else f"synthetic only ({format_percent(f)})", mean=mean((f, a)), sd=float(groups[f, a][f"{split}_accuracy"].std(ddof=1)) if len(groups[f, a]) > 1 else None,
-                 f1=mean((f, a), "f1"), auc=mean((f, a), "auroc"), delta=None if (f, a) == order[0] else mean((f, a)) - mean((f, "real") if f in fractions and a != "real" else order[0]), limited=f in fractions and f < fractions[0] and a != "real") for f, a in order]
+    return [
+        dict(
+            name=f"{arm_label(a)}, {format_percent(f)} real"
+            if a != "synthetic_only"
+            else f"synthetic only ({format_percent(f)})",
+            mean=mean((f, a)),
+            sd=float(groups[f, a][f"{split}_accuracy"].std(ddof=1))
+            if len(groups[f, a]) > 1
+            else None,
+            f1=mean((f, a), "f1"),
+            auc=mean((f, a), "auroc"),
+            delta=None
+            if (f, a) == order[0]
+            else mean((f, a)) - mean((f, "real") if f in fractions and a != "real" else order[0]),
+            limited=f in fractions and f < fractions[0] and a != "real",
+        )
+        for f, a in order
+    ]
 
 # %% ../../nbs/report/cards.ipynb #73b50b6a
 def technique(
-    study: Study # the study
+    study: Study,  # the study
 ) -> str:
     "What was trained, from the records."
     t = next((r["settings"] for r in study.records().values() if r["stage"] == "train"), {})
-    if not t: return "The generators' training left no record in this study."
+    if not t:
+        return "The generators' training left no record in this study."
     how = "LoRA weights" if t.get("method") == "lora" else "full fine-tuning (DreamBooth)"
     encoder = " with the text encoder" if t.get("train_text_encoder") else ""
     return f"{how}{encoder} of {t.get('base', 'a base model')}, one generator per patient subset, so that no classifier learns from images whose generator saw more patients than it did."
@@ -70,38 +126,129 @@ def technique(
 # %% ../../nbs/report/cards.ipynb #36e19602
 def talking_points(
     study: Study,  # the study
-    analysis: dict,# from `analyse`
-    plan: dict     # plan.json
-) -> str:          # Markdown
+    analysis: dict,  # from `analyse`
+    plan: dict,  # plan.json
+) -> str:  # Markdown
     "The guide's four talking points (section 13), filled in."
     c, word = analysis["contrasts"][0], analysis["verdict"]["word"]
     card = dataset_card(study)
     counts = ""
     if c["state"] == "measured":
-        wrong = {a: pairs_wrong(next(r[c["split"]]["auroc"] for r in analysis["arms"] if r["arm"] == a and np.isclose(r["fraction"], c["fraction"]))) for a in (c["control"], c["arm"])}
+        wrong = {
+            a: pairs_wrong(
+                next(
+                    r[c["split"]]["auroc"]
+                    for r in analysis["arms"]
+                    if r["arm"] == a and np.isclose(r["fraction"], c["fraction"])
+                )
+            )
+            for a in (c["control"], c["arm"])
+        }
         counts = f" Of 1,000 pairs of one sick and one healthy patient, {wrong[c['control']]} are ranked wrong after training on real images alone, {wrong[c['arm']]} with synthetic ones."
     low = min(plan["cells"], key=lambda x: x["fraction"])["fraction"]
-    points = ["**Why this matters**: labelled medical images are scarce and private. If made-up images could stand in for some of them, small hospitals could train better classifiers; if they can't, nobody should rely on them. So it must be measured, with " + f"{format_percent(low)} of the real patients as the case of scarcity.",
-              f"**Technical innovation**: {technique(study)} The comparison was sealed before any result ({plan['sealed'][:10]}), and the uncertainty counts other patients, other generators and other training runs.",
-              f"**Key finding**: {analysis['verdict']['sentence']}{counts} " + (STORIES[word]["title"] + "." if word else "There is no word for it yet."),
-              "**Limitation**: " + ("drawn phantoms only: this shows that the method works and says nothing about medicine." if card.drawn else f"X-rays of one data set only ({card.name}; population: {card.population}); nothing is known about other patients or clinics.") + " Not for clinical use."]
+    points = [
+        (
+            "**Why this matters**: labelled medical images are scarce and private. If made-up images "
+            "could stand in for some of them, small hospitals could train better classifiers; if they "
+            "can't, nobody should rely on them. So it must be measured, with "
+        )
+        + f"{format_percent(low)} of the real patients as the case of scarcity.",
+        (
+            f"**Technical innovation**: {technique(study)} The comparison was sealed before any "
+            f"result ({plan['sealed'][:10]}), and the uncertainty counts other patients, other "
+            "generators and other training runs."
+        ),
+        f"**Key finding**: {analysis['verdict']['sentence']}{counts} "
+        + (STORIES[word]["title"] + "." if word else "There is no word for it yet."),
+        "**Limitation**: "
+        + (
+            "drawn phantoms only: this shows that the method works and says nothing about medicine."
+            if card.drawn
+            else f"X-rays of one data set only ({card.name}; population: {card.population}); nothing is known about other patients or clinics."
+        )
+        + " Not for clinical use.",
+    ]
     return "# Talking points\n\n" + "\n".join(f"{i}. {p}" for i, p in enumerate(points, 1)) + "\n"
 
 # %% ../../nbs/report/cards.ipynb #a797e37c
 def classifier_card(
     study: Study,  # the study
-    analysis: dict,# from `analyse`
-    plan: dict     # plan.json
-) -> str:          # Markdown with the Hub's front matter
+    analysis: dict,  # from `analyse`
+    plan: dict,  # plan.json
+) -> str:  # Markdown with the Hub's front matter
     "Card of the study's classifiers."
     card = dataset_card(study)
-    network = next((r["settings"].get("network") for r in study.records().values() if r["stage"] == "experiments"), None) or "not recorded"
-    rows = [[arm_label(r["arm"]), format_percent(r["fraction"]), str(r["runs"]), *(format_number(r[s]["auroc"], 3) if r.get(s) else "–" for s in ("internal", "test"))] for r in analysis["arms"]]
-    lines = ["---", "library_name: cxr_synth", "pipeline_tag: image-classification", "tags: [chest-xray, pneumonia, synthetic-data, research-only]", "metrics: [roc_auc]", "---",
-             "# Pneumonia classifiers with and without synthetic X-rays", "", "**Not for clinical use.** These classifiers were made to answer one question, whether synthetic X-rays improve them, and are fit for no decision about a person.", "",
-             "## Answer", "", analysis["verdict"]["sentence"], "", "## What was trained", "", f"Network: {network}. Data: {card.name}. Plan sealed {plan['sealed'][:10]}, SHA-256 {plan['sha256'][:16]}.", "",
-             "## Data", "", f"{card.name}. Citation: {card.citation}. Licence: {card.licence}. Population: {card.population}.", "",
-             "## Results", "", "AUROC, means over runs. `internal`: patients of the training kind that no run has seen; `test`: the official test" + (", still sealed." if analysis["test"]["state"] == "sealed" else "."), "",
-             "| arm | real patients | runs | internal | test |", "|---|---|---|---|---|", *("| " + " | ".join(r) + " |" for r in rows), "",
-             "## Limits", "", f"One data set, one source. Population: {card.population}. Probabilities are calibrated to the mix of classes in training. Details, intervals and deviations: report/index.html.", ""]
+    network = (
+        next(
+            (
+                r["settings"].get("network")
+                for r in study.records().values()
+                if r["stage"] == "experiments"
+            ),
+            None,
+        )
+        or "not recorded"
+    )
+    rows = [
+        [
+            arm_label(r["arm"]),
+            format_percent(r["fraction"]),
+            str(r["runs"]),
+            *(format_number(r[s]["auroc"], 3) if r.get(s) else "–" for s in ("internal", "test")),
+        ]
+        for r in analysis["arms"]
+    ]
+    lines = [
+        "---",
+        "library_name: cxr_synth",
+        "pipeline_tag: image-classification",
+        "tags: [chest-xray, pneumonia, synthetic-data, research-only]",
+        "metrics: [roc_auc]",
+        "---",
+        "# Pneumonia classifiers with and without synthetic X-rays",
+        "",
+        (
+            "**Not for clinical use.** These classifiers were made to answer one question, whether "
+            "synthetic X-rays improve them, and are fit for no decision about a person."
+        ),
+        "",
+        "## Answer",
+        "",
+        analysis["verdict"]["sentence"],
+        "",
+        "## What was trained",
+        "",
+        (
+            f"Network: {network}. Data: {card.name}. Plan sealed {plan['sealed'][:10]}, SHA-256 "
+            f"{plan['sha256'][:16]}."
+        ),
+        "",
+        "## Data",
+        "",
+        (
+            f"{card.name}. Citation: {card.citation}. Licence: {card.licence}. Population: "
+            f"{card.population}."
+        ),
+        "",
+        "## Results",
+        "",
+        (
+            "AUROC, means over runs. `internal`: patients of the training kind that no run has seen; "
+            "`test`: the official test"
+        )
+        + (", still sealed." if analysis["test"]["state"] == "sealed" else "."),
+        "",
+        "| arm | real patients | runs | internal | test |",
+        "|---|---|---|---|---|",
+        *("| " + " | ".join(r) + " |" for r in rows),
+        "",
+        "## Limits",
+        "",
+        (
+            f"One data set, one source. Population: {card.population}. Probabilities are calibrated "
+            "to the mix of classes in training. Details, intervals and deviations: "
+            "report/index.html."
+        ),
+        "",
+    ]
     return "\n".join(lines)

@@ -17,23 +17,45 @@ from .page import head_html, html_figure, html_table, html_tag, join_html, two_l
 
 # %% ../../nbs/report/compare.ipynb #85deddeb
 def side_by_side(
-    analyses: dict # {study: content of analysis.json}
+    analyses: dict,  # {study: content of analysis.json}
 ) -> list[tuple]:  # (arm, control, fraction, split), {study: contrast}
     "Contrasts by what they compare, in the order of the first study that has them."
-    keys = dict.fromkeys((c["arm"], c["control"], c["fraction"], c["split"]) for a in analyses.values() for c in a["contrasts"])
-    return [(k, {n: c for n, a in analyses.items() for c in a["contrasts"] if (c["arm"], c["control"], c["fraction"], c["split"]) == k}) for k in keys]
+    keys = dict.fromkeys(
+        (c["arm"], c["control"], c["fraction"], c["split"])
+        for a in analyses.values()
+        for c in a["contrasts"]
+    )
+    return [
+        (
+            k,
+            {
+                n: c
+                for n, a in analyses.items()
+                for c in a["contrasts"]
+                if (c["arm"], c["control"], c["fraction"], c["split"]) == k
+            },
+        )
+        for k in keys
+    ]
+
 
 def figure_compare(
-    analyses: dict, # {study: content of analysis.json}
-    ax              # where to draw
+    analyses: dict,  # {study: content of analysis.json}
+    ax,  # where to draw
 ):
     "The primary contrast of each study with its interval."
-    rows = [(n, a["contrasts"][0]) for n, a in analyses.items() if a["contrasts"][0]["state"] == "measured"]
+    rows = [
+        (n, a["contrasts"][0])
+        for n, a in analyses.items()
+        if a["contrasts"][0]["state"] == "measured"
+    ]
     ax.axvline(0, color="#666666", lw=0.8)
     for y, (name, c) in enumerate(rows):
         ax.plot([c["low"], c["high"]], [y, y], color=arm_colour(c["arm"]), lw=2.6)
         ax.plot(c["estimate"], y, "o", ms=7, color=arm_colour(c["arm"]))
-    ax.set_yticks(range(len(rows)), [f"{n}\n{format_percent(c['fraction'])}, {c['split']}" for n, c in rows])
+    ax.set_yticks(
+        range(len(rows)), [f"{n}\n{format_percent(c['fraction'])}, {c['split']}" for n, c in rows]
+    )
     ax.set(xlabel="primary contrast: difference in AUROC, pp", ylim=(len(rows) - 0.4, -0.6))
     return ax
 
@@ -41,24 +63,87 @@ def figure_compare(
 def study_names(studies):
     "A name for each study: its own, or with the folder above it where two agree."
     names = [s.info().get("name", s.root.name) for s in studies]
-    return [n if names.count(n) == 1 else f"{n} ({s.root.resolve().parent.name}/{s.root.name})" for n, s in zip(names, studies)]
+    return [
+        n if names.count(n) == 1 else f"{n} ({s.root.resolve().parent.name}/{s.root.name})"
+        for n, s in zip(names, studies)
+    ]
+
 
 def compare_studies(
-    studies: list[Study], # two or more, each with a report
-    out                   # HTML file to write
+    studies: list[Study],  # two or more, each with a report
+    out,  # HTML file to write
 ) -> Path:
     "One page with the same contrasts of several studies side by side."
-    if len(studies) < 2: raise CxrError(f"found {len(studies)} study to compare.\nGive two or more: cxr-synth report STUDY STUDY ...")
+    if len(studies) < 2:
+        raise CxrError(
+            f"found {len(studies)} study to compare.\n"
+            "Give two or more: cxr-synth report STUDY STUDY ..."
+        )
     for s in studies:
-        if not (s/"analysis.json").is_file(): raise CxrError(f"{s.root} has no report yet.\nMake it first: cxr-synth report {s.root}")
-    analyses = dict(zip(study_names(studies), (read_json(s/"analysis.json") for s in studies)))
+        if not (s / "analysis.json").is_file():
+            raise CxrError(f"{s.root} has no report yet.\nMake it first: cxr-synth report {s.root}")
+    analyses = dict(zip(study_names(studies), (read_json(s / "analysis.json") for s in studies)))
+
     def cell(c):
-        if c is None: return html_tag("span", "–", cls="dim")
-        if c["state"] != "measured": return html_tag("span", c["state"], cls="dim")
-        return two_lines(join_html([format_pp(c["estimate"]), " ", html_tag("strong", c["word"]) if c.get("word") else ""]), format_interval(c))
-    rows = [[two_lines(f"{arm_label(k[0])} − {arm_label(k[1])}", f"{format_percent(k[2])}, {k[3]}"), *(cell(found.get(n)) for n in analyses)] for k, found in side_by_side(analyses)]
-    said = [html_tag("p", html_tag("strong", n + ": "), a["verdict"]["sentence"]) for n, a in analyses.items()]
-    drawn = [html_figure(save_figure(figure_compare(analyses, new_axes(4.5, 0.8 + 0.5 * len(analyses))), Path(out).parent/"figures", "compare"), "The primary contrast of each study with its 95 % interval.")] if any(a["contrasts"][0]["state"] == "measured" for a in analyses.values()) else []
-    body = [html_tag("h1", f"{len(studies)} studies side by side"), *said, *drawn, html_table(["contrast", *analyses], rows, "Differences in AUROC, percentage points, with 95 % intervals. Words stand where a study's plan gives one. Nothing is pooled, and no difference between studies is tested."), html_tag("footer", html_tag("p", "Written by cxr_synth. Not for clinical use.", cls="small"))]
-    write_text(Path(out), f"{head_html('Studies side by side')}<body>{html_tag('main', *body)}</body></html>\n")
+        if c is None:
+            return html_tag("span", "–", cls="dim")
+        if c["state"] != "measured":
+            return html_tag("span", c["state"], cls="dim")
+        return two_lines(
+            join_html(
+                [
+                    format_pp(c["estimate"]),
+                    " ",
+                    html_tag("strong", c["word"]) if c.get("word") else "",
+                ]
+            ),
+            format_interval(c),
+        )
+
+    rows = [
+        [
+            two_lines(f"{arm_label(k[0])} − {arm_label(k[1])}", f"{format_percent(k[2])}, {k[3]}"),
+            *(cell(found.get(n)) for n in analyses),
+        ]
+        for k, found in side_by_side(analyses)
+    ]
+    said = [
+        html_tag("p", html_tag("strong", n + ": "), a["verdict"]["sentence"])
+        for n, a in analyses.items()
+    ]
+    drawn = (
+        [
+            html_figure(
+                save_figure(
+                    figure_compare(analyses, new_axes(4.5, 0.8 + 0.5 * len(analyses))),
+                    Path(out).parent / "figures",
+                    "compare",
+                ),
+                "The primary contrast of each study with its 95 % interval.",
+            )
+        ]
+        if any(a["contrasts"][0]["state"] == "measured" for a in analyses.values())
+        else []
+    )
+    body = [
+        html_tag("h1", f"{len(studies)} studies side by side"),
+        *said,
+        *drawn,
+        html_table(
+            ["contrast", *analyses],
+            rows,
+            (
+                "Differences in AUROC, percentage points, with 95 % intervals. Words stand where a "
+                "study's plan gives one. Nothing is pooled, and no difference between studies is "
+                "tested."
+            ),
+        ),
+        html_tag(
+            "footer", html_tag("p", "Written by cxr_synth. Not for clinical use.", cls="small")
+        ),
+    ]
+    write_text(
+        Path(out),
+        f"{head_html('Studies side by side')}<body>{html_tag('main', *body)}</body></html>\n",
+    )
     return Path(out)

@@ -18,25 +18,37 @@ from ..base.files import one_of
 from ..base.records import Study
 from .evidence import Evidence, is_pending, missing_runs, pair_scores, planned_size
 from ..stats.auc import THRESHOLD_RULES, delong, mcnemar, three_thresholds, weighted_ap
-from ..stats.intervals import (RunScores, assert_paired, auroc_difference, crossed_interval,
-                                       holm, interval_word, remarks, summarise)
+from cxr_synth.stats.intervals import (
+    RunScores,
+    assert_paired,
+    auroc_difference,
+    crossed_interval,
+    holm,
+    interval_word,
+    remarks,
+    summarise,
+)
 from ..stats.power import STUDY_SIZES, detectable_difference
 
 # %% ../../nbs/report/contrasts.ipynb #ac30eeff
-THRESHOLD_METRICS = [f"{m}@{r}" for r in THRESHOLD_RULES for m in ("sensitivity", "specificity", "balanced_accuracy")]
-OTHER_METRICS = ("auprc", "auprc_normal", "brier", *THRESHOLD_METRICS)   # all metrics but AUROC
+THRESHOLD_METRICS = [
+    f"{m}@{r}" for r in THRESHOLD_RULES for m in ("sensitivity", "specificity", "balanced_accuracy")
+]
+OTHER_METRICS = ("auprc", "auprc_normal", "brier", *THRESHOLD_METRICS)  # all metrics but AUROC
+
 
 def image_values(
-    scores: RunScores, # of one arm
-    cuts            # threshold of each rule, one dict per run
-) -> dict:          # {metric: (runs, n) value of each image, and the classes over which it is a mean}
+    scores: RunScores,  # of one arm
+    cuts,  # threshold of each rule, one dict per run
+) -> dict:  # {metric: (runs, n) value of each image, and the classes over which it is a mean}
     "What each image adds to the metrics that are means over images."
     probs, labels = scores.probs.reshape(-1, len(scores.labels)), scores.labels
-    out = {"brier": ((probs - labels)**2, (1, 0))}
+    out = {"brier": ((probs - labels) ** 2, (1, 0))}
     for rule in THRESHOLD_RULES:
         right = (probs >= np.array([c[rule] for c in cuts])[:, None]) == labels
         out |= {f"sensitivity@{rule}": (right, (1,)), f"specificity@{rule}": (right, (0,))}
     return out
+
 
 def run_means(scores, values, classes):
     "Mean over the images of these classes, per run (K, S)."
@@ -44,48 +56,64 @@ def run_means(scores, values, classes):
 
 # %% ../../nbs/report/contrasts.ipynb #67584227
 def drawn_means(
-    scores: RunScores, # of one arm
-    values: dict,   # from `image_values`
-    draws: int,     # patient draws
-    seed: int       # of the draws
-) -> dict: # {metric: (draws,) mean over runs in each draw}
+    scores: RunScores,  # of one arm
+    values: dict,  # from `image_values`
+    draws: int,  # patient draws
+    seed: int,  # of the draws
+) -> dict:  # {metric: (draws,) mean over runs in each draw}
     "The means of `image_values` under the draws of patients."
     sides, per = scores.pairs.sides, {}
     for name, (v, classes) in values.items():
         mean = v.mean(0)
-        per[name] = [np.add.reduceat(mean[i], start) * (c in classes) for c, (i, start, _) in zip((1, 0), sides)]
-    sums = [np.stack([per[n][side] for n in per], axis=1) for side in (0, 1)]                  # (patients, metrics)
-    sizes = [np.stack([m * (c in values[n][1]) for n in per], axis=1) for c, (_, _, m) in zip((1, 0), sides)]
-    top, below = (np.concatenate([a @ x[0] + b @ x[1] for a, b in scores.pairs.counts(draws, seed)]) for x in (sums, sizes))
+        per[name] = [
+            np.add.reduceat(mean[i], start) * (c in classes)
+            for c, (i, start, _) in zip((1, 0), sides)
+        ]
+    sums = [np.stack([per[n][side] for n in per], axis=1) for side in (0, 1)]  # (patients, metrics)
+    sizes = [
+        np.stack([m * (c in values[n][1]) for n in per], axis=1)
+        for c, (_, _, m) in zip((1, 0), sides)
+    ]
+    top, below = (
+        np.concatenate([a @ x[0] + b @ x[1] for a, b in scores.pairs.counts(draws, seed)])
+        for x in (sums, sizes)
+    )
     return dict(zip(per, (top / below).T))
 
 # %% ../../nbs/report/contrasts.ipynb #9fba7e23
 def drawn_ap(
-    scores: RunScores, # of one arm
-    draws: int,     # patient draws
-    seed: int       # of the draws
-) -> dict: # {auprc, auprc_normal: (values (K, S), draws (draws,))}
+    scores: RunScores,  # of one arm
+    draws: int,  # patient draws
+    seed: int,  # of the draws
+) -> dict:  # {auprc, auprc_normal: (values (K, S), draws (draws,))}
     "AUPRC of both classes: of each run, and its mean over runs in each draw."
-    (a, b), = scores.pairs.counts(draws, seed, chunk=draws)
-    weights, once = np.empty((len(scores.labels), draws), np.float32), np.ones((len(scores.labels), 1))
-    for c, (idx, _, m) in zip((a, b), scores.pairs.sides): weights[idx] = np.repeat(c.T, m, axis=0)
+    ((a, b),) = scores.pairs.counts(draws, seed, chunk=draws)
+    weights = np.empty((len(scores.labels), draws), np.float32)
+    once = np.ones((len(scores.labels), 1))
+    for c, (idx, _, m) in zip((a, b), scores.pairs.sides):
+        weights[idx] = np.repeat(c.T, m, axis=0)
     out, runs = {}, scores.probs.reshape(-1, len(scores.labels))
     for name, label, sign in (("auprc", scores.labels, 1), ("auprc_normal", 1 - scores.labels, -1)):
         values = np.concatenate([weighted_ap(label, sign * p, once) for p in runs])
-        out[name] = values.reshape(scores.probs.shape[:2]), np.mean([weighted_ap(label, sign * p, weights) for p in runs], axis=0)
+        out[name] = (
+            values.reshape(scores.probs.shape[:2]),
+            np.mean([weighted_ap(label, sign * p, weights) for p in runs], axis=0),
+        )
     return out
 
 # %% ../../nbs/report/contrasts.ipynb #5e74c0cb
 def arm_summary(
-    scores: RunScores,     # of one arm
-    cuts,               # thresholds, one dict per run
+    scores: RunScores,  # of one arm
+    cuts,  # thresholds, one dict per run
     draws: int = 5000,  # patient draws; a tenth of them for AUPRC
-    seed: int = 0       # of the draws, the same for all arms of a split
-) -> dict: # {metric: (values (K, S), draws)}
+    seed: int = 0,  # of the draws, the same for all arms of a split
+) -> dict:  # {metric: (values (K, S), draws)}
     "All metrics but AUROC of one arm, by run and by patient draw."
     values = image_values(scores, cuts)
     drawn = drawn_means(scores, values, draws, seed)
-    out = drawn_ap(scores, max(50, draws // 10), seed) | {n: (run_means(scores, *v), drawn[n]) for n, v in values.items()}
+    out = drawn_ap(scores, max(50, draws // 10), seed) | {
+        n: (run_means(scores, *v), drawn[n]) for n, v in values.items()
+    }
     for r in THRESHOLD_RULES:
         pair = out[f"sensitivity@{r}"], out[f"specificity@{r}"]
         out[f"balanced_accuracy@{r}"] = tuple((a + b) / 2 for a, b in zip(*pair))
@@ -93,195 +121,340 @@ def arm_summary(
 
 # %% ../../nbs/report/contrasts.ipynb #a82133d9
 def run_thresholds(
-    ev: Evidence,    # the study
-    arm: str,        # which
-    fraction: float, # of the real training patients
-    runs             # (replicate, seed) pairs
-) -> list[dict]:     # thresholds of each run
+    ev: Evidence,  # the study
+    arm: str,  # which
+    fraction: float,  # of the real training patients
+    runs,  # (replicate, seed) pairs
+) -> list[dict]:  # thresholds of each run
     "Thresholds of an arm's runs, from their own val predictions."
     for key in runs:
-        if (arm, fraction, key) in ev.cuts: continue
+        if (arm, fraction, key) in ev.cuts:
+            continue
         val = ev.run(ev.rows(arm, fraction)[key], "val")
-        ev.cuts[arm, fraction, key] = three_thresholds(val.label, val.prob) if val is not None and val.label.nunique() == 2 else {r: 0.5 for r in THRESHOLD_RULES}
+        ev.cuts[arm, fraction, key] = (
+            three_thresholds(val.label, val.prob)
+            if val is not None and val.label.nunique() == 2
+            else dict.fromkeys(THRESHOLD_RULES, 0.5)
+        )
     return [ev.cuts[arm, fraction, key] for key in runs]
+
 
 def summary_of(ev, arm, fraction, split, scores, draws):
     "`arm_summary`, computed once per block of runs; the draws of a split are the same for all arms."
     key = (arm, fraction, split, tuple(scores.runs), draws)
-    if key not in ev.summaries: ev.summaries[key] = arm_summary(scores, run_thresholds(ev, arm, fraction, scores.runs), draws, draw_seed(ev, split))
+    if key not in ev.summaries:
+        ev.summaries[key] = arm_summary(
+            scores, run_thresholds(ev, arm, fraction, scores.runs), draws, draw_seed(ev, split)
+        )
     return ev.summaries[key]
 
-def draw_seed(ev, split): return seed_for(ev.plan["seed"], "bootstrap", split)
+
+def draw_seed(ev, split):
+    return seed_for(ev.plan["seed"], "bootstrap", split)
 
 # %% ../../nbs/report/contrasts.ipynb #a35b4afe
 def threshold_transfer(
-    ev: Evidence,    # the study
-    arm: str,        # which
-    fraction: float, # of the real training patients
-    splits           # val first, then where the threshold is used
-) -> list[dict]:     # rule, threshold (mean over runs), and per split: sensitivity, specificity (means over runs)
+    ev: Evidence,  # the study
+    arm: str,  # which
+    fraction: float,  # of the real training patients
+    splits,  # val first, then where the threshold is used
+) -> list[
+    dict
+]:  # rule, threshold (mean over runs), and per split: sensitivity, specificity (means over runs)
     "What becomes of thresholds that were chosen on val."
     runs = sorted(ev.rows(arm, fraction))
     cuts, out = run_thresholds(ev, arm, fraction, runs), []
     for rule in THRESHOLD_RULES:
         row = dict(rule=rule, threshold=float(np.mean([c[rule] for c in cuts])))
         for split in splits:
-            tables = [(ev.run(r, split), c[rule]) for r, c in zip((ev.rows(arm, fraction)[k] for k in runs), cuts) if ev.expects(r, split)]
-            rates = [((t.prob >= c)[t.label == 1].mean(), (t.prob < c)[t.label == 0].mean()) for t, c in tables if t is not None]
+            tables = [
+                (ev.run(r, split), c[rule])
+                for r, c in zip((ev.rows(arm, fraction)[k] for k in runs), cuts)
+                if ev.expects(r, split)
+            ]
+            rates = [
+                ((t.prob >= c)[t.label == 1].mean(), (t.prob < c)[t.label == 0].mean())
+                for t, c in tables
+                if t is not None
+            ]
             row[split] = [float(x) for x in np.mean(rates, 0)] if rates else None
         out.append(row)
     return out
 
 # %% ../../nbs/report/contrasts.ipynb #243e626e
 def contrasts(
-    plan: dict, # plan.json
-    arms: dict  # {fraction: arms with at least one run}
-) -> list[dict]: # role (primary, secondary, estimate), arm, control, fraction, split
+    plan: dict,  # plan.json
+    arms: dict,  # {fraction: arms with at least one run}
+) -> list[dict]:  # role (primary, secondary, estimate), arm, control, fraction, split
     "What is compared with what, in the order of the report."
-    named = [plan["primary"] | dict(role="primary")] + [c | dict(role="secondary") for c in plan["secondary"]]
-    for c in named: one_of(c["metric"], ("auroc",), "metric of a contrast")
+    named = [plan["primary"] | dict(role="primary")] + [
+        c | dict(role="secondary") for c in plan["secondary"]
+    ]
+    for c in named:
+        one_of(c["metric"], ("auroc",), "metric of a contrast")
     key = lambda c: (c["arm"], c["control"], c["fraction"], c["split"])
-    pairs = lambda there: [("real", a) if a == "real_short" else (a, "real") for a in there if a != "real"] + [("oracle", "mixed")] * ({"oracle", "mixed"} <= set(there))
-    rest = [dict(arm=a, control=b, fraction=f, split=s, metric="auroc", role="estimate") for f in sorted(arms) for a, b in pairs(arms[f]) for s in ("internal", "test")]
+    pairs = lambda there: (
+        [("real", a) if a == "real_short" else (a, "real") for a in there if a != "real"]
+        + [("oracle", "mixed")] * ({"oracle", "mixed"} <= set(there))
+    )
+    rest = [
+        dict(arm=a, control=b, fraction=f, split=s, metric="auroc", role="estimate")
+        for f in sorted(arms)
+        for a, b in pairs(arms[f])
+        for s in ("internal", "test")
+    ]
     seen = {key(c) for c in named}
     return named + [c for c in rest if key(c) not in seen and "real" in arms[c["fraction"]]]
 
+
 def arms_found(
-    ev: Evidence # the study
-) -> dict: # {fraction: arms}, in the plan's order, then by name; arms of the guide's own protocol are not among them
+    ev: Evidence,  # the study
+) -> dict:  # {fraction: arms}, in the plan's order, then by name; arms of the guide's own protocol are not among them
     "Arms with at least one finished run, by fraction."
     order = {a: i for i, a in enumerate(ev.plan["arms"])}
     groups = ev.results[~ev.results.arm.str.startswith("guide")].groupby("real_fraction").arm
-    return {float(f): sorted(set(a), key=lambda x: (order.get(x, len(order)), x)) for f, a in groups}
+    return {
+        float(f): sorted(set(a), key=lambda x: (order.get(x, len(order)), x)) for f, a in groups
+    }
 
 # %% ../../nbs/report/contrasts.ipynb #bf53d1eb
 def measure_contrast(
-    ev: Evidence, # the study
-    c: dict,      # from `contrasts`
-    draws: int    # patient draws
-) -> dict|None:   # the contrast with state measured, sealed or missing; None if nobody asked for it and it has no runs
+    ev: Evidence,  # the study
+    c: dict,  # from `contrasts`
+    draws: int,  # patient draws
+) -> (
+    dict | None
+):  # the contrast with state measured, sealed or missing; None if nobody asked for it and it has no runs
     "One contrast, as far as it can be measured."
-    if c["split"] == "test" and ev.test["state"] != "opened": return c | dict(state="sealed") if ev.test["state"] == "sealed" else None
+    if c["split"] == "test" and ev.test["state"] != "opened":
+        return c | dict(state="sealed") if ev.test["state"] == "sealed" else None
     pair = pair_scores(ev, (c["arm"], c["control"]), c["fraction"], c["split"])
-    if not pair: return c | dict(state="missing") if c["role"] != "estimate" else None
-    mine, planned = auroc_difference(*pair, draws, draw_seed(ev, c["split"])), planned_size(ev.plan, c)
-    return c | dict(state="measured") | mine | dict(planned=planned, other=other_metrics(ev, c, pair, draws))
+    if not pair:
+        return c | dict(state="missing") if c["role"] != "estimate" else None
+    mine = auroc_difference(*pair, draws, draw_seed(ev, c["split"]))
+    planned = planned_size(ev.plan, c)
+    return (
+        c
+        | dict(state="measured")
+        | mine
+        | dict(planned=planned, other=other_metrics(ev, c, pair, draws))
+    )
 
 # %% ../../nbs/report/contrasts.ipynb #cf8f7d76
 def other_metrics(
-    ev: Evidence, # the study
-    c: dict,      # the contrast
-    pair,         # `RunScores` of arm and control
-    draws: int    # patient draws
-) -> dict:        # {metric: {estimate, low, high}} in pp
+    ev: Evidence,  # the study
+    c: dict,  # the contrast
+    pair,  # `RunScores` of arm and control
+    draws: int,  # patient draws
+) -> dict:  # {metric: {estimate, low, high}} in pp
     "Differences in all metrics but AUROC, with 95 % intervals; they get no word."
-    a, b = (summary_of(ev, arm, c["fraction"], c["split"], s, draws) for arm, s in zip((c["arm"], c["control"]), pair))
+    a, b = (
+        summary_of(ev, arm, c["fraction"], c["split"], s, draws)
+        for arm, s in zip((c["arm"], c["control"]), pair)
+    )
     df = min(pair[0].pairs.sizes) - 1
-    rows = {m: summarise(100 * (a[m][0] - b[m][0]), (100 * (a[m][1] - b[m][1])).var(ddof=1), df) for m in OTHER_METRICS}
+    rows = {
+        m: summarise(100 * (a[m][0] - b[m][0]), (100 * (a[m][1] - b[m][1])).var(ddof=1), df)
+        for m in OTHER_METRICS
+    }
     return {m: {k: r[k] for k in ("estimate", "low", "high")} for m, r in rows.items()}
 
 # %% ../../nbs/report/contrasts.ipynb #a82ec520
 def ensemble_tests(
-    arm: RunScores,    # what is tried
-    control: RunScores # what it is compared with
-) -> dict:          # delong, mcnemar
+    arm: RunScores,  # what is tried
+    control: RunScores,  # what it is compared with
+) -> dict:  # delong, mcnemar
     "DeLong and McNemar on the mean probability over all runs."
     assert_paired(arm, control)
     a, b = (s.probs.mean((0, 1)) for s in (arm, control))
-    return dict(delong=delong(arm.labels, a, b), mcnemar=mcnemar((a >= 0.5) == arm.labels, (b >= 0.5) == arm.labels))
+    return dict(
+        delong=delong(arm.labels, a, b),
+        mcnemar=mcnemar((a >= 0.5) == arm.labels, (b >= 0.5) == arm.labels),
+    )
 
 # %% ../../nbs/report/contrasts.ipynb #646e24cb
 def detectable_table(
-    c: dict # a measured contrast
-) -> list[dict]: # replicates, seeds, detectable (pp); this study's own size first
+    c: dict,  # a measured contrast
+) -> list[dict]:  # replicates, seeds, detectable (pp); this study's own size first
     "What this study, and larger ones with its variances, could detect."
-    v = {r["factor"]: (r["variance"], r["df"]) for r in c["variance"] if not r["factor"].startswith("residual")}
-    now, rows = {"replicates": c["replicates"], "seeds": c["seeds"]}, [dict(replicates=c["replicates"], seeds=c["seeds"], detectable=detectable_difference(v))]
+    v = {
+        r["factor"]: (r["variance"], r["df"])
+        for r in c["variance"]
+        if not r["factor"].startswith("residual")
+    }
+    now = {"replicates": c["replicates"], "seeds": c["seeds"]}
+    rows = [dict(replicates=c["replicates"], seeds=c["seeds"], detectable=detectable_difference(v))]
     for k, s in STUDY_SIZES if "replicates" in v and "seeds" in v else ():
-        then = dict(patients=v["patients"]) | {f: (v[f][0] * now[f] / n, n - 1) for f, n in (("replicates", k), ("seeds", s))}
-        if (k, s) != (c["replicates"], c["seeds"]): rows.append(dict(replicates=k, seeds=s, detectable=detectable_difference(then)))
+        then = dict(patients=v["patients"]) | {
+            f: (v[f][0] * now[f] / n, n - 1) for f, n in (("replicates", k), ("seeds", s))
+        }
+        if (k, s) != (c["replicates"], c["seeds"]):
+            rows.append(dict(replicates=k, seeds=s, detectable=detectable_difference(then)))
     return rows
 
 # %% ../../nbs/report/contrasts.ipynb #daa3b230
 def summarise_arms(
-    ev: Evidence # the study
-) -> list[dict]: # arm, fraction, replicates, seeds, n_real, n_synthetic (least, most), and per split its metrics or None
+    ev: Evidence,  # the study
+) -> list[
+    dict
+]:  # arm, fraction, replicates, seeds, n_real, n_synthetic (least, most), and per split its metrics or None
     "Mean and range over runs, per arm and fraction."
     out, span = [], lambda x: [int(x.min()), int(x.max())]
     for f, arms in sorted(arms_found(ev).items()):
         for arm in arms:
             t = ev.results[(ev.results.arm == arm) & np.isclose(ev.results.real_fraction, f)]
-            row = dict(arm=arm, fraction=f, replicates=t.replicate.nunique(), seeds=t.seed.nunique(), runs=len(t), n_real=span(t.n_real), n_synthetic=span(t.n_synthetic))
+            row = dict(
+                arm=arm,
+                fraction=f,
+                replicates=t.replicate.nunique(),
+                seeds=t.seed.nunique(),
+                runs=len(t),
+                n_real=span(t.n_real),
+                n_synthetic=span(t.n_synthetic),
+            )
             for split in ev.splits:
                 a = t[f"{split}_auroc"].dropna()
-                row[split] = None if a.empty else dict(auroc=float(a.mean()), least=float(a.min()), most=float(a.max()), sd=float(a.std(ddof=1)) if len(a) > 1 else None,
-                    **{m: float(t[f"{split}_{m}"].mean()) for m in ("sensitivity", "specificity", "balanced_accuracy", "auprc", "brier")})
+                row[split] = (
+                    None
+                    if a.empty
+                    else dict(
+                        auroc=float(a.mean()),
+                        least=float(a.min()),
+                        most=float(a.max()),
+                        sd=float(a.std(ddof=1)) if len(a) > 1 else None,
+                        **{
+                            m: float(t[f"{split}_{m}"].mean())
+                            for m in (
+                                "sensitivity",
+                                "specificity",
+                                "balanced_accuracy",
+                                "auprc",
+                                "brier",
+                            )
+                        },
+                    )
+                )
             out.append(row)
     return out
 
 # %% ../../nbs/report/contrasts.ipynb #57161478
-def format_percent(fraction): return f"{100 * fraction:g} %"
-def format_number(x, digits=2, sign=False): # "–" for None and NaN: not measured
-    return "–" if x is None or np.isnan(x) else f"{x:{'+' if sign else ''}.{digits}f}".replace("-", "−")
-def format_pp(x): # a difference in pp: +1.23, and 0.00 without a sign
+def format_percent(fraction):
+    return f"{100 * fraction:g} %"
+
+
+def format_number(x, digits=2, sign=False):  # "–" for None and NaN: not measured
+    return (
+        "–"
+        if x is None or np.isnan(x)
+        else f"{x:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+    )
+
+
+def format_pp(x):  # a difference in pp: +1.23, and 0.00 without a sign
     small = x is not None and abs(x) < 0.005
     return format_number(0.0 if small else x, 2, sign=not small)
-def format_interval(r): return f"{format_pp(r['low'])} to {format_pp(r['high'])}"
+
+
+def format_interval(r):
+    return f"{format_pp(r['low'])} to {format_pp(r['high'])}"
+
 
 def study_verdict(
-    c: dict # the primary contrast
-) -> dict: # word (None if there is none yet) and sentence
+    c: dict,  # the primary contrast
+) -> dict:  # word (None if there is none yet) and sentence
     "The study's answer in one of four words and one sentence."
     where = f"at {format_percent(c['fraction'])} of the real training patients"
-    if c["state"] == "sealed": return dict(word=None, sentence="No verdict yet: the primary contrast is judged on the official test, which is sealed.")
-    if c["state"] == "missing": return dict(word=None, sentence=f"No verdict: {c['arm']} and {c['control']} {where} have no valid run in common.")
+    if c["state"] == "sealed":
+        return dict(
+            word=None,
+            sentence="No verdict yet: the primary contrast is judged on the official test, which is sealed.",
+        )
+    if c["state"] == "missing":
+        return dict(
+            word=None,
+            sentence=f"No verdict: {c['arm']} and {c['control']} {where} have no valid run in common.",
+        )
     change = f"AUROC changed by {format_pp(c['estimate'])} percentage points (95 % interval {format_interval(c)})"
-    if not (w := c.get("word")): return dict(word=None, sentence=f"No verdict yet: {c['pending']} planned runs {where} are still missing. So far {change}.")
-    starts = {"improves": f"Adding synthetic X-rays improves the classifier {where}", "worsens": f"Adding synthetic X-rays worsens the classifier {where}",
-              "no meaningful difference": f"Adding synthetic X-rays makes no meaningful difference {where}", "inconclusive": f"The evidence on adding synthetic X-rays {where} is inconclusive"}
+    if not (w := c.get("word")):
+        return dict(
+            word=None,
+            sentence=f"No verdict yet: {c['pending']} planned runs {where} are still missing. So far {change}.",
+        )
+    starts = {
+        "improves": f"Adding synthetic X-rays improves the classifier {where}",
+        "worsens": f"Adding synthetic X-rays worsens the classifier {where}",
+        "no meaningful difference": f"Adding synthetic X-rays makes no meaningful difference {where}",
+        "inconclusive": f"The evidence on adding synthetic X-rays {where} is inconclusive",
+    }
     less = ", by less than the margin" * ("by less than the margin" in c["remarks"])
     return dict(word=w, sentence=f"{starts[w]}{less}: {change}.")
 
 # %% ../../nbs/report/contrasts.ipynb #03ec3436
 def add_words(
-    rows: list[dict], # measured contrasts
-    margin: float,    # pp
-    gone: dict        # from `missing_runs`
+    rows: list[dict],  # measured contrasts
+    margin: float,  # pp
+    gone: dict,  # from `missing_runs`
 ):
     "Add word and remarks to the primary and secondary contrasts; Holm's p to the family."
     family = [r for r in rows if r["role"] == "secondary"]
-    for r, p in zip(family, holm([r.get("p") for r in family])): r["p_holm"] = p
+    for r, p in zip(family, holm([r.get("p") for r in family])):
+        r["p_holm"] = p
     for r in rows:
-        if r["state"] != "measured" or r["role"] == "estimate": continue
+        if r["state"] != "measured" or r["role"] == "estimate":
+            continue
         r["pending"] = is_pending(r, gone)
-        if r["pending"]: continue
+        if r["pending"]:
+            continue
         r["word"] = interval_word(r, margin, r.get("p_holm"))
         r["remarks"] = remarks(r, r["word"], margin)
         if r["planned"] and r["replicates"] * r["seeds"] < np.prod(r["planned"]):
-            r["remarks"].append(f"from {r['replicates']} × {r['seeds']} runs an arm of {r['planned'][0]} × {r['planned'][1]} planned")
+            r["remarks"].append(
+                f"from {r['replicates']} × {r['seeds']} runs an arm of {r['planned'][0]} × "
+                f"{r['planned'][1]} planned"
+            )
 
 # %% ../../nbs/report/contrasts.ipynb #8ef76f23
 def primary_extras(
-    ev: Evidence, # the study
-    c: dict,      # the primary contrast, measured
-    draws: int    # of patients
-) -> dict: # crossed, ensemble, detectable, travel
+    ev: Evidence,  # the study
+    c: dict,  # the primary contrast, measured
+    draws: int,  # of patients
+) -> dict:  # crossed, ensemble, detectable, travel
     "What stands beside the primary contrast."
     pair = pair_scores(ev, (c["arm"], c["control"]), c["fraction"], c["split"])
-    moved = {a: threshold_transfer(ev, a, c["fraction"], ["val", *ev.splits]) for a in (c["control"], c["arm"])}
-    return dict(crossed=crossed_interval(*pair, max(100, draws // 5), draw_seed(ev, c["split"])), ensemble=ensemble_tests(*pair), detectable=detectable_table(c), travel=moved)
+    moved = {
+        a: threshold_transfer(ev, a, c["fraction"], ["val", *ev.splits])
+        for a in (c["control"], c["arm"])
+    }
+    return dict(
+        crossed=crossed_interval(*pair, max(100, draws // 5), draw_seed(ev, c["split"])),
+        ensemble=ensemble_tests(*pair),
+        detectable=detectable_table(c),
+        travel=moved,
+    )
 
 # %% ../../nbs/report/contrasts.ipynb #a68881a4
 def analyse(
-    study: Study,     # the study
-    draws: int = 5000,# patient draws per contrast
-    ev: Evidence = None # the study, if it has been read already
-) -> dict: # what analysis.json holds; differences in pp, AUROC 0-1
+    study: Study,  # the study
+    draws: int = 5000,  # patient draws per contrast
+    ev: Evidence = None,  # the study, if it has been read already
+) -> dict:  # what analysis.json holds; differences in pp, AUROC 0-1
     "Every contrast of the plan with interval and word, the table of arms, and what is missing; reads no test while it is sealed."
     ev = ev or Evidence(study)
     rows = [r for c in contrasts(ev.plan, arms_found(ev)) if (r := measure_contrast(ev, c, draws))]
     gone = missing_runs(ev)
     add_words(rows, ev.plan["margin_pp"], gone)
     beside = primary_extras(ev, rows[0], draws) if rows[0]["state"] == "measured" else {}
-    return dict(unit="differences, limits and margin in percentage points (pp); AUROC from 0 to 1", plan_sha256=ev.plan["sha256"], tier=ev.plan["tier"], verdict=study_verdict(rows[0]),
-                draws=draws, margin_pp=ev.plan["margin_pp"], test=ev.test, contrasts=rows, arms=summarise_arms(ev), beside=beside, missing=gone, problems=[*ev.problems])
+    return dict(
+        unit="differences, limits and margin in percentage points (pp); AUROC from 0 to 1",
+        plan_sha256=ev.plan["sha256"],
+        tier=ev.plan["tier"],
+        verdict=study_verdict(rows[0]),
+        draws=draws,
+        margin_pp=ev.plan["margin_pp"],
+        test=ev.test,
+        contrasts=rows,
+        arms=summarise_arms(ev),
+        beside=beside,
+        missing=gone,
+        problems=[*ev.problems],
+    )

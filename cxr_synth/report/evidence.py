@@ -20,149 +20,240 @@ from ..stats.intervals import RunScores
 # %% ../../nbs/report/evidence.ipynb #f3747689
 RESULT_SPLITS = ("val", "internal", "test")
 
+
 def sealed_plan(
-    study: Study # the study
-) -> dict:       # plan.json
+    study: Study,  # the study
+) -> dict:  # plan.json
     "The plan; raises `CxrError` if there is none, or one changed after it was sealed."
-    if not (study/"plan.json").is_file(): raise CxrError(f"{study/'plan.json'} is missing: the stage `plan` has not finished.\nRun it first: cxr-synth plan {study.root}")
-    plan = read_json(study/"plan.json")
-    if digest_json({k: v for k, v in plan.items() if k not in ("sealed", "sha256")}) != plan.get("sha256"):
-        raise CxrError(f"{study/'plan.json'} was changed after it was sealed.\nPut the sealed plan back, or make a new one: cxr-synth plan {study.root} --redo")
+    if not (study / "plan.json").is_file():
+        raise CxrError(
+            f"{study / 'plan.json'} is missing: the stage `plan` has not finished.\n"
+            f"Run it first: cxr-synth plan {study.root}"
+        )
+    plan = read_json(study / "plan.json")
+    if digest_json({k: v for k, v in plan.items() if k not in ("sealed", "sha256")}) != plan.get(
+        "sha256"
+    ):
+        raise CxrError(
+            f"{study / 'plan.json'} was changed after it was sealed.\n"
+            f"Put the sealed plan back, or make a new one: cxr-synth plan {study.root} --redo"
+        )
     return plan
 
+
 def planned_runs(
-    plan: dict # plan.json; a cell may name arms of its own
-) -> list[tuple]: # (arm, fraction, replicate, seed)
+    plan: dict,  # plan.json; a cell may name arms of its own
+) -> list[tuple]:  # (arm, fraction, replicate, seed)
     "Every run that the plan asks for."
-    return [(arm, float(c["fraction"]), k, s) for c in plan["cells"] for arm in c.get("arms", plan["arms"]) for k in range(c["replicates"]) for s in range(c["seeds"])]
+    return [
+        (arm, float(c["fraction"]), k, s)
+        for c in plan["cells"]
+        for arm in c.get("arms", plan["arms"])
+        for k in range(c["replicates"])
+        for s in range(c["seeds"])
+    ]
 
 # %% ../../nbs/report/evidence.ipynb #3ee9eb17
 TEXT_COLUMNS = {"arm": str, "generator": str, "status": str, "plan_sha256": str, "network": str}
 
+
 def load_results(
-    study: Study # the study
-) -> pd.DataFrame: # one row per run, in the columns of results.csv, failed runs included
+    study: Study,  # the study
+) -> pd.DataFrame:  # one row per run, in the columns of results.csv, failed runs included
     "All runs of a study; raises `CxrError` if there is none, or one made under another plan."
     plan = sealed_plan(study)
-    if (study/"results.csv").is_file(): table = pd.read_csv(study/"results.csv", dtype=TEXT_COLUMNS)
-    else: table = pd.DataFrame([read_json(p) for p in sorted((study/"runs").glob("*/*/run.json"))])
-    if table.empty: raise CxrError(f"{study.root} has no finished run: the stage `experiments` has not begun.\nRun it first: cxr-synth experiments {study.root}")
+    if (study / "results.csv").is_file():
+        table = pd.read_csv(study / "results.csv", dtype=TEXT_COLUMNS)
+    else:
+        table = pd.DataFrame([read_json(p) for p in sorted((study / "runs").glob("*/*/run.json"))])
+    if table.empty:
+        raise CxrError(
+            f"{study.root} has no finished run: the stage `experiments` has not begun.\n"
+            f"Run it first: cxr-synth experiments {study.root}"
+        )
     other = sorted(set(table.plan_sha256[table.status == "done"].dropna()) - {plan["sha256"]})
-    if other: raise CxrError(f"results.csv holds runs made under another plan ({other[0][:12]}).\nRun the experiments under this plan: cxr-synth experiments {study.root} --redo")
+    if other:
+        raise CxrError(
+            f"results.csv holds runs made under another plan ({other[0][:12]}).\n"
+            f"Run the experiments under this plan: cxr-synth experiments {study.root} --redo"
+        )
     absent = [c for s in RESULT_SPLITS for c in [f"{s}_auroc"] if c not in table]
-    return table.assign(**{c: np.nan for c in absent}).reset_index(drop=True)
+    return table.assign(**dict.fromkeys(absent, np.nan)).reset_index(drop=True)
 
 # %% ../../nbs/report/evidence.ipynb #d229de42
 def test_state(
-    study: Study # the study
-) -> dict: # state (sealed, opened, absent), openings (dates), exploratory
+    study: Study,  # the study
+) -> dict:  # state (sealed, opened, absent), openings (dates), exploratory
     "Whether the official test exists, has been opened, and under which plan."
-    if not any(r["split"] == "test" for r in read_csv(study/"data/manifest.csv")): return dict(state="absent", openings=[], exploratory=False)
-    log = read_json(study/"opened.json") if (study/"opened.json").is_file() else dict(opened=[])
-    rows = read_csv(study/"results.csv") if (study/"results.csv").is_file() else []
-    hidden = not log["opened"] or not rows or any(r["test_auroc"] == "" for r in rows if r["status"] == "done")
-    other = log.get("plan_sha256") != read_json(study/"plan.json")["sha256"]
-    return dict(state="sealed" if hidden else "opened", openings=[o["date"] for o in log["opened"]],
-                exploratory=not hidden and (other or bool(log["opened"][-1]["exploratory"])))
+    if not any(r["split"] == "test" for r in read_csv(study / "data/manifest.csv")):
+        return dict(state="absent", openings=[], exploratory=False)
+    log = read_json(study / "opened.json") if (study / "opened.json").is_file() else dict(opened=[])
+    rows = read_csv(study / "results.csv") if (study / "results.csv").is_file() else []
+    hidden = (
+        not log["opened"]
+        or not rows
+        or any(r["test_auroc"] == "" for r in rows if r["status"] == "done")
+    )
+    other = log.get("plan_sha256") != read_json(study / "plan.json")["sha256"]
+    return dict(
+        state="sealed" if hidden else "opened",
+        openings=[o["date"] for o in log["opened"]],
+        exploratory=not hidden and (other or bool(log["opened"][-1]["exploratory"])),
+    )
 
 # %% ../../nbs/report/evidence.ipynb #45a90b92
 def read_run(
-    folder,         # of the run
-    split: str,     # val, internal or test
-    images          # the manifest's rows of that split, indexed by image_id; in val a run may predict a part of them
+    folder,  # of the run
+    split: str,  # val, internal or test
+    images,  # the manifest's rows of that split, indexed by image_id; in val a run may predict a part of them
 ) -> pd.DataFrame:  # label, prob; indexed by image_id, in the manifest's order
     "Predictions of one run on one split; raises `ValueError` in words that fit behind the run's name."
-    path = folder/("test.csv" if split == "test" else "predictions.csv")
-    if not path.is_file(): raise ValueError(f"{path.name} is missing")
+    path = folder / ("test.csv" if split == "test" else "predictions.csv")
+    if not path.is_file():
+        raise ValueError(f"{path.name} is missing")
     table = pd.read_csv(path, dtype={"image_id": str, "patient_id": str})
     table = table[table.split == split]
-    if table.empty: raise ValueError(f"it predicts no image of {split}")
-    at = images.index.get_indexer(table.image_id)               # place in the manifest, -1: not there
-    if at.min() < 0 or np.bincount(at).max() > 1 or (split != "val" and len(at) != len(images)): raise ValueError(f"it predicts other images of {split} than the manifest has")
+    if table.empty:
+        raise ValueError(f"it predicts no image of {split}")
+    at = images.index.get_indexer(table.image_id)  # place in the manifest, -1: not there
+    if at.min() < 0 or np.bincount(at).max() > 1 or (split != "val" and len(at) != len(images)):
+        raise ValueError(f"it predicts other images of {split} than the manifest has")
     order = np.argsort(at)
-    label, prob, expected = table.label.to_numpy()[order], table.prob.to_numpy()[order], images.iloc[at[order]]
+    label = table.label.to_numpy()[order]
+    prob = table.prob.to_numpy()[order]
+    expected = images.iloc[at[order]]
     wrong = ~((prob >= 0) & (prob <= 1))
-    if wrong.any(): raise ValueError(f"{int(wrong.sum())} of its predictions of {split} are no probabilities")
-    if (label != expected.label.to_numpy()).any(): raise ValueError(f"its labels of {split} are not the manifest's")
+    if wrong.any():
+        raise ValueError(f"{int(wrong.sum())} of its predictions of {split} are no probabilities")
+    if (label != expected.label.to_numpy()).any():
+        raise ValueError(f"its labels of {split} are not the manifest's")
     return pd.DataFrame(dict(label=label, prob=prob), index=expected.index)
 
 # %% ../../nbs/report/evidence.ipynb #0643a8c4
 def largest_block(
-    runs # pairs (replicate, seed)
-): # replicates, seeds: sorted lists; empty without a run
+    runs,  # pairs (replicate, seed)
+):  # replicates, seeds: sorted lists; empty without a run
     "The largest full rectangle in a set of runs; among equals the one with more replicates."
     runs, best = set(runs), ([], [])
     reps = sorted({k for k, _ in runs})
     for n in range(len(reps), 0, -1):
         for chosen in combinations(reps, n):
             seeds = sorted(set.intersection(*({s for k, s in runs if k == c} for c in chosen)))
-            if n * len(seeds) > len(best[0]) * len(best[1]): best = (list(chosen), seeds)
+            if n * len(seeds) > len(best[0]) * len(best[1]):
+                best = (list(chosen), seeds)
     return best
 
 # %% ../../nbs/report/evidence.ipynb #d4639dc4
 class Evidence:
     "A study's runs, read once, with everything that is wrong with them in `problems`."
-    def __init__(self,
-        study: Study # with plan and runs
+
+    def __init__(
+        self,
+        study: Study,  # with plan and runs
     ):
-        self.study, self.plan, self.all = study, sealed_plan(study), load_results(study)
-        self.results, self.test = self.all[self.all.status == "done"], test_state(study)
-        images = pd.read_csv(study/"data/manifest.csv", dtype=str).astype({"label": int}).set_index("image_id")
+        self.study = study
+        self.plan = sealed_plan(study)
+        self.all = load_results(study)
+        self.results = self.all[self.all.status == "done"]
+        self.test = test_state(study)
+        images = (
+            pd.read_csv(study / "data/manifest.csv", dtype=str)
+            .astype({"label": int})
+            .set_index("image_id")
+        )
         self.images = {s: images[images.split == s].sort_index() for s in (*RESULT_SPLITS, "train")}
-        self.problems, self.cache, self.arms, self.cuts, self.blocks, self.summaries = ({} for _ in range(6))
+        self.problems, self.cache, self.arms, self.cuts, self.blocks, self.summaries = (
+            {} for _ in range(6)
+        )
+
     @property
-    def splits(self): return ["internal"] + ["test"] * (self.test["state"] == "opened")
+    def splits(self):
+        return ["internal"] + ["test"] * (self.test["state"] == "opened")
+
     def rows(self, arm, fraction):
         "Finished runs of an arm: {(replicate, seed): row}."
         if (arm, fraction) not in self.arms:
-            t = self.results[(self.results.arm == arm) & np.isclose(self.results.real_fraction.astype(float), fraction)]
+            t = self.results[
+                (self.results.arm == arm)
+                & np.isclose(self.results.real_fraction.astype(float), fraction)
+            ]
             self.arms[arm, fraction] = {(int(r.replicate), int(r.seed)): r for r in t.itertuples()}
         return self.arms[arm, fraction]
+
     def run(self, row, split):
         "Predictions of one run, or None with a note in `problems`."
         name = f"{row.arm}/{generator_name(row.real_fraction, row.replicate)}-seed{row.seed}"
-        if split == "test" and self.test["state"] != "opened": raise CxrError(f"the official test is {self.test['state']}.\nOpen it, once, when everything else is decided: cxr-synth open-test {self.study.root}")
+        if split == "test" and self.test["state"] != "opened":
+            raise CxrError(
+                f"the official test is {self.test['state']}.\n"
+                "Open it, once, when everything else is decided: cxr-synth open-test "
+                f"{self.study.root}"
+            )
         if (name, split) not in self.cache:
-            try: found = read_run(self.study/"runs"/name, split, self.images[one_of(split, RESULT_SPLITS, "split")])
-            except ValueError as e: found, self.problems[f"{name}: {e}"] = None, name
+            try:
+                found = read_run(
+                    self.study / "runs" / name,
+                    split,
+                    self.images[one_of(split, RESULT_SPLITS, "split")],
+                )
+            except ValueError as e:
+                found, self.problems[f"{name}: {e}"] = None, name
             self.cache[name, split] = found
         return self.cache[name, split]
+
     def expects(self, row, split):
         "Whether results.csv says that a run predicts this split."
         return not pd.isna(getattr(row, f"{split}_auroc"))
 
 # %% ../../nbs/report/evidence.ipynb #76eb08ef
 def valid_runs(
-    ev: Evidence,    # the study
-    arm: str,        # such as "mixed"
-    fraction: float, # of the real training patients, 0-1
-    split: str       # internal or test
-) -> dict:           # {(replicate, seed): probabilities (n,)}
+    ev: Evidence,  # the study
+    arm: str,  # such as "mixed"
+    fraction: float,  # of the real training patients, 0-1
+    split: str,  # internal or test
+) -> dict:  # {(replicate, seed): probabilities (n,)}
     "Runs of an arm whose predictions hold; the others are noted."
     out = {}
     for key, row in ev.rows(arm, fraction).items():
-        if not ev.expects(row, split) or (table := ev.run(row, split)) is None: continue
-        found, said = auroc(table.label.to_numpy(), table.prob.to_numpy()), getattr(row, f"{split}_auroc")
-        if abs(found - said) > 1e-4: ev.problems[f"{arm}, {fraction:.0%}, replicate {key[0]}, seed {key[1]}: results.csv says {split} AUROC {said:.4f}, its predictions give {found:.4f}"] = arm
-        else: out[key] = table.prob.to_numpy()
+        if not ev.expects(row, split) or (table := ev.run(row, split)) is None:
+            continue
+        found = auroc(table.label.to_numpy(), table.prob.to_numpy())
+        said = getattr(row, f"{split}_auroc")
+        if abs(found - said) > 1e-4:
+            ev.problems[
+                (
+                    f"{arm}, {fraction:.0%}, replicate {key[0]}, seed {key[1]}: results.csv says "
+                    f"{split} AUROC {said:.4f}, its predictions give {found:.4f}"
+                )
+            ] = arm
+        else:
+            out[key] = table.prob.to_numpy()
     return out
 
 # %% ../../nbs/report/evidence.ipynb #6d3001c6
 def pair_scores(
-    ev: Evidence,    # the study
-    arms,            # one arm, or two to be paired
-    fraction: float, # of the real training patients
-    split: str       # internal or test
-) -> list:           # a `RunScores` for each; empty without a common run
+    ev: Evidence,  # the study
+    arms,  # one arm, or two to be paired
+    fraction: float,  # of the real training patients
+    split: str,  # internal or test
+) -> list:  # a `RunScores` for each; empty without a common run
     "The largest full block of runs that all these arms have."
     found = [valid_runs(ev, a, fraction, split) for a in arms]
     reps, seeds = largest_block(set.intersection(*map(set, found)))
-    images, runs, out = ev.images[split], [(k, s) for k in reps for s in seeds], []
+    images = ev.images[split]
+    runs = [(k, s) for k in reps for s in seeds]
+    out = []
     for arm, probs in zip(arms, found) if runs else ():
         key = (arm, fraction, split, tuple(runs))
         if key not in ev.blocks:
             block = np.stack([probs[r] for r in runs]).reshape(len(reps), len(seeds), -1)
-            ev.blocks[key] = RunScores(images.index.to_numpy(str), images.patient_id.to_numpy(str), images.label.to_numpy(), block, runs)
+            ev.blocks[key] = RunScores(
+                images.index.to_numpy(str),
+                images.patient_id.to_numpy(str),
+                images.label.to_numpy(),
+                block,
+                runs,
+            )
         out.append(ev.blocks[key])
     return out
 
@@ -174,24 +265,39 @@ def planned_size(plan, c):
 
 # %% ../../nbs/report/evidence.ipynb #0eea9841
 def missing_runs(
-    ev: Evidence # the study
-) -> dict: # pending (planned, without a record), failed (with their error): lists of names
+    ev: Evidence,  # the study
+) -> dict:  # pending (planned, without a record), failed (with their error): lists of names
     "Runs of the plan that are not there."
-    have = {(r.arm, round(float(r.real_fraction), 6), int(r.replicate), int(r.seed)): r for r in ev.all.itertuples()}
+    have = {
+        (r.arm, round(float(r.real_fraction), 6), int(r.replicate), int(r.seed)): r
+        for r in ev.all.itertuples()
+    }
     name = lambda a, f, k, s: f"{a}/{generator_name(f, k)}-seed{s}"
-    pending = [name(*r) for r in planned_runs(ev.plan) if (r[0], round(r[1], 6), *r[2:]) not in have]
-    failed = [n + error_of(ev.study/"runs"/n) for r in ev.all.itertuples() if r.status != "done" for n in [name(r.arm, r.real_fraction, r.replicate, r.seed)]]
+    pending = [
+        name(*r) for r in planned_runs(ev.plan) if (r[0], round(r[1], 6), *r[2:]) not in have
+    ]
+    failed = [
+        n + error_of(ev.study / "runs" / n)
+        for r in ev.all.itertuples()
+        if r.status != "done"
+        for n in [name(r.arm, r.real_fraction, r.replicate, r.seed)]
+    ]
     return dict(pending=pending, failed=failed)
+
 
 def error_of(folder):
     "The error that a failed run has recorded."
-    record = read_json(folder/"run.json") if (folder/"run.json").is_file() else {}
+    record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
     return f": {record['error'].splitlines()[0]}" if record.get("error") else ""
 
+
 def is_pending(
-    c: dict,    # a contrast
-    gone: dict  # from `missing_runs`
-) -> int: # planned runs of this contrast that are still to come
+    c: dict,  # a contrast
+    gone: dict,  # from `missing_runs`
+) -> int:  # planned runs of this contrast that are still to come
     "How many runs of a contrast are pending."
     at = generator_name(c["fraction"], 0).rpartition("-")[0]
-    return sum(n.split("/")[0] in (c["arm"], c["control"]) and n.split("/")[1].startswith(f"{at}-") for n in gone["pending"])
+    return sum(
+        n.split("/")[0] in (c["arm"], c["control"]) and n.split("/")[1].startswith(f"{at}-")
+        for n in gone["pending"]
+    )

@@ -32,52 +32,82 @@ from .evidence import Evidence, pair_scores
 from ..stats.intervals import RunScores
 
 # %% ../../nbs/report/figures.ipynb #64f617e5
-ARM_COLOURS = dict(real="#0072B2", duplicate="#56B4E9", mixed="#D55E00", synthetic_only="#009E73", oracle="#CC79A7", mixed_full_pool="#E69F00", real_short="#999999")
-ARM_NAMES = dict(synthetic_only="synthetic only", real_short="real, short", real_shuffled="real, shuffled", mixed_full_pool="mixed, full pool", pretrain_finetune="pre-train, fine-tune", roundtrip="round trip")
+ARM_COLOURS = dict(
+    real="#0072B2",
+    duplicate="#56B4E9",
+    mixed="#D55E00",
+    synthetic_only="#009E73",
+    oracle="#CC79A7",
+    mixed_full_pool="#E69F00",
+    real_short="#999999",
+)
+ARM_NAMES = dict(
+    synthetic_only="synthetic only",
+    real_short="real, short",
+    real_shuffled="real, shuffled",
+    mixed_full_pool="mixed, full pool",
+    pretrain_finetune="pre-train, fine-tune",
+    roundtrip="round trip",
+)
 
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")   # for what is no arm
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # for what is no arm
 
-def arm_colour(arm): return ARM_COLOURS.get(arm.split("-")[0], "#555555")   # a variant such as mixed-share25 has its arm's colour
+
+def arm_colour(arm):
+    return ARM_COLOURS.get(
+        arm.split("-")[0], "#555555"
+    )  # a variant such as mixed-share25 has its arm's colour
+
 
 def arm_label(arm):
     "An arm as people say it: mixed-share25 is `mixed, share25`."
     base, _, rest = arm.partition("-")
     return ARM_NAMES.get(base, base.replace("_", " ")) + (f", {rest}" if rest else "")
 
+
 def new_axes(
-    width: float = 4.5, # inches
-    height: float = 3.0 # inches
-): # matplotlib axes on a figure of their own
+    width: float = 4.5,  # inches
+    height: float = 3.0,  # inches
+):  # matplotlib axes on a figure of their own
     "Empty axes in the report's style."
     ax = Figure((width, height), dpi=70, layout="constrained").subplots()
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(labelsize=9)
-    ax.xaxis.label.set_size(9); ax.yaxis.label.set_size(9)
+    ax.xaxis.label.set_size(9)
+    ax.yaxis.label.set_size(9)
     return ax
 
 # %% ../../nbs/report/figures.ipynb #fea1e3a0
 def save_figure(
-    ax,         # axes of a figure
-    folder,     # where to
+    ax,  # axes of a figure
+    folder,  # where to
     name: str,  # without suffix
-    poster: int = 3000 # width of the poster's PNG, px
-) -> bytes:     # a smaller PNG, for the page
+    poster: int = 3000,  # width of the poster's PNG, px
+) -> bytes:  # a smaller PNG, for the page
     "Save NAME.png and NAME.svg at poster size, the same bytes for the same figure."
     width = ax.figure.get_size_inches()[0]
-    for kind, extra in (("png", dict(dpi=poster / width, metadata={"Software": None})), ("svg", dict(metadata={"Date": None}))):
-        with matplotlib.rc_context({"svg.hashsalt": "cxr_synth"}), atomic_path(Path(folder)/f"{name}.{kind}") as tmp:
+    for kind, extra in (
+        ("png", dict(dpi=poster / width, metadata={"Software": None})),
+        ("svg", dict(metadata={"Date": None})),
+    ):
+        with (
+            matplotlib.rc_context({"svg.hashsalt": "cxr_synth"}),
+            atomic_path(Path(folder) / f"{name}.{kind}") as tmp,
+        ):
             ax.figure.savefig(tmp, format=kind, facecolor="white", **extra)
     small = io.BytesIO()
     ax.figure.savefig(small, format="png", dpi=170, facecolor="white", metadata={"Software": None})
     return small.getvalue()
 
 # %% ../../nbs/report/figures.ipynb #09ad7905
-def contrast_label(c): return f"{arm_label(c['arm'])} − {arm_label(c['control'])}\n{format_percent(c['fraction'])}, {c['split']}"
+def contrast_label(c):
+    return f"{arm_label(c['arm'])} − {arm_label(c['control'])}\n{format_percent(c['fraction'])}, {c['split']}"
+
 
 def figure_forest(
-    rows: list[dict], # contrasts of `analyse`
-    margin: float,    # pp
-    ax                # where to draw
+    rows: list[dict],  # contrasts of `analyse`
+    margin: float,  # pp
+    ax,  # where to draw
 ):
     "Differences with 95 % intervals; the margin is shaded."
     rows = [r for r in rows if r["state"] == "measured"]
@@ -85,7 +115,13 @@ def figure_forest(
     ax.axvline(0, color="#666666", lw=0.8)
     for y, r in enumerate(rows):
         face = "white" if r["role"] == "estimate" else arm_colour(r["arm"])
-        ax.plot([r["low"], r["high"]], [y, y], color=arm_colour(r["arm"]), lw=2.6 if r["role"] == "primary" else 1.4, zorder=2)
+        ax.plot(
+            [r["low"], r["high"]],
+            [y, y],
+            color=arm_colour(r["arm"]),
+            lw=2.6 if r["role"] == "primary" else 1.4,
+            zorder=2,
+        )
         ax.plot(r["estimate"], y, "o", ms=7, color=arm_colour(r["arm"]), mfc=face, zorder=3)
     ax.set_yticks(range(len(rows)), [contrast_label(r) for r in rows])
     ax.locator_params(axis="x", nbins=6)
@@ -94,20 +130,22 @@ def figure_forest(
 
 # %% ../../nbs/report/figures.ipynb #36f620f5
 def guess_of(
-    plan: dict # plan.json
-) -> float|None: # pp; None if no number was guessed
+    plan: dict,  # plan.json
+) -> float | None:  # pp; None if no number was guessed
     "The user's guess as a number: the plan's own field, or the first number of its text."
     import re
-    if plan.get("guess_pp") is not None: return float(plan["guess_pp"])
+
+    if plan.get("guess_pp") is not None:
+        return float(plan["guess_pp"])
     found = re.match(r"\s*([+\-−]?\d+(?:[.,]\d+)?)", plan.get("guess") or "")
     return float(found[1].replace("−", "-").replace(",", ".")) if found else None
 
 # %% ../../nbs/report/figures.ipynb #04c82880
 def figure_guess(
     guess: float,  # pp
-    c: dict,       # the primary contrast, measured
-    margin: float, # pp
-    ax             # where to draw
+    c: dict,  # the primary contrast, measured
+    margin: float,  # pp
+    ax,  # where to draw
 ):
     "The sealed guess above the truth with its interval."
     ax.axvspan(-margin, margin, color="#E8E8E8", lw=0, zorder=0)
@@ -122,29 +160,45 @@ def figure_guess(
 
 # %% ../../nbs/report/figures.ipynb #853c614e
 def efficiency(
-    ev: Evidence, # the study
-    split: str    # internal or test
-) -> dict: # {arm: rows (real images of `real` at this fraction, mean, least, greatest replicate mean)}, sorted
+    ev: Evidence,  # the study
+    split: str,  # internal or test
+) -> dict:  # {arm: rows (real images of `real` at this fraction, mean, least, greatest replicate mean)}, sorted
     "AUROC by number of real images, for each arm that has runs at two fractions or more."
     t = ev.results[~ev.results.arm.str.startswith("guide")].dropna(subset=f"{split}_auroc")
     at = t[t.arm == "real"].groupby("real_fraction").n_real.mean()
     out = {}
     for arm, g in t[t.real_fraction.isin(at.index)].groupby("arm"):
-        means = g.groupby(["real_fraction", "replicate"])[f"{split}_auroc"].mean().groupby(level=0).agg(["mean", "min", "max"])
-        if len(means) > 1: out[arm] = [(float(at[f]), *map(float, r)) for f, r in zip(means.index, means.to_numpy())]
+        means = (
+            g.groupby(["real_fraction", "replicate"])[f"{split}_auroc"]
+            .mean()
+            .groupby(level=0)
+            .agg(["mean", "min", "max"])
+        )
+        if len(means) > 1:
+            out[arm] = [
+                (float(at[f]), *map(float, r)) for f, r in zip(means.index, means.to_numpy())
+            ]
     return out
 
 # %% ../../nbs/report/figures.ipynb #8d8cd683
 def figure_efficiency(
-    curves: dict, # from `efficiency`
-    split: str,   # internal or test
-    ax            # where to draw
+    curves: dict,  # from `efficiency`
+    split: str,  # internal or test
+    ax,  # where to draw
 ):
     "AUROC against the number of real training images."
     for arm, rows in curves.items():
         x, mean, low, high = zip(*rows)
         ax.fill_between(x, low, high, color=arm_colour(arm), alpha=0.15, lw=0)
-        ax.plot(x, mean, "o--" if arm == "duplicate" else "o-", color=arm_colour(arm), ms=5, label=arm_label(arm), zorder=3 if arm == "duplicate" else 2)
+        ax.plot(
+            x,
+            mean,
+            "o--" if arm == "duplicate" else "o-",
+            color=arm_colour(arm),
+            ms=5,
+            label=arm_label(arm),
+            zorder=3 if arm == "duplicate" else 2,
+        )
     ax.set(xscale="log", xlabel="real training images", ylabel=f"AUROC, {split}")
     ticks = sorted({r[0] for rows in curves.values() for r in rows})
     ax.set_xticks(ticks, [f"{x:,.0f}" for x in ticks], minor=False)
@@ -154,17 +208,34 @@ def figure_efficiency(
 
 # %% ../../nbs/report/figures.ipynb #b9d1dcfc
 def figure_arms(
-    results: pd.DataFrame, # finished rows of results.csv
-    arms: list[str],       # in the plan's order
-    split: str,            # internal or test
-    ax                     # where to draw
+    results: pd.DataFrame,  # finished rows of results.csv
+    arms: list[str],  # in the plan's order
+    split: str,  # internal or test
+    ax,  # where to draw
 ):
     "AUROC of every run on one split, by fraction and arm."
-    rows = [(f, a, t) for f in sorted(results.real_fraction.unique()) for a in arms
-            if len(t := results[(results.real_fraction == f) & (results.arm == a)].dropna(subset=f"{split}_auroc"))]
+    rows = [
+        (f, a, t)
+        for f in sorted(results.real_fraction.unique())
+        for a in arms
+        if len(
+            t := results[(results.real_fraction == f) & (results.arm == a)].dropna(
+                subset=f"{split}_auroc"
+            )
+        )
+    ]
     for y, (f, a, t) in enumerate(rows):
         shift = (t.replicate - t.replicate.mean()) * 0.5 / max(1, t.replicate.nunique())
-        ax.plot(t[f"{split}_auroc"], y + shift, "o", ms=5, color=arm_colour(a), alpha=0.65, mec="white", mew=0.5)
+        ax.plot(
+            t[f"{split}_auroc"],
+            y + shift,
+            "o",
+            ms=5,
+            color=arm_colour(a),
+            alpha=0.65,
+            mec="white",
+            mew=0.5,
+        )
         ax.plot([t[f"{split}_auroc"].mean()] * 2, [y - 0.36, y + 0.36], color=arm_colour(a), lw=2)
     ax.set_yticks(range(len(rows)), [f"{arm_label(a)}, {format_percent(f)}" for f, a, _ in rows])
     ax.set(xlabel=f"AUROC on {split}", ylim=(len(rows) - 0.4, -0.6))
@@ -174,34 +245,58 @@ def figure_arms(
 
 # %% ../../nbs/report/figures.ipynb #c42fed00
 def figure_accuracy(
-    rows: list[dict], # label, mean, sd (0-1; None for one run), arm
-    always: float,    # accuracy of calling everybody sick, 0-1
-    ax                # where to draw
+    rows: list[dict],  # label, mean, sd (0-1; None for one run), arm
+    always: float,  # accuracy of calling everybody sick, 0-1
+    ax,  # where to draw
 ):
     "Accuracy by configuration, with standard deviations over runs."
     for y, r in enumerate(rows):
-        ax.barh(y, 100 * r["mean"], color=arm_colour(r["arm"]), height=0.6, xerr=100 * r["sd"] if r["sd"] else None, error_kw=dict(lw=1.2, capsize=3))
+        ax.barh(
+            y,
+            100 * r["mean"],
+            color=arm_colour(r["arm"]),
+            height=0.6,
+            xerr=100 * r["sd"] if r["sd"] else None,
+            error_kw=dict(lw=1.2, capsize=3),
+        )
         ax.text(1, y, f"{100 * r['mean']:.1f}", va="center", fontsize=9, color="white")
     ax.axvline(100 * always, color="#222222", lw=1, ls=":")
     ax.set_yticks(range(len(rows)), [r["label"] for r in rows])
-    ax.set(xlabel="accuracy at threshold 0.5, %\n(dotted: calling everybody sick)", xlim=(0, 100), ylim=(len(rows) - 0.4, -0.6))
+    ax.set(
+        xlabel="accuracy at threshold 0.5, %\n(dotted: calling everybody sick)",
+        xlim=(0, 100),
+        ylim=(len(rows) - 0.4, -0.6),
+    )
     return ax
 
 # %% ../../nbs/report/figures.ipynb #01c2dd28
 def accuracy_rows(
-    ev: Evidence, # the study
-    split: str    # internal or test
-): # rows for `figure_accuracy`, and the accuracy of calling everybody sick
+    ev: Evidence,  # the study
+    split: str,  # internal or test
+):  # rows for `figure_accuracy`, and the accuracy of calling everybody sick
     "Accuracy by fraction and arm, from results.csv."
-    groups = ev.results.dropna(subset=f"{split}_accuracy").groupby(["real_fraction", "arm"], sort=False)[f"{split}_accuracy"]
-    return [dict(label=f"{arm_label(a)}, {format_percent(f)}", arm=a, mean=float(x.mean()), sd=float(x.std(ddof=1)) if len(x) > 1 else None) for (f, a), x in groups], float(ev.images[split].label.mean())
+    groups = ev.results.dropna(subset=f"{split}_accuracy").groupby(
+        ["real_fraction", "arm"], sort=False
+    )[f"{split}_accuracy"]
+    return [
+        dict(
+            label=f"{arm_label(a)}, {format_percent(f)}",
+            arm=a,
+            mean=float(x.mean()),
+            sd=float(x.std(ddof=1)) if len(x) > 1 else None,
+        )
+        for (f, a), x in groups
+    ], float(ev.images[split].label.mean())
 
 # %% ../../nbs/report/figures.ipynb #1d3ddbf9
 FPR_GRID = np.linspace(0, 1, 201)
 
+
 def mean_roc(
-    scores: RunScores # of one arm
-) -> np.ndarray: # (3, 201): mean, least and greatest sensitivity at each of 201 false-positive rates
+    scores: RunScores,  # of one arm
+) -> (
+    np.ndarray
+):  # (3, 201): mean, least and greatest sensitivity at each of 201 false-positive rates
     "ROC curve averaged over runs at fixed false-positive rates."
     curves = []
     for p in scores.probs.reshape(-1, len(scores.labels)):
@@ -211,37 +306,54 @@ def mean_roc(
 
 # %% ../../nbs/report/figures.ipynb #dbb03880
 def roc_operating_points(
-    ev: Evidence, arm: str, fraction: float, scores: RunScores # an arm's runs on a split
-) -> dict: # {rule: (1 - specificity, sensitivity)}, means over runs
+    ev: Evidence,
+    arm: str,
+    fraction: float,
+    scores: RunScores,  # an arm's runs on a split
+) -> dict:  # {rule: (1 - specificity, sensitivity)}, means over runs
     "Where the thresholds 0.5 and val-sensitivity 95 % lie on another split."
     sick, probs = scores.labels == 1, scores.probs.reshape(-1, len(scores.labels))
     cuts = run_thresholds(ev, arm, fraction, scores.runs)
-    points = {r: np.mean([((p >= c[r])[~sick].mean(), (p >= c[r])[sick].mean()) for p, c in zip(probs, cuts)], axis=0) for r in ("0.5", "sens95")}
+    points = {
+        r: np.mean(
+            [((p >= c[r])[~sick].mean(), (p >= c[r])[sick].mean()) for p, c in zip(probs, cuts)],
+            axis=0,
+        )
+        for r in ("0.5", "sens95")
+    }
     return {r: tuple(map(float, xy)) for r, xy in points.items()}
 
 # %% ../../nbs/report/figures.ipynb #adabc01b
 def figure_roc(
-    curves: dict, # {arm: from `mean_roc`}
-    points: dict, # {arm: from `roc_operating_points`}; may be empty
-    ax            # where to draw
+    curves: dict,  # {arm: from `mean_roc`}
+    points: dict,  # {arm: from `roc_operating_points`}; may be empty
+    ax,  # where to draw
 ):
     "ROC curves of the arms, with the range over runs and the operating points."
     ax.plot([0, 1], [0, 1], ":", color="#999999", lw=1)
     for arm, (mean, low, high) in curves.items():
         ax.fill_between(FPR_GRID, low, high, color=arm_colour(arm), alpha=0.13, lw=0)
         ax.plot(FPR_GRID, mean, color=arm_colour(arm), lw=1.8, label=arm_label(arm))
-        for (x, y), mark in zip(points.get(arm, {}).values(), "oD"): ax.plot(x, y, mark, ms=5, color=arm_colour(arm), mec="white")
-    ax.set(xlabel="1 − specificity", ylabel="sensitivity", aspect="equal", xlim=(0, 1), ylim=(0, 1.01))
+        for (x, y), mark in zip(points.get(arm, {}).values(), "oD"):
+            ax.plot(x, y, mark, ms=5, color=arm_colour(arm), mec="white")
+    ax.set(
+        xlabel="1 − specificity", ylabel="sensitivity", aspect="equal", xlim=(0, 1), ylim=(0, 1.01)
+    )
     ax.legend(frameon=False, fontsize=9, loc="lower right")
     return ax
 
 # %% ../../nbs/report/figures.ipynb #cefe1e83
-def logit_of(p): return np.log(np.clip(p, 1e-7, 1 - 1e-7)) - np.log1p(-np.clip(p, 1e-7, 1 - 1e-7))
-def apply_temperature(p, temperature): return 1 / (1 + np.exp(-logit_of(p) / temperature))
+def logit_of(p):
+    return np.log(np.clip(p, 1e-7, 1 - 1e-7)) - np.log1p(-np.clip(p, 1e-7, 1 - 1e-7))
+
+
+def apply_temperature(p, temperature):
+    return 1 / (1 + np.exp(-logit_of(p) / temperature))
+
 
 def fit_temperature(
-    label, # (n,) 0 or 1, of val
-    prob   # (n,) P(pneumonia)
+    label,  # (n,) 0 or 1, of val
+    prob,  # (n,) P(pneumonia)
 ) -> float:
     "The temperature with the least log loss (Guo et al., 2017)."
     z, y = logit_of(np.asarray(prob)), np.asarray(label)
@@ -250,98 +362,159 @@ def fit_temperature(
 
 # %% ../../nbs/report/figures.ipynb #cec78655
 def reliability(
-    label, prob, # (n,) of one run, or of several joined
-    bins: int=10 # of equally many images
-) -> list:       # rows (mean probability, share of sick, low, high (Wilson 95 %), images)
+    label,
+    prob,  # (n,) of one run, or of several joined
+    bins: int = 10,  # of equally many images
+) -> list:  # rows (mean probability, share of sick, low, high (Wilson 95 %), images)
     "Share of sick images by predicted probability."
     out = []
     for part in np.array_split(np.argsort(prob, kind="stable"), bins):
-        if not len(part): continue
+        if not len(part):
+            continue
         ci = stats.binomtest(int(label[part].sum()), len(part)).proportion_ci(method="wilson")
-        out.append((float(prob[part].mean()), float(label[part].mean()), ci.low, ci.high, len(part)))
+        out.append(
+            (float(prob[part].mean()), float(label[part].mean()), ci.low, ci.high, len(part))
+        )
     return out
 
 # %% ../../nbs/report/figures.ipynb #2596f84b
 def figure_calibration(
-    curves: dict, # {arm: (rows of `reliability`, Brier before, Brier after)}
-    ax            # where to draw
+    curves: dict,  # {arm: (rows of `reliability`, Brier before, Brier after)}
+    ax,  # where to draw
 ):
     "Reliability curves with Wilson intervals; Brier scores in the legend."
     ax.plot([0, 1], [0, 1], ":", color="#999999", lw=1)
     for arm, (rows, before, after) in curves.items():
         x, y, low, high, n = map(np.array, zip(*rows))
-        ax.errorbar(x, y, yerr=[y - low, high - y], fmt="o-", ms=4, lw=1.4, elinewidth=0.8, color=arm_colour(arm),
-                    label=f"{arm_label(arm)}: Brier {before:.3f}\n(with temperature {after:.3f})")
+        ax.errorbar(
+            x,
+            y,
+            yerr=[y - low, high - y],
+            fmt="o-",
+            ms=4,
+            lw=1.4,
+            elinewidth=0.8,
+            color=arm_colour(arm),
+            label=f"{arm_label(arm)}: Brier {before:.3f}\n(with temperature {after:.3f})",
+        )
         ax.plot(x, np.full(len(x), -0.04), "|", color=arm_colour(arm), ms=8, clip_on=False)
-    ax.set(xlabel=f"predicted probability ({rows[0][-1]} images a bin)", ylabel="share of sick patients", xlim=(0, 1), ylim=(-0.06, 1.02))
+    ax.set(
+        xlabel=f"predicted probability ({rows[0][-1]} images a bin)",
+        ylabel="share of sick patients",
+        xlim=(0, 1),
+        ylim=(-0.06, 1.02),
+    )
     ax.legend(frameon=False, fontsize=8, loc="lower right")
     return ax
 
 # %% ../../nbs/report/figures.ipynb #4414365b
 def calibration(
-    ev: Evidence, arm: str, fraction: float, # an arm
-    split: str    # internal or test
-): # for `figure_calibration`: reliability of the first run, its Brier score before and after the temperature of its val; None without a run
+    ev: Evidence,
+    arm: str,
+    fraction: float,  # an arm
+    split: str,  # internal or test
+):  # for `figure_calibration`: reliability of the first run, its Brier score before and after the temperature of its val; None without a run
     "Calibration of one run; runs are not pooled, since their mean would be better calibrated than any of them."
     for row in ev.rows(arm, fraction).values():
-        if not ev.expects(row, split): continue
+        if not ev.expects(row, split):
+            continue
         here, val = ev.run(row, split), ev.run(row, "val")
-        if here is None or val is None: continue
-        t, y, p = fit_temperature(val.label, val.prob), here.label.to_numpy(), here.prob.to_numpy()
-        return reliability(y, p), float(brier_score_loss(y, p)), float(brier_score_loss(y, apply_temperature(p, t)))
+        if here is None or val is None:
+            continue
+        t = fit_temperature(val.label, val.prob)
+        y = here.label.to_numpy()
+        p = here.prob.to_numpy()
+        return (
+            reliability(y, p),
+            float(brier_score_loss(y, p)),
+            float(brier_score_loss(y, apply_temperature(p, t))),
+        )
 
 # %% ../../nbs/report/figures.ipynb #440cd693
 def blocks_of(
     ev: Evidence,  # the study
-    arm: str, fraction: float, # whose runs
-    split: str = "test", # internal or test
-    blocks: int = 6      # of consecutive patients
+    arm: str,
+    fraction: float,  # whose runs
+    split: str = "test",  # internal or test
+    blocks: int = 6,  # of consecutive patients
 ):  # rows (specificity, low, high), mean over runs with a Wilson interval for its images; and the specificity on val
     "Specificity at 0.5 along the patient numbers, over the healthy images of a split."
     images = ev.images[split]
     scores = pair_scores(ev, (arm,), fraction, split)
     healthy = np.flatnonzero(images.label == 0)
-    if not scores or len(healthy) < 2 * blocks: return None
-    number = images.patient_id.iloc[healthy].str.extract(r"(\d+)\D*$", expand=False).fillna("0").astype(float)
+    if not scores or len(healthy) < 2 * blocks:
+        return None
+    number = (
+        images.patient_id.iloc[healthy]
+        .str.extract(r"(\d+)\D*$", expand=False)
+        .fillna("0")
+        .astype(float)
+    )
     order, right = healthy[np.argsort(number, kind="stable")], (scores[0].probs < 0.5).mean((0, 1))
     rows = []
     for part in np.array_split(order, blocks):
-        ci = stats.binomtest(int(round(right[part].sum())), len(part)).proportion_ci(method="wilson")
+        ci = stats.binomtest(int(round(right[part].sum())), len(part)).proportion_ci(
+            method="wilson"
+        )
         rows.append((float(right[part].mean()), ci.low, ci.high))
-    return rows, float(ev.results.loc[(ev.results.arm == arm) & np.isclose(ev.results.real_fraction, fraction), "val_specificity"].mean())
+    return rows, float(
+        ev.results.loc[
+            (ev.results.arm == arm) & np.isclose(ev.results.real_fraction, fraction),
+            "val_specificity",
+        ].mean()
+    )
 
 # %% ../../nbs/report/figures.ipynb #a9625b20
 def figure_blocks(
-    rows, val: float, # from `blocks_of`
-    ax                # where to draw
+    rows,
+    val: float,  # from `blocks_of`
+    ax,  # where to draw
 ):
     "Specificity along the patient numbers, with val's as a line."
     y, low, high = map(np.array, zip(*rows))
-    ax.errorbar(range(1, len(y) + 1), y, yerr=[y - low, high - y], fmt="o", color=arm_colour("real"), ms=6, capsize=3)
+    ax.errorbar(
+        range(1, len(y) + 1),
+        y,
+        yerr=[y - low, high - y],
+        fmt="o",
+        color=arm_colour("real"),
+        ms=6,
+        capsize=3,
+    )
     ax.axhline(val, color="#222222", lw=1, ls=":")
     ax.text(len(y) + 0.4, val, "val", fontsize=9, va="bottom", ha="right")
-    ax.set(xlabel="official test: healthy patients by number, six blocks", ylabel="specificity at 0.5", ylim=(0, 1.03), xlim=(0.4, len(y) + 0.6))
+    ax.set(
+        xlabel="official test: healthy patients by number, six blocks",
+        ylabel="specificity at 0.5",
+        ylim=(0, 1.03),
+        xlim=(0.4, len(y) + 0.6),
+    )
     return ax
 
 # %% ../../nbs/report/figures.ipynb #bc5f42aa
 def figure_shift(
-    shift: list[dict], # of audit.json: class_name, auc, low, high, control
-    ax                 # where to draw
+    shift: list[dict],  # of audit.json: class_name, auc, low, high, control
+    ax,  # where to draw
 ):
     "How well the official test can be told from training, by class; diamonds: random patients against the others."
     for y, s in enumerate(shift):
         ax.plot([s["low"], s["high"]], [y, y], color="#D55E00", lw=2)
         ax.plot(s["auc"], y, "o", color="#D55E00", ms=7)
-        if s["control"] is not None: ax.plot(s["control"], y, "D", color="#0072B2", ms=6)
+        if s["control"] is not None:
+            ax.plot(s["control"], y, "D", color="#0072B2", ms=6)
     ax.axvline(0.5, color="#666666", lw=0.8)
     ax.set_yticks(range(len(shift)), [s["class_name"] for s in shift])
-    ax.set(xlabel="test against training: AUROC of a simple classifier", xlim=(0.35, 1.02), ylim=(len(shift) - 0.4, -0.6))
+    ax.set(
+        xlabel="test against training: AUROC of a simple classifier",
+        xlim=(0.35, 1.02),
+        ylim=(len(shift) - 0.4, -0.6),
+    )
     return ax
 
 # %% ../../nbs/report/figures.ipynb #71b8383f
 def figure_selection(
-    curves: dict, # {label: accuracy on test after each epoch, 0-1}
-    ax            # where to draw
+    curves: dict,  # {label: accuracy on test after each epoch, 0-1}
+    ax,  # where to draw
 ):
     "Test accuracy by epoch: the best one (ring) against the last one (square), and what choosing was worth."
     gaps = []
@@ -352,7 +525,11 @@ def figure_selection(
         ax.plot(best + 1, y[best], "o", ms=9, mfc="none", mec=tone, mew=1.8)
         ax.plot(len(y), y[-1], "s", ms=6, color=tone)
         gaps.append(y[best] - y[-1])
-    ax.set(xlabel="epoch", ylabel="accuracy on the test, %", title=f"choosing on the test is worth {np.mean(gaps):.1f} pp\n(ring: reported, square: last epoch)")
+    ax.set(
+        xlabel="epoch",
+        ylabel="accuracy on the test, %",
+        title=f"choosing on the test is worth {np.mean(gaps):.1f} pp\n(ring: reported, square: last epoch)",
+    )
     ax.title.set_size(9)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(frameon=False, fontsize=8, loc="lower right")
@@ -360,34 +537,46 @@ def figure_selection(
 
 # %% ../../nbs/report/figures.ipynb #61d539f7
 def selection_curves(
-    study: Study # the study, with guide/ runs
-) -> dict: # {label: accuracies}; empty without any
+    study: Study,  # the study, with guide/ runs
+) -> dict:  # {label: accuracies}; empty without any
     "Test accuracies per epoch of the guide's runs, first seed of each arm."
     out = {}
-    for p in sorted((study/"guide").glob("*/seed*.json")):
+    for p in sorted((study / "guide").glob("*/seed*.json")):
         history = read_json(p).get("history") or {}
-        y = history.get("val_acc") or history.get("val_accuracy") or history.get("test_accuracy") if isinstance(history, dict) else [h.get("val_acc", h.get("accuracy")) for h in history]
-        if y and None not in y: out.setdefault(p.parent.name.removeprefix("guide-"), y)
+        y = (
+            history.get("val_acc") or history.get("val_accuracy") or history.get("test_accuracy")
+            if isinstance(history, dict)
+            else [h.get("val_acc", h.get("accuracy")) for h in history]
+        )
+        if y and None not in y:
+            out.setdefault(p.parent.name.removeprefix("guide-"), y)
     return out
 
 # %% ../../nbs/report/figures.ipynb #e3736683
 def training_curves(
-    study: Study # the study
-) -> dict: # {label: table with step and loss}
+    study: Study,  # the study
+) -> dict:  # {label: table with step and loss}
     "train.csv of every generator, in order of their names; the base's own training is left out."
     out = {}
-    for p in sorted((study/"models").rglob("train.csv")):
+    for p in sorted((study / "models").rglob("train.csv")):
         table = pd.read_csv(p)
-        name = p.parent.relative_to(study/"models").as_posix()
-        if not {"step", "loss"} <= set(table): continue
-        parts = table.groupby("part") if "part" in table else [(None, table)]   # the log of a generator has a part for each class
-        out |= {f"{name}, {part}" if part else name: t.dropna(subset="loss") for part, t in parts if part not in ("base", "vae")}
+        name = p.parent.relative_to(study / "models").as_posix()
+        if not {"step", "loss"} <= set(table):
+            continue
+        parts = (
+            table.groupby("part") if "part" in table else [(None, table)]
+        )  # the log of a generator has a part for each class
+        out |= {
+            f"{name}, {part}" if part else name: t.dropna(subset="loss")
+            for part, t in parts
+            if part not in ("base", "vae")
+        }
     return out
 
 # %% ../../nbs/report/figures.ipynb #6a87601c
 def figure_training(
-    curves: dict, # from `training_curves`
-    ax            # where to draw
+    curves: dict,  # from `training_curves`
+    ax,  # where to draw
 ):
     "Training loss by step, smoothed."
     for k, (label, t) in enumerate(list(curves.items())[:6]):
@@ -399,17 +588,28 @@ def figure_training(
 
 # %% ../../nbs/report/figures.ipynb #552f91f3
 def load_quality(
-    study: Study, # the study
-    base: bool = False # the sets before fine-tuning in place of the fine-tuned ones
-) -> list[dict]: # rows of every quality/GENERATOR.json, with `generator`
+    study: Study,  # the study
+    base: bool = False,  # the sets before fine-tuning in place of the fine-tuned ones
+) -> list[dict]:  # rows of every quality/GENERATOR.json, with `generator`
     "Rows of the quality stage, or nothing if it has not run."
-    files = sorted(p for p in (study/"quality").glob("*.json") if not p.name.endswith("stage.json") and p.stem.endswith("-base") == base)
+    files = sorted(
+        p
+        for p in (study / "quality").glob("*.json")
+        if not p.name.endswith("stage.json") and p.stem.endswith("-base") == base
+    )
     return [r | dict(generator=p.stem.removesuffix("-base")) for p in files for r in read_json(p)]
 
-def distances(rows): return [r for r in rows if r["metric"].lower() in ("fd", "fid") and r.get("reference", "train") == "train"]
+
+def distances(rows):
+    return [
+        r
+        for r in rows
+        if r["metric"].lower() in ("fd", "fid") and r.get("reference", "train") == "train"
+    ]
+
 
 def fd_name(
-    row: dict # of `load_quality`
+    row: dict,  # of `load_quality`
 ) -> str:
     "Only Inception features may be called FID; all else is an FD that names its extractor."
     return "FID" if row["extractor"].startswith("inception") else f"FD ({row['extractor']})"
@@ -417,37 +617,52 @@ def fd_name(
 # %% ../../nbs/report/figures.ipynb #e0586f16
 def figure_fd(
     rows: list[dict],  # from `distances`
-    before: list[dict],# the same before fine-tuning; may be empty
-    ax                 # where to draw
+    before: list[dict],  # the same before fine-tuning; may be empty
+    ax,  # where to draw
 ):
     "Fréchet distance by generator and class, with the real-vs-real floor as a grey band."
     old = {(r["generator"], r["class_name"]): r["value"] for r in before}
     for y, r in enumerate(rows):
-        if (v := old.get((r["generator"], r["class_name"]))) is not None: ax.barh(y, v, height=0.6, facecolor="none", edgecolor="#999999", lw=1)
+        if (v := old.get((r["generator"], r["class_name"]))) is not None:
+            ax.barh(y, v, height=0.6, facecolor="none", edgecolor="#999999", lw=1)
         ax.barh(y, r["value"], height=0.34, color="#E69F00", zorder=2)
         ax.plot([r["low"], r["high"]], [y, y], color="#222222", lw=1.2, zorder=3)
-        ax.fill_betweenx([y - 0.42, y + 0.42], r["floor_low"], r["floor_high"], color="#CCCCCC", zorder=1, lw=0)
+        ax.fill_betweenx(
+            [y - 0.42, y + 0.42], r["floor_low"], r["floor_high"], color="#CCCCCC", zorder=1, lw=0
+        )
         ax.plot([r["floor"]] * 2, [y - 0.42, y + 0.42], color="#777777", lw=1.2, zorder=1)
     ax.set_yticks(range(len(rows)), [f"{r['generator']}\n{r['class_name']}" for r in rows])
-    ax.set(xlabel=f"{fd_name(rows[0])}; grey: real against real" + "\nhollow: before fine-tuning" * bool(old), ylim=(len(rows) - 0.4, -0.6), xlim=(0, None))
+    ax.set(
+        xlabel=f"{fd_name(rows[0])}; grey: real against real"
+        + "\nhollow: before fine-tuning" * bool(old),
+        ylim=(len(rows) - 0.4, -0.6),
+        xlim=(0, None),
+    )
     return ax
 
 # %% ../../nbs/report/figures.ipynb #bc943d2b
 def small_pictures(
-    paths # PNG files
-) -> np.ndarray: # float32 (N, 1024): 32 x 32 px, each with mean 0 and spread 1
+    paths,  # PNG files
+) -> np.ndarray:  # float32 (N, 1024): 32 x 32 px, each with mean 0 and spread 1
     "Files as short vectors; raises `CxrError` that names a file which can't be read."
     out = np.empty((len(paths), 1024), np.float32)
     for n, p in enumerate(paths):
-        try: x = np.asarray(Image.open(p).convert("L").resize((32, 32), Image.Resampling.BOX), np.float32).ravel()
-        except OSError as e: raise CxrError(f"{p} can't be read: {e}.\nMake it again, or move it out of the study.") from None
+        try:
+            x = np.asarray(
+                Image.open(p).convert("L").resize((32, 32), Image.Resampling.BOX), np.float32
+            ).ravel()
+        except OSError as e:
+            raise CxrError(
+                f"{p} can't be read: {e}.\nMake it again, or move it out of the study."
+            ) from None
         out[n] = (x - x.mean()) / (x.std() + 1e-6)
     return out
 
+
 def nearest_picture(
-    of,    # (N, D) pictures
-    among, # (M, D) pictures
-): # index into `among` (N,), root mean square distance (N,)
+    of,  # (N, D) pictures
+    among,  # (M, D) pictures
+):  # index into `among` (N,), root mean square distance (N,)
     "The nearest picture, by products."
     d2 = (of**2).sum(1)[:, None] - 2 * of @ among.T + (among**2).sum(1)
     at = d2.argmin(1)
@@ -456,84 +671,140 @@ def nearest_picture(
 # %% ../../nbs/report/figures.ipynb #e0880087
 class PictureDistances:
     "Files of one generator and of the real images: drawn by lot from `seed`, at most `most` of each kind."
+
     def __init__(self, ev, generator, most=600, seed=0):
-        pick = lambda files, what: [files[i] for i in np.sort(np.random.default_rng(seed_for(seed, "album", what)).permutation(len(files))[:most])]
-        real = lambda split, label=None: [p for i, y in ev.images[split].label.items() if y == label or label is None if (p := ev.study/f"data/images/{i}.png").is_file()]
-        self.synthetic = {c: pick(sorted((ev.study/"synthetic"/generator/c).glob("*.png")), c) for c in CLASSES}
+        pick = lambda files, what: [
+            files[i]
+            for i in np.sort(
+                np.random.default_rng(seed_for(seed, "album", what)).permutation(len(files))[:most]
+            )
+        ]
+        real = lambda split, label=None: [
+            p
+            for i, y in ev.images[split].label.items()
+            if y == label or label is None
+            if (p := ev.study / f"data/images/{i}.png").is_file()
+        ]
+        self.synthetic = {
+            c: pick(sorted((ev.study / "synthetic" / generator / c).glob("*.png")), c)
+            for c in CLASSES
+        }
         self.real = {c: real("train", k) for k, c in enumerate(CLASSES)}
         self.held = pick(real("val"), "val")
+
     def distances(self):
         "Distance to the nearest training image: of synthetic images, and of val images."
         seen = small_pictures(self.real[CLASSES[0]] + self.real[CLASSES[1]])
-        return tuple(nearest_picture(small_pictures(p), seen)[1] for p in ([*self.synthetic[CLASSES[0]], *self.synthetic[CLASSES[1]]], self.held))
+        return tuple(
+            nearest_picture(small_pictures(p), seen)[1]
+            for p in ([*self.synthetic[CLASSES[0]], *self.synthetic[CLASSES[1]]], self.held)
+        )
+
     def rows(self, n=5):
         "For `figure_grid`: real, synthetic, and the nearest real image, of each class."
         out = []
         for c in CLASSES:
-            real, made = ([files[i] for i in np.random.default_rng(seed_for(0, "grid", c)).permutation(len(files))[:n]] for files in (self.real[c], self.synthetic[c]))
-            near = [self.real[c][i] for i in nearest_picture(small_pictures(made), small_pictures(self.real[c]))[0]]
+            real, made = (
+                [
+                    files[i]
+                    for i in np.random.default_rng(seed_for(0, "grid", c)).permutation(len(files))[
+                        :n
+                    ]
+                ]
+                for files in (self.real[c], self.synthetic[c])
+            )
+            near = [
+                self.real[c][i]
+                for i in nearest_picture(small_pictures(made), small_pictures(self.real[c]))[0]
+            ]
             out += [(f"{c}\nreal", real), (f"{c}\nsynthetic", made), ("its nearest\nreal", near)]
-        return [(label, [np.asarray(Image.open(p).convert("L")) for p in files]) for label, files in out]
-    def __bool__(self): return all(self.synthetic.values()) and all(self.real.values())
+        return [
+            (label, [np.asarray(Image.open(p).convert("L")) for p in files]) for label, files in out
+        ]
+
+    def __bool__(self):
+        return all(self.synthetic.values()) and all(self.real.values())
 
 # %% ../../nbs/report/figures.ipynb #c83a8012
 def figure_grid(
-    rows: list, # (label, list of uint8 images)
-    ax          # where to draw
+    rows: list,  # (label, list of uint8 images)
+    ax,  # where to draw
 ):
     "Images in rows, a label before each row."
     size = max(max(im.shape) for _, ims in rows for im in ims)
-    page = np.full((len(rows) * (size + 2), max(len(ims) for _, ims in rows) * (size + 2)), 255, np.uint8)
+    page = np.full(
+        (len(rows) * (size + 2), max(len(ims) for _, ims in rows) * (size + 2)), 255, np.uint8
+    )
     for r, (_, ims) in enumerate(rows):
         for c, im in enumerate(ims):
             y, x = (k * (size + 2) for k in (r, c))
-            page[y:y + im.shape[0], x:x + im.shape[1]] = im
+            page[y : y + im.shape[0], x : x + im.shape[1]] = im
     ax.imshow(page, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     ax.set_yticks([(r + 0.5) * (size + 2) for r in range(len(rows))], [label for label, _ in rows])
     ax.set_xticks([])
-    ax.tick_params(length=0); ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
     return ax
 
 # %% ../../nbs/report/figures.ipynb #ef53abcb
 def figure_memory(
-    synthetic, # (N,) distances of synthetic images to the nearest training image
-    held,      # (M,) the same of real images that nobody has trained on
-    ax         # where to draw
+    synthetic,  # (N,) distances of synthetic images to the nearest training image
+    held,  # (M,) the same of real images that nobody has trained on
+    ax,  # where to draw
 ):
     "Two histograms of distances; the line is the nearest 1 % of unseen real images."
     bins = np.linspace(0, max(np.max(synthetic), np.max(held)) * 1.05, 40)
     for d, tone, label in ((held, "#0072B2", "real, unseen"), (synthetic, "#E69F00", "synthetic")):
-        ax.hist(d, bins, weights=np.full(len(d), 100 / len(d)), color=tone, alpha=0.55, label=f"{label} ({len(d):,})")
+        ax.hist(
+            d,
+            bins,
+            weights=np.full(len(d), 100 / len(d)),
+            color=tone,
+            alpha=0.55,
+            label=f"{label} ({len(d):,})",
+        )
     limit = np.quantile(held, 0.01)
     ax.axvline(limit, color="#222222", lw=1, ls=":")
-    ax.set(xlabel="distance to the nearest training image", ylabel="% of images", title=f"{100 * np.mean(np.asarray(synthetic) < limit):.1f} % of the synthetic images are nearer\nthan 99 % of unseen real ones")
+    ax.set(
+        xlabel="distance to the nearest training image",
+        ylabel="% of images",
+        title=f"{100 * np.mean(np.asarray(synthetic) < limit):.1f} % of the synthetic images are nearer\nthan 99 % of unseen real ones",
+    )
     ax.title.set_size(9)
     ax.legend(frameon=False, fontsize=8)
     return ax
 
 # %% ../../nbs/report/figures.ipynb #e9d5dd83
 def heat_cases(
-    ev: Evidence, # the study
-    most: int = 3 # cases of each kind
-) -> dict:        # {arm: {kind: list of (image (R, R), heat (R, R) 0-1, P(pneumonia))}}; without maps nothing
+    ev: Evidence,  # the study
+    most: int = 3,  # cases of each kind
+) -> (
+    dict
+):  # {arm: {kind: list of (image (R, R), heat (R, R) 0-1, P(pneumonia))}}; without maps nothing
     "The cases of the primary contrast's arms whose image is here."
     c, out = ev.plan["primary"], {}
     for arm in (c["control"], c["arm"]):
-        folder = ev.study/f"runs/{arm}/{generator_name(c['fraction'], 0)}-seed0"
-        if not (folder/"heat.csv").is_file(): continue
-        t, small = pd.read_csv(folder/"heat.csv", dtype={"image_id": str}), np.load(folder/"heat.npy")
+        folder = ev.study / f"runs/{arm}/{generator_name(c['fraction'], 0)}-seed0"
+        if not (folder / "heat.csv").is_file():
+            continue
+        t = pd.read_csv(folder / "heat.csv", dtype={"image_id": str})
+        small = np.load(folder / "heat.npy")
         small = small / max(small.max(), 1e-12)
-        t = t[[(ev.study/f"data/images/{i}.png").is_file() for i in t.image_id]]
+        t = t[[(ev.study / f"data/images/{i}.png").is_file() for i in t.image_id]]
         for r in t.groupby("kind", sort=False).head(most).itertuples():
-            image = np.asarray(Image.open(ev.study/f"data/images/{r.image_id}.png").convert("L"))
-            heat = np.asarray(Image.fromarray(small[r.Index].astype(np.float32)).resize(image.shape[::-1], Image.Resampling.BILINEAR))
+            image = np.asarray(Image.open(ev.study / f"data/images/{r.image_id}.png").convert("L"))
+            heat = np.asarray(
+                Image.fromarray(small[r.Index].astype(np.float32)).resize(
+                    image.shape[::-1], Image.Resampling.BILINEAR
+                )
+            )
             out.setdefault(arm, {}).setdefault(r.kind, []).append((image, heat, r.prob))
     return out
 
 # %% ../../nbs/report/figures.ipynb #e51ab738
 def figure_cam(
-    cases: dict, # from `heat_cases`
-    ax           # where to draw
+    cases: dict,  # from `heat_cases`
+    ax,  # where to draw
 ):
     "Heat over images: a block of columns for each arm, a row for each kind; P(pneumonia) in the corner."
     kinds = list(dict.fromkeys(k for found in cases.values() for k in found))
@@ -541,70 +812,145 @@ def figure_cam(
     for n, (arm, found) in enumerate(cases.items()):
         left = n * (wide + 0.3)
         ax.text(left + wide / 2, 0.08, arm_label(arm), ha="center", va="bottom", fontsize=9)
-        for y, x, (image, heat, p) in ((y, left + k, c) for y, kind in enumerate(kinds) for k, c in enumerate(found.get(kind, []))):
+        for y, x, (image, heat, p) in (
+            (y, left + k, c)
+            for y, kind in enumerate(kinds)
+            for k, c in enumerate(found.get(kind, []))
+        ):
             mix = 0.5 * heat[..., None]
-            ax.imshow((1 - mix) * image[..., None] / 255 + mix * matplotlib.colormaps["inferno"](heat)[..., :3], extent=(x + 0.02, x + 0.98, -y - 0.98, -y - 0.02))
+            ax.imshow(
+                (1 - mix) * image[..., None] / 255
+                + mix * matplotlib.colormaps["inferno"](heat)[..., :3],
+                extent=(x + 0.02, x + 0.98, -y - 0.98, -y - 0.02),
+            )
             ax.text(x + 0.07, -y - 0.07, f"{p:.2f}", color="white", va="top", fontsize=7)
-    ax.set(xlim=(0, len(cases) * (wide + 0.3) - 0.3), ylim=(-len(kinds), 0.35), xticks=[], aspect="equal")
+    ax.set(
+        xlim=(0, len(cases) * (wide + 0.3) - 0.3),
+        ylim=(-len(kinds), 0.35),
+        xticks=[],
+        aspect="equal",
+    )
     ax.set_yticks([-y - 0.5 for y in range(len(kinds))], [k.replace(", ", ",\n") for k in kinds])
-    ax.tick_params(length=0); ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
     return ax
 
 # %% ../../nbs/report/figures.ipynb #c545237c
 def planned_figures(
     ev: Evidence,  # the study
-    analysis: dict # from `analyse`
-): # yields (name, function that draws on axes, width, height)
+    analysis: dict,  # from `analyse`
+):  # yields (name, function that draws on axes, width, height)
     "The figures that this study can fill, in the order of the page."
-    plan, c, study = ev.plan, analysis["contrasts"][0], ev.study
-    far = ("synthetic_only", "permuted", "duplicate")   # these would squeeze the others, or are 0 by design
-    near = [r for r in analysis["contrasts"] if r["state"] == "measured" and (r["role"] != "estimate" or r["arm"] not in far and (r["fraction"], r["split"]) == (c["fraction"], c["split"]))]
-    if near: yield "forest", lambda ax: figure_forest(near, analysis["margin_pp"], ax), 4.5, 0.8 + 0.42 * len(near)
-    if c["state"] == "measured" and (g := guess_of(plan)) is not None: yield "guess", lambda ax: figure_guess(g, c, analysis["margin_pp"], ax), 4.5, 1.7
+    plan = ev.plan
+    c = analysis["contrasts"][0]
+    study = ev.study
+    far = (
+        "synthetic_only",
+        "permuted",
+        "duplicate",
+    )  # these would squeeze the others, or are 0 by design
+    near = [
+        r
+        for r in analysis["contrasts"]
+        if r["state"] == "measured"
+        and (
+            r["role"] != "estimate"
+            or r["arm"] not in far
+            and (r["fraction"], r["split"]) == (c["fraction"], c["split"])
+        )
+    ]
+    if near:
+        yield (
+            "forest",
+            lambda ax: figure_forest(near, analysis["margin_pp"], ax),
+            4.5,
+            0.8 + 0.42 * len(near),
+        )
+    if c["state"] == "measured" and (g := guess_of(plan)) is not None:
+        yield "guess", lambda ax: figure_guess(g, c, analysis["margin_pp"], ax), 4.5, 1.7
     for s in ev.splits:
-        if curves := efficiency(ev, s): yield f"efficiency-{s}", lambda ax: figure_efficiency(curves, s, ax), 4.5, 3
+        if curves := efficiency(ev, s):
+            yield f"efficiency-{s}", lambda ax: figure_efficiency(curves, s, ax), 4.5, 3
     for s in ev.splits:
         shown = sum(r[s] is not None for r in analysis["arms"])
-        if shown: yield f"arms-{s}", lambda ax: figure_arms(ev.results, list(dict.fromkeys(r["arm"] for r in analysis["arms"])), s, ax), 4.5, 0.9 + 0.3 * shown
+        if shown:
+            yield (
+                f"arms-{s}",
+                lambda ax: figure_arms(
+                    ev.results, list(dict.fromkeys(r["arm"] for r in analysis["arms"])), s, ax
+                ),
+                4.5,
+                0.9 + 0.3 * shown,
+            )
     s, f = ev.splits[-1], plan["primary"]["fraction"]
     rows, always = accuracy_rows(ev, s)
-    if rows: yield "accuracy", lambda ax: figure_accuracy(rows, always, ax), 4.5, 0.9 + 0.3 * len(rows)
+    if rows:
+        yield "accuracy", lambda ax: figure_accuracy(rows, always, ax), 4.5, 0.9 + 0.3 * len(rows)
     yield from figures_of_scores(ev, plan["primary"], f)
 
 # %% ../../nbs/report/figures.ipynb #45d1f664
 def figures_of_scores(ev, c, f):
     "ROC and calibration of the arms at the primary fraction."
     for s in ev.splits:
-        scores = {a: p[0] for a in ("real", "mixed", "synthetic_only", "oracle") if (p := pair_scores(ev, (a,), f, s))}
-        if not scores: continue
-        roc, points = {a: mean_roc(x) for a, x in scores.items()}, {a: roc_operating_points(ev, a, f, x) for a, x in scores.items() if a in (c["arm"], c["control"])}
+        scores = {
+            a: p[0]
+            for a in ("real", "mixed", "synthetic_only", "oracle")
+            if (p := pair_scores(ev, (a,), f, s))
+        }
+        if not scores:
+            continue
+        roc = {a: mean_roc(x) for a, x in scores.items()}
+        points = {
+            a: roc_operating_points(ev, a, f, x)
+            for a, x in scores.items()
+            if a in (c["arm"], c["control"])
+        }
         yield f"roc-{s}", lambda ax: figure_roc(roc, points, ax), 3.9, 3.9
         found = {a: r for a in (c["control"], c["arm"]) if (r := calibration(ev, a, f, s))}
-        if found: yield f"calibration-{s}", lambda ax: figure_calibration(found, ax), 3.9, 3.9
+        if found:
+            yield f"calibration-{s}", lambda ax: figure_calibration(found, ax), 3.9, 3.9
 
 # %% ../../nbs/report/figures.ipynb #69de33ec
 def more_figures(
-    ev: Evidence # the study
-): # yields (name, function that draws on axes, width, height)
+    ev: Evidence,  # the study
+):  # yields (name, function that draws on axes, width, height)
     "Data, protocol, generators and images."
     study, largest = ev.study, ev.results.real_fraction.max()
-    audit = read_json(study/"data/audit.json") if (study/"data/audit.json").is_file() else {}
-    if shift := [x for x in audit.get("shift", []) if x.get("auc") is not None]: yield "shift", lambda ax: figure_shift(shift, ax), 4.5, 1.7
-    if ev.test["state"] == "opened" and (found := blocks_of(ev, "real", largest)): yield "blocks", lambda ax: figure_blocks(*found, ax), 4.5, 2.4
-    if cases := heat_cases(ev): yield "cam", lambda ax: figure_cam(cases, ax), 4.5, 2.7
-    if curves := selection_curves(study): yield "selection", lambda ax: figure_selection(curves, ax), 4.5, 2.8
-    if losses := training_curves(study): yield "training", lambda ax: figure_training(losses, ax), 4.5, 2.6
-    if rows := distances(load_quality(study)): yield "fd", lambda ax: figure_fd(rows, distances(load_quality(study, base=True)), ax), 4.5, 0.8 + 0.45 * len(rows)
+    audit = read_json(study / "data/audit.json") if (study / "data/audit.json").is_file() else {}
+    if shift := [x for x in audit.get("shift", []) if x.get("auc") is not None]:
+        yield "shift", lambda ax: figure_shift(shift, ax), 4.5, 1.7
+    if ev.test["state"] == "opened" and (found := blocks_of(ev, "real", largest)):
+        yield "blocks", lambda ax: figure_blocks(*found, ax), 4.5, 2.4
+    if cases := heat_cases(ev):
+        yield "cam", lambda ax: figure_cam(cases, ax), 4.5, 2.7
+    if curves := selection_curves(study):
+        yield "selection", lambda ax: figure_selection(curves, ax), 4.5, 2.8
+    if losses := training_curves(study):
+        yield "training", lambda ax: figure_training(losses, ax), 4.5, 2.6
+    if rows := distances(load_quality(study)):
+        yield (
+            "fd",
+            lambda ax: figure_fd(rows, distances(load_quality(study, base=True)), ax),
+            4.5,
+            0.8 + 0.45 * len(rows),
+        )
     album = PictureDistances(ev, generator_name(ev.plan["primary"]["fraction"], 0))
     if album:
         yield "grid", lambda ax: figure_grid(album.rows(), ax), 4.5, 4.5
-        if album.held: yield "memory", lambda ax: figure_memory(*album.distances(), ax), 4.5, 2.6
+        if album.held:
+            yield "memory", lambda ax: figure_memory(*album.distances(), ax), 4.5, 2.6
+
 
 def draw_figures(
-    ev: Evidence,   # the study
-    analysis: dict, # from `analyse`
-    poster: int = 3000 # width of the poster's PNGs, px
-) -> dict: # {name: PNG bytes}, in the order of the page
+    ev: Evidence,  # the study
+    analysis: dict,  # from `analyse`
+    poster: int = 3000,  # width of the poster's PNGs, px
+) -> dict:  # {name: PNG bytes}, in the order of the page
     "All figures of the report, saved to report/figures."
-    plans = chain(planned_figures(ev, analysis), more_figures(ev))   # lazily: each function is called before the next is made
-    return {name: save_figure(draw(new_axes(w, h)), ev.study/"report/figures", name, poster) for name, draw, w, h in plans}
+    plans = chain(
+        planned_figures(ev, analysis), more_figures(ev)
+    )  # lazily: each function is called before the next is made
+    return {
+        name: save_figure(draw(new_axes(w, h)), ev.study / "report/figures", name, poster)
+        for name, draw, w, h in plans
+    }

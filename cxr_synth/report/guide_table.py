@@ -15,58 +15,121 @@ from ..stats.intervals import holm
 
 # %% ../../nbs/report/guide_table.ipynb #ab1b316f
 def guide_rows(
-    results: dict # from `run_all_experiments`: {name: accuracy_mean, accuracy_std, f1_mean, ..., all_accuracies}
-) -> list[dict]:  # name, mean, sd (n - 1), f1, auc, delta, p_guide (unpaired), p_paired, p_holm; the baseline first
+    results: dict,  # from `run_all_experiments`: {name: accuracy_mean, accuracy_std, f1_mean, ..., all_accuracies}
+) -> list[
+    dict
+]:  # name, mean, sd (n - 1), f1, auc, delta, p_guide (unpaired), p_paired, p_holm; the baseline first
     "Both analyses of the guide's results; raises `CxrError` without a baseline."
-    if "baseline" not in results: raise CxrError(f"found {', '.join(map(repr, results)) or 'no results'}, and no 'baseline' to compare with.\nGive the dictionary that run_all_experiments returns.")
+    if "baseline" not in results:
+        raise CxrError(
+            f"found {', '.join(map(repr, results)) or 'no results'}, and no 'baseline' to compare "
+            "with.\n"
+            "Give the dictionary that run_all_experiments returns."
+        )
     base, rows = np.array(results["baseline"]["all_accuracies"], float), []
     for name, r in results.items():
         x = np.array(r["all_accuracies"], float)
-        row = dict(name=name, mean=float(x.mean()), sd=float(x.std(ddof=1)) if len(x) > 1 else None, f1=r["f1_mean"], auc=r["auc_mean"], delta=None, p_guide=None, p_paired=None)
-        if name != "baseline": row |= dict(delta=float(x.mean() - base.mean()), p_guide=t_test_p(stats.ttest_ind, base, x), p_paired=t_test_p(stats.ttest_rel, base, x) if len(x) == len(base) else None)
+        row = dict(
+            name=name,
+            mean=float(x.mean()),
+            sd=float(x.std(ddof=1)) if len(x) > 1 else None,
+            f1=r["f1_mean"],
+            auc=r["auc_mean"],
+            delta=None,
+            p_guide=None,
+            p_paired=None,
+        )
+        if name != "baseline":
+            row |= dict(
+                delta=float(x.mean() - base.mean()),
+                p_guide=t_test_p(stats.ttest_ind, base, x),
+                p_paired=t_test_p(stats.ttest_rel, base, x) if len(x) == len(base) else None,
+            )
         rows.append(row)
     adjusted = iter(holm([r["p_paired"] for r in rows if r["name"] != "baseline"]))
     return [r | dict(p_holm=None if r["name"] == "baseline" else next(adjusted)) for r in rows]
 
+
 def t_test_p(test, a, b):
     "p of a t-test; None where it has none: one run, or no spread."
-    if min(len(a), len(b)) < 2 or (np.ptp(a) == 0 and np.ptp(b) == 0) or (test is stats.ttest_rel and np.ptp(a - b) < 1e-12): return None
+    if (
+        min(len(a), len(b)) < 2
+        or (np.ptp(a) == 0 and np.ptp(b) == 0)
+        or (test is stats.ttest_rel and np.ptp(a - b) < 1e-12)
+    ):
+        return None
     return float(test(a, b).pvalue)
 
 # %% ../../nbs/report/guide_table.ipynb #1cf8555e
 def guide_lines(
-    results: dict # from `run_all_experiments`
+    results: dict,  # from `run_all_experiments`
 ) -> list[str]:
     "The guide's table, character by character as its function prints it."
-    base, lines = results["baseline"], ["\n" + "=" * 80, "FINAL RESULTS SUMMARY", "=" * 80, f"{'Experiment':<15} {'Accuracy':<18} {'F1 Score':<18} {'AUC':<18} {'vs Baseline':<15}", "-" * 80]
+    base = results["baseline"]
+    lines = [
+        "\n" + "=" * 80,
+        "FINAL RESULTS SUMMARY",
+        "=" * 80,
+        f"{'Experiment':<15} {'Accuracy':<18} {'F1 Score':<18} {'AUC':<18} {'vs Baseline':<15}",
+        "-" * 80,
+    ]
     for name, d in results.items():
-        cells, delta = [f"{d[f'{m}_mean']:.4f} ± {d[f'{m}_std']:.4f}" for m in ("accuracy", "f1", "auc")], "(baseline)"
+        cells = [f"{d[f'{m}_mean']:.4f} ± {d[f'{m}_std']:.4f}" for m in ("accuracy", "f1", "auc")]
+        delta = "(baseline)"
         if name != "baseline":
-            p = t_test_p(stats.ttest_ind, np.array(base["all_accuracies"]), np.array(d["all_accuracies"]))
+            p = t_test_p(
+                stats.ttest_ind, np.array(base["all_accuracies"]), np.array(d["all_accuracies"])
+            )
             delta = f"{d['accuracy_mean'] - base['accuracy_mean']:+.4f} (p={'nan' if p is None else f'{p:.3f}'}){'*' if p is not None and p < 0.05 else ''}"
         lines.append(f"{name:<15} " + " ".join(f"{c:<18}" for c in cells) + f" {delta:<15}")
     return lines + ["-" * 80, "* = statistically significant (p < 0.05)"]
 
+
 def corrected_lines(
-    rows: list[dict] # from `guide_rows`
+    rows: list[dict],  # from `guide_rows`
 ) -> list[str]:
     "The same numbers, paired by seed and adjusted for the number of comparisons; and how the two differ."
     say = lambda p: "–" if p is None else f"{p:.3f}"
-    lines = ["\nThe same runs, paired by seed, Holm's adjustment over all comparisons", f"{'Experiment':<15} {'Accuracy, sd':<18} {'difference':<12} {'p paired':<10} {'p Holm':<10}"]
+    lines = [
+        "\nThe same runs, paired by seed, Holm's adjustment over all comparisons",
+        (
+            f"{'Experiment':<15} {'Accuracy, sd':<18} {'difference':<12} {'p paired':<10} "
+            f"{'p Holm':<10}"
+        ),
+    ]
     for r in rows:
-        lines.append(f"{r['name']:<15} {r['mean']:.4f} ± {'–' if r['sd'] is None else format(r['sd'], '.4f'):<9} {'' if r['delta'] is None else format(r['delta'], '+.4f'):<12} {say(r['p_paired']) if r['delta'] is not None else '':<10} {say(r['p_holm']) if r['delta'] is not None else '':<10}".rstrip())
-    stars, left = sum((r["p_guide"] or 1) < 0.05 for r in rows), sum((r["p_holm"] or 1) < 0.05 for r in rows)
-    return lines + [f"How they differ: {stars} of {len(rows) - 1} comparisons have a star above, {left} below 0.05 here. Neither repairs the choice of the best epoch on the test set,",
-                    "nor that one generator stands for all: for a verdict, see the study's report (cxr-synth report STUDY)."]
+        lines.append(
+            f"{r['name']:<15} {r['mean']:.4f} ± {'–' if r['sd'] is None else format(r['sd'], '.4f'):<9} {'' if r['delta'] is None else format(r['delta'], '+.4f'):<12} {say(r['p_paired']) if r['delta'] is not None else '':<10} {say(r['p_holm']) if r['delta'] is not None else '':<10}".rstrip()
+        )
+    stars = sum((r["p_guide"] or 1) < 0.05 for r in rows)
+    left = sum((r["p_holm"] or 1) < 0.05 for r in rows)
+    return lines + [
+        (
+            f"How they differ: {stars} of {len(rows) - 1} comparisons have a star above, {left} below "
+            "0.05 here. Neither repairs the choice of the best epoch on the test set,"
+        ),
+        (
+            "nor that one generator stands for all: for a verdict, see the study's report (cxr-synth "
+            "report STUDY)."
+        ),
+    ]
 
 # %% ../../nbs/report/guide_table.ipynb #5263b460
 def analyze_and_print_results(
-    results: dict # from `run_all_experiments`
+    results: dict,  # from `run_all_experiments`
 ):
     "Print the guide's table (section 11) and the corrected analysis below it."
     rows = guide_rows(results)
     print("\n".join(guide_lines(results) + corrected_lines(rows)))
 
 # %% ../../nbs/report/guide_table.ipynb #05f45a22
-GUIDE_TITLES = dict(baseline="Baseline", synth_25="Real + 25% Synth", synth_50="Real + 50% Synth", synth_100="Real + 100% Synth", limited_10="10% Real + Synth", limited_25="25% Real + Synth", synth_only="Synthetic Only")
+GUIDE_TITLES = dict(
+    baseline="Baseline",
+    synth_25="Real + 25% Synth",
+    synth_50="Real + 50% Synth",
+    synth_100="Real + 100% Synth",
+    limited_10="10% Real + Synth",
+    limited_25="25% Real + Synth",
+    synth_only="Synthetic Only",
+)
 GUIDE_HEAD = ("Experiment", "Accuracy", "F1-Score", "AUC", "Δ Baseline")

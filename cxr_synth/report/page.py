@@ -21,8 +21,13 @@ import numpy as np, pandas as pd
 from ..base.files import read_csv, read_json
 from ..base.records import Study, generator_name
 from ..protocol.dataset import UNKNOWN, dataset_card
-from .contrasts import (OTHER_METRICS, format_interval, format_number, format_percent,
-                                        format_pp)
+from cxr_synth.report.contrasts import (
+    OTHER_METRICS,
+    format_interval,
+    format_number,
+    format_percent,
+    format_pp,
+)
 from .evidence import RESULT_SPLITS
 from .figures import arm_label, distances, fd_name, guess_of, load_quality
 from ..stats.auc import THRESHOLD_RULES
@@ -30,508 +35,1345 @@ from ..stats.auc import THRESHOLD_RULES
 # %% ../../nbs/report/page.ipynb #b3add6b7
 class Html(str):
     "Text that is HTML already; what is added to it is escaped, unless it is HTML too."
-    def __add__(self, other): return Html(str.__add__(self, escape_html(other)))
+
+    def __add__(self, other):
+        return Html(str.__add__(self, escape_html(other)))
+
 
 def escape_html(
-    x # a number, a text, or `Html`
+    x,  # a number, a text, or `Html`
 ) -> str:
     "Escape everything but `Html`."
     return x if isinstance(x, Html) else html.escape(str(x))
 
-def format_auroc(x): return format_number(x, 3)
-def p_value(x): return "< 0.001" if x < 0.001 else format_number(x, 3)
-def format_chance(x): return "> 0.999" if x > 0.999 else p_value(x)
-def format_integer(span): return f"{span[0]:,}" if span[0] == span[1] else f"{span[0]:,}–{span[1]:,}"
+
+def format_auroc(x):
+    return format_number(x, 3)
+
+
+def p_value(x):
+    return "< 0.001" if x < 0.001 else format_number(x, 3)
+
+
+def format_chance(x):
+    return "> 0.999" if x > 0.999 else p_value(x)
+
+
+def format_integer(span):
+    return f"{span[0]:,}" if span[0] == span[1] else f"{span[0]:,}–{span[1]:,}"
 
 # %% ../../nbs/report/page.ipynb #863bfb32
 def html_tag(
     name: str,  # such as p or td
-    *parts,     # texts, escaped unless `Html`
-    cls: str="" # class attribute
+    *parts,  # texts, escaped unless `Html`
+    cls: str = "",  # class attribute
 ) -> Html:
     "One HTML element."
-    return Html(f"<{name}{f' class={chr(34)}{escape_html(cls)}{chr(34)}' if cls else ''}>" + "".join(escape_html(p) for p in parts) + f"</{name}>")
+    return Html(
+        f"<{name}{f' class={chr(34)}{escape_html(cls)}{chr(34)}' if cls else ''}>"
+        + "".join(escape_html(p) for p in parts)
+        + f"</{name}>"
+    )
 
-def join_html(parts, sep=""): return Html(escape_html(sep).join(escape_html(p) for p in parts))
+
+def join_html(parts, sep=""):
+    return Html(escape_html(sep).join(escape_html(p) for p in parts))
+
 
 def two_lines(
-    first,    # text
-    second,   # text below it
-    cls="dim" # class of the second line
+    first,  # text
+    second,  # text below it
+    cls="dim",  # class of the second line
 ) -> Html:
     "A cell of two lines."
     return Html(escape_html(first)) + html_tag("span", second, cls=f"line {cls}".strip())
 
 # %% ../../nbs/report/page.ipynb #952e1e3b
 def html_table(
-    head: list,      # column names
-    rows: list,      # lists of cells; numbers as text; a text alone heads a group of rows
-    caption: str="", # what the table shows
-    left: int=1,     # columns from the left that hold words, not numbers
-    cls: str="wide"  # class attribute
+    head: list,  # column names
+    rows: list,  # lists of cells; numbers as text; a text alone heads a group of rows
+    caption: str = "",  # what the table shows
+    left: int = 1,  # columns from the left that hold words, not numbers
+    cls: str = "wide",  # class attribute
 ) -> Html:
     "A table in a box that scrolls sideways on a narrow screen."
-    def line(cells, kind): return html_tag("tr", *(html_tag(kind, c, cls="" if i < left else "n") for i, c in enumerate(cells)))
-    def group(text): return Html(f'<tr><th class="group" colspan="{len(head)}" scope="rowgroup">{escape_html(text)}</th></tr>')
-    body = html_tag("thead", line(head, "th")) + html_tag("tbody", *(group(r) if isinstance(r, str) else line(r, "td") for r in rows))
-    box = Html(f'<div class="scroll" tabindex="0" role="region" aria-label="{escape_html(caption or "table")}">{html_tag("table", body)}</div>')
+
+    def line(cells, kind):
+        return html_tag(
+            "tr", *(html_tag(kind, c, cls="" if i < left else "n") for i, c in enumerate(cells))
+        )
+
+    def group(text):
+        return Html(
+            f'<tr><th class="group" colspan="{len(head)}" scope="rowgroup">{escape_html(text)}</th></tr>'
+        )
+
+    body = html_tag("thead", line(head, "th")) + html_tag(
+        "tbody", *(group(r) if isinstance(r, str) else line(r, "td") for r in rows)
+    )
+    box = Html(
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape_html(caption or "table")}">{html_tag("table", body)}</div>'
+    )
     return html_tag("div", html_tag("p", caption, cls="cap") if caption else "", box, cls=cls)
 
 # %% ../../nbs/report/page.ipynb #23243a06
 def html_figure(
-    png: bytes,     # image
-    caption: str,   # what it shows; also its text for those who cannot see it
-    cls: str = ""   # class attribute
+    png: bytes,  # image
+    caption: str,  # what it shows; also its text for those who cannot see it
+    cls: str = "",  # class attribute
 ) -> Html:
     "A figure with its image embedded."
     data = base64.b64encode(png).decode()
-    return Html(f'<figure class="{escape_html(cls)}"><img alt="{escape_html(caption)}" src="data:image/png;base64,{data}">{html_tag("figcaption", caption)}</figure>')
+    return Html(
+        f'<figure class="{escape_html(cls)}"><img alt="{escape_html(caption)}" src="data:image/png;base64,{data}">{html_tag("figcaption", caption)}</figure>'
+    )
 
 # %% ../../nbs/report/page.ipynb #6db36616
 STORIES = {
-    "improves": dict(title="The synthetic images helped",
+    "improves": dict(
+        title="The synthetic images helped",
         story="The same classifier was trained with and without synthetic X-rays, on the same patients and for the same number of steps. With them it ranked sick patients above healthy ones more often, and the whole 95 % interval lies above zero. No difference at all would be a surprising explanation of these data.",
-        good="It is a good result because the comparison was fixed before anyone knew it, and could have come out otherwise. It speaks of this data set and this kind of classifier, and of ranking, not of any clinic."),
-    "worsens": dict(title="The synthetic images did harm",
+        good="It is a good result because the comparison was fixed before anyone knew it, and could have come out otherwise. It speaks of this data set and this kind of classifier, and of ranking, not of any clinic.",
+    ),
+    "worsens": dict(
+        title="The synthetic images did harm",
         story="The same classifier was trained with and without synthetic X-rays, on the same patients and for the same number of steps. With them it ranked sick patients above healthy ones less often, and the whole 95 % interval lies below zero. No difference at all would be a surprising explanation of these data.",
-        good="It is a good result because harm is what nobody looks for: most reports of synthetic data compare too little to see it. It tells the next person what not to do, and how to find out."),
-    "no meaningful difference": dict(title="The synthetic images changed nothing that matters",
+        good="It is a good result because harm is what nobody looks for: most reports of synthetic data compare too little to see it. It tells the next person what not to do, and how to find out.",
+    ),
+    "no meaningful difference": dict(
+        title="The synthetic images changed nothing that matters",
         story="The same classifier was trained with and without synthetic X-rays, on the same patients and for the same number of steps. Neither gain nor loss was found. The 90 % interval lies inside the margin that was set beforehand, so a difference large enough to matter is unlikely here.",
-        good="It is a good result because it is more than failing to find something: the study was precise enough to rule a useful gain out. Real images, or a better generator, are then the thing to invest in."),
-    "inconclusive": dict(title="The question stays open",
+        good="It is a good result because it is more than failing to find something: the study was precise enough to rule a useful gain out. Real images, or a better generator, are then the thing to invest in.",
+    ),
+    "inconclusive": dict(
+        title="The question stays open",
         story="The same classifier was trained with and without synthetic X-rays, on the same patients and for the same number of steps. The interval holds zero and reaches beyond the margin, or the study is too small for a word. That is not evidence that synthetic images make no difference.",
-        good="It is a good result because it is honest: with fewer seeds and the wrong test this study could easily have claimed a gain. Its variances say how large the next one must be.")}
+        good="It is a good result because it is honest: with fewer seeds and the wrong test this study could easily have claimed a gain. Its variances say how large the next one must be.",
+    ),
+}
+
 
 def pairs_wrong(
-    auroc: float # 0-1
+    auroc: float,  # 0-1
 ) -> str:
     "1,000 x (1 - AUROC), rounded: of 1,000 pairs of one sick and one healthy patient, those ranked wrong."
     return f"{round(1000 * (1 - auroc)):,}"
 
+
 def arm_mean(
-    analysis: dict, # from `analyse`
-    arm: str,       # which arm
-    c: dict         # contrast that gives fraction and split
+    analysis: dict,  # from `analyse`
+    arm: str,  # which arm
+    c: dict,  # contrast that gives fraction and split
 ) -> float:
     "Mean AUROC over the runs of an arm, where a contrast looks."
-    return next(r[c["split"]]["auroc"] for r in analysis["arms"] if r["arm"] == arm and np.isclose(r["fraction"], c["fraction"]))
+    return next(
+        r[c["split"]]["auroc"]
+        for r in analysis["arms"]
+        if r["arm"] == arm and np.isclose(r["fraction"], c["fraction"])
+    )
 
 # %% ../../nbs/report/page.ipynb #627185e1
 def verdict_line(
-    v: dict # `study_verdict` of `analyse`
+    v: dict,  # `study_verdict` of `analyse`
 ) -> Html:
     "The verdict's sentence, its word in bold."
-    if not v["word"]: return Html(escape_html(v["sentence"]))
+    if not v["word"]:
+        return Html(escape_html(v["sentence"]))
     before, after = v["sentence"].split(v["word"], 1)
     return Html(escape_html(before)) + html_tag("strong", v["word"]) + after
 
-TRAINED = dict(real="real images alone", mixed="real and synthetic images", duplicate="real images and copies of them", synthetic_only="synthetic images alone")
+
+TRAINED = dict(
+    real="real images alone",
+    mixed="real and synthetic images",
+    duplicate="real images and copies of them",
+    synthetic_only="synthetic images alone",
+)
+
 
 def counts_line(
-    analysis: dict, # from `analyse`
-    c: dict,        # the primary contrast
-    drawn: bool     # the images are phantoms
+    analysis: dict,  # from `analyse`
+    c: dict,  # the primary contrast
+    drawn: bool,  # the images are phantoms
 ) -> Html:
     "What two AUROCs mean in pairs of patients."
-    who = "one sick and one healthy patient" if not drawn else "one sick and one healthy drawn patient"
-    (a, x), (b, y) = ((pairs_wrong(arm_mean(analysis, arm, c)), TRAINED.get(arm, f"the images of {arm_label(arm)}")) for arm in (c["control"], c["arm"]))
-    return html_tag("p", f"In other words: of 1,000 pairs of {who}, the classifier ranks ", html_tag("strong", a), f" wrong after training on {x}, and ", html_tag("strong", b), f" after training on {y}.")
+    who = (
+        "one sick and one healthy patient"
+        if not drawn
+        else "one sick and one healthy drawn patient"
+    )
+    (a, x), (b, y) = (
+        (
+            pairs_wrong(arm_mean(analysis, arm, c)),
+            TRAINED.get(arm, f"the images of {arm_label(arm)}"),
+        )
+        for arm in (c["control"], c["arm"])
+    )
+    return html_tag(
+        "p",
+        f"In other words: of 1,000 pairs of {who}, the classifier ranks ",
+        html_tag("strong", a),
+        f" wrong after training on {x}, and ",
+        html_tag("strong", b),
+        f" after training on {y}.",
+    )
 
 # %% ../../nbs/report/page.ipynb #533f27e1
 def too_few(
     c: dict,  # the primary contrast, measured
-    tier: str # of the plan
+    tier: str,  # of the plan
 ) -> Html:
     "What must be said when there are at most two replicates."
-    if c["replicates"] > 2: return Html("")
+    if c["replicates"] > 2:
+        return Html("")
     sets = "one synthetic set" if c["replicates"] == 1 else "two synthetic sets"
-    return join_html([html_tag("strong", f"This {tier} cannot conclude."), f" It rests on {sets} at this fraction, and how much one generator differs from the next cannot be told from so few",
-                 "; so even an interval on one side of zero earns no stronger word." if c["replicates"] == 2 else ": the word holds for this one set.",
-                 " The analysis plan asks for 5 replicates and 6 seeds."])
+    return join_html(
+        [
+            html_tag("strong", f"This {tier} cannot conclude."),
+            (
+                f" It rests on {sets} at this fraction, and how much one generator differs from the "
+                "next cannot be told from so few"
+            ),
+            "; so even an interval on one side of zero earns no stronger word."
+            if c["replicates"] == 2
+            else ": the word holds for this one set.",
+            " The analysis plan asks for 5 replicates and 6 seeds.",
+        ]
+    )
 
 # %% ../../nbs/report/page.ipynb #3c6341a4
 def caveats(
-    analysis: dict, # from `analyse`
-    drawn: bool     # the images are phantoms
+    analysis: dict,  # from `analyse`
+    drawn: bool,  # the images are phantoms
 ) -> list[Html]:
     "Sentences that limit the verdict."
     c, out = analysis["contrasts"][0], []
     if c["state"] == "measured":
-        out.append(join_html([f"Judged on {c['split']}: {c['images']:,} images of {c['patients']:,} patients; {c['replicates']} replicates × {c['seeds']} seeds per arm."]))
+        out.append(
+            join_html(
+                [
+                    (
+                        f"Judged on {c['split']}: {c['images']:,} images of {c['patients']:,} "
+                        f"patients; {c['replicates']} replicates × {c['seeds']} seeds per arm."
+                    )
+                ]
+            )
+        )
         said = [r for r in c.get("remarks", []) if "replicates allow" not in r]
-        if said: out.append(join_html(["Remarks: ", "; ".join(said), "."]))
-    if drawn: out.append(join_html(["The images are ", html_tag("strong", "drawn phantoms"), ", not X-rays of anybody: this study shows whether the instrument works and says nothing about medicine."]))
+        if said:
+            out.append(join_html(["Remarks: ", "; ".join(said), "."]))
+    if drawn:
+        out.append(
+            join_html(
+                [
+                    "The images are ",
+                    html_tag("strong", "drawn phantoms"),
+                    (
+                        ", not X-rays of anybody: this study shows whether the instrument works and "
+                        "says nothing about medicine."
+                    ),
+                ]
+            )
+        )
     return out + [test_line(analysis["test"])]
 
+
 def test_line(
-    test: dict # from `test_state`
+    test: dict,  # from `test_state`
 ) -> Html:
     "Whether the official test is sealed, opened, or exploratory by now."
-    if test["state"] == "absent": return Html("This data set has no official test; the report speaks of internal alone.")
+    if test["state"] == "absent":
+        return Html("This data set has no official test; the report speaks of internal alone.")
     when = ", ".join(d[:10] for d in test["openings"])
     if test["state"] == "sealed":
         again = f" It was opened before ({when}); the runs made since are sealed." if when else ""
-        return join_html(["The official test is ", html_tag("strong", "sealed"), ": nothing on this page has seen it.", again])
-    return join_html(["The official test was ", html_tag("strong", "opened"), f" ({when}).", html_tag("strong", " What is said about it is exploratory: it was opened more than once, or the plan had changed.") if test["exploratory"] else ""])
+        return join_html(
+            [
+                "The official test is ",
+                html_tag("strong", "sealed"),
+                ": nothing on this page has seen it.",
+                again,
+            ]
+        )
+    return join_html(
+        [
+            "The official test was ",
+            html_tag("strong", "opened"),
+            f" ({when}).",
+            html_tag(
+                "strong",
+                (
+                    " What is said about it is exploratory: it was opened more than once, or the plan "
+                    "had changed."
+                ),
+            )
+            if test["exploratory"]
+            else "",
+        ]
+    )
 
 # %% ../../nbs/report/page.ipynb #7966dc63
 def story_html(
-    word: str # one of `WORDS`
+    word: str,  # one of `WORDS`
 ) -> list:
     "Title, story and why it is a good result."
     s = STORIES[word]
-    return [html_tag("p", html_tag("strong", s["title"] + ". "), s["story"]), html_tag("p", s["good"])]
+    return [
+        html_tag("p", html_tag("strong", s["title"] + ". "), s["story"]),
+        html_tag("p", s["good"]),
+    ]
+
 
 def answer_html(
-    plan: dict # plan.json
+    plan: dict,  # plan.json
 ) -> Html:
     "What the plan said about its own power, if it said that the question is out of reach."
     answer = plan.get("answer") or {}
-    if answer.get("can", True): return Html("")
-    return html_tag("p", html_tag("strong", "This study cannot answer its question, and its plan said so beforehand. "), answer.get("sentence", ""))
+    if answer.get("can", True):
+        return Html("")
+    return html_tag(
+        "p",
+        html_tag(
+            "strong", "This study cannot answer its question, and its plan said so beforehand. "
+        ),
+        answer.get("sentence", ""),
+    )
+
 
 def verdict_html(
-    analysis: dict, # from `analyse`
-    plan: dict,     # plan.json
-    drawn: bool     # the images are phantoms
+    analysis: dict,  # from `analyse`
+    plan: dict,  # plan.json
+    drawn: bool,  # the images are phantoms
 ) -> Html:
     "The box at the top of the page."
-    c, line = analysis["contrasts"][0], html_tag("p", verdict_line(analysis["verdict"]), cls="verdict")
+    c = analysis["contrasts"][0]
+    line = html_tag("p", verdict_line(analysis["verdict"]), cls="verdict")
     small = [html_tag("p", x, cls="small") for x in caveats(analysis, drawn)]
-    if not analysis["verdict"]["word"]: return html_tag("section", line, answer_html(plan), *small, cls="box")
+    if not analysis["verdict"]["word"]:
+        return html_tag("section", line, answer_html(plan), *small, cls="box")
     few = too_few(c, analysis["tier"])
-    return html_tag("section", line, counts_line(analysis, c, drawn), *story_html(c["word"]), answer_html(plan), html_tag("p", few) if few else "", *small, cls="box " + c["word"].split()[0])
+    return html_tag(
+        "section",
+        line,
+        counts_line(analysis, c, drawn),
+        *story_html(c["word"]),
+        answer_html(plan),
+        html_tag("p", few) if few else "",
+        *small,
+        cls="box " + c["word"].split()[0],
+    )
 
 # %% ../../nbs/report/page.ipynb #bd9be002
-def first_of(items, most=8): return [*items[:most], f"and {len(items) - most} more"] if len(items) > most else items
+def first_of(items, most=8):
+    return [*items[:most], f"and {len(items) - most} more"] if len(items) > most else items
+
 
 def missing_html(
-    analysis: dict # from `analyse`
+    analysis: dict,  # from `analyse`
 ) -> Html:
     "Runs that are pending, failed or refused; nothing if all are there."
     gone = analysis["missing"]
-    parts = [("Planned runs that are not there yet", gone["pending"]), ("Runs that failed", gone["failed"]), ("Files of predictions that were refused and left out", analysis["problems"]),
-             ("Stages that have begun and not finished", analysis.get("unfinished", []))]
-    lists = [join_html([html_tag("p", f"{what}: {len(items)}"), html_tag("ul", *(html_tag("li", i) for i in first_of(items)), cls="small")]) for what, items in parts if items]
+    parts = [
+        ("Planned runs that are not there yet", gone["pending"]),
+        ("Runs that failed", gone["failed"]),
+        ("Files of predictions that were refused and left out", analysis["problems"]),
+        ("Stages that have begun and not finished", analysis.get("unfinished", [])),
+    ]
+    lists = [
+        join_html(
+            [
+                html_tag("p", f"{what}: {len(items)}"),
+                html_tag("ul", *(html_tag("li", i) for i in first_of(items)), cls="small"),
+            ]
+        )
+        for what, items in parts
+        if items
+    ]
     return html_tag("section", html_tag("h2", "What is missing"), *lists) if lists else Html("")
 
 # %% ../../nbs/report/page.ipynb #8452181a
 def guess_html(
-    plan: dict,   # plan.json; the guess was sealed with it
-    c: dict,      # the primary contrast
-    png=None      # from `figure_guess`
+    plan: dict,  # plan.json; the guess was sealed with it
+    c: dict,  # the primary contrast
+    png=None,  # from `figure_guess`
 ) -> Html:
     "The sealed guess beside the truth; nothing if there was none."
     guess = plan.get("guess") or ""
-    if not guess.strip(): return Html("")
-    found = f"{format_pp(c['estimate'])} pp ({format_interval(c)})" if c["state"] == "measured" else "not measured yet"
+    if not guess.strip():
+        return Html("")
+    found = (
+        f"{format_pp(c['estimate'])} pp ({format_interval(c)})"
+        if c["state"] == "measured"
+        else "not measured yet"
+    )
     g, hit = guess_of(plan), ""
-    if g is not None and c["state"] == "measured": hit = " The guess lies inside the interval." if c["low"] <= g <= c["high"] else " The guess lies outside the interval."
-    return html_tag("section", html_tag("h2", "The guess and the truth"), Html("<dl>") + html_tag("dt", "Guessed and sealed beforehand") + html_tag("dd", "“", guess, "”")
-               + html_tag("dt", "Found") + html_tag("dd", found + "." + hit) + Html("</dl>"), html_figure(png, "The sealed guess, and what was found with its 95 % interval.") if png else "")
+    if g is not None and c["state"] == "measured":
+        hit = (
+            " The guess lies inside the interval."
+            if c["low"] <= g <= c["high"]
+            else " The guess lies outside the interval."
+        )
+    return html_tag(
+        "section",
+        html_tag("h2", "The guess and the truth"),
+        Html("<dl>")
+        + html_tag("dt", "Guessed and sealed beforehand")
+        + html_tag("dd", "“", guess, "”")
+        + html_tag("dt", "Found")
+        + html_tag("dd", found + "." + hit)
+        + Html("</dl>"),
+        html_figure(png, "The sealed guess, and what was found with its 95 % interval.")
+        if png
+        else "",
+    )
 
 # %% ../../nbs/report/page.ipynb #1c51ac64
-def question(plan, arm): return plan.get("questions", {}).get(arm, "")   # "" for an arm that was not planned
+def question(plan, arm):
+    return plan.get("questions", {}).get(arm, "")  # "" for an arm that was not planned
+
 
 def arm_cells(
-    r: dict,    # row of an arm
-    split: str, # internal or test
-    state: str  # of the test
-) -> list:      # AUROC with its range; pairs ranked wrong; sensitivity above specificity
+    r: dict,  # row of an arm
+    split: str,  # internal or test
+    state: str,  # of the test
+) -> list:  # AUROC with its range; pairs ranked wrong; sensitivity above specificity
     "The three cells of one arm and split."
-    if split == "test" and state == "sealed": return [html_tag("span", "sealed", cls="dim")] * 3
-    if not (m := r.get(split)): return [html_tag("span", "–", cls="dim")] * 3
-    return [two_lines(format_auroc(m["auroc"]), f"{format_auroc(m['least'])}–{format_auroc(m['most'])}"), pairs_wrong(m["auroc"]), two_lines(format_number(m["sensitivity"], 3), format_number(m["specificity"], 3), "")]
+    if split == "test" and state == "sealed":
+        return [html_tag("span", "sealed", cls="dim")] * 3
+    if not (m := r.get(split)):
+        return [html_tag("span", "–", cls="dim")] * 3
+    return [
+        two_lines(
+            format_auroc(m["auroc"]), f"{format_auroc(m['least'])}–{format_auroc(m['most'])}"
+        ),
+        pairs_wrong(m["auroc"]),
+        two_lines(format_number(m["sensitivity"], 3), format_number(m["specificity"], 3), ""),
+    ]
 
 # %% ../../nbs/report/page.ipynb #580d097b
 def arms_html(
-    analysis: dict, # from `analyse`
-    plan: dict      # plan.json
+    analysis: dict,  # from `analyse`
+    plan: dict,  # plan.json
 ) -> Html:
     "The table of arms: what each asks, its sizes, and its metrics by split."
     splits = ["internal"] + ["test"] * (analysis["test"]["state"] != "absent")
-    head = ["arm and what it asks", "runs", "real", "synthetic"] + [two_lines(h, s) for s in splits for h in ("AUROC", "pairs wrong", "sens., spec.")]
+    head = ["arm and what it asks", "runs", "real", "synthetic"] + [
+        two_lines(h, s) for s in splits for h in ("AUROC", "pairs wrong", "sens., spec.")
+    ]
     rows = []
     for f in dict.fromkeys(r["fraction"] for r in analysis["arms"]):
         rows.append(f"{format_percent(f)} of the real training patients")
-        rows += [[two_lines(arm_label(r["arm"]), question(plan, r["arm"])), f"{r['replicates']} × {r['seeds']}", format_integer(r["n_real"]), format_integer(r["n_synthetic"])]
-                 + [x for s in splits for x in arm_cells(r, s, analysis["test"]["state"])] for r in analysis["arms"] if r["fraction"] == f]
-    return html_table(head, rows, "Arms: images for training, and means over runs (replicates × seeds), with the least and the greatest AUROC below. "
-                 "Pairs wrong: of 1,000 pairs of one sick and one healthy patient, how many are ranked wrong. Sensitivity, then specificity, at threshold 0.5. A dash: these runs may not predict that split.")
+        rows += [
+            [
+                two_lines(arm_label(r["arm"]), question(plan, r["arm"])),
+                f"{r['replicates']} × {r['seeds']}",
+                format_integer(r["n_real"]),
+                format_integer(r["n_synthetic"]),
+            ]
+            + [x for s in splits for x in arm_cells(r, s, analysis["test"]["state"])]
+            for r in analysis["arms"]
+            if r["fraction"] == f
+        ]
+    return html_table(
+        head,
+        rows,
+        "Arms: images for training, and means over runs (replicates × seeds), with the least and the greatest AUROC below. "
+        "Pairs wrong: of 1,000 pairs of one sick and one healthy patient, how many are ranked wrong. Sensitivity, then specificity, at threshold 0.5. A dash: these runs may not predict that split.",
+    )
 
 # %% ../../nbs/report/page.ipynb #a8650a9d
-ROLES = dict(primary="Primary: stands alone at 5 %", secondary="Secondary: share 5 % by Holm's method", estimate="Estimates: no word rests on them")
+ROLES = dict(
+    primary="Primary: stands alone at 5 %",
+    secondary="Secondary: share 5 % by Holm's method",
+    estimate="Estimates: no word rests on them",
+)
+
 
 def contrasts_html(
-    analysis: dict # from `analyse`
+    analysis: dict,  # from `analyse`
 ) -> Html:
     "The table of contrasts, in the plan's order, by their role."
+
     def row(r):
-        start = [two_lines(f"{arm_label(r['arm'])} − {arm_label(r['control'])}", f"{format_percent(r['fraction'])}, {r['split']}")]
-        if r["state"] != "measured": return start + [html_tag("span", r["state"], cls="dim")] * 4
-        said = two_lines(html_tag("strong", r["word"]), "; ".join(r["remarks"])) if "word" in r else html_tag("span", "unfinished" if r.get("pending") else f"zero variance of {', '.join(r['zero'])}" if r["zero"] else "–", cls="dim")
-        return start + [two_lines(format_pp(r["estimate"]), format_interval(r)), said, format_chance(r["better"]), "–" if r["role"] == "estimate" else p_value(r.get("p_holm", r["p"]))]
-    rows = [x for role, head in ROLES.items() if (mine := [row(r) for r in analysis["contrasts"] if r["role"] == role]) for x in (head, *mine)]
-    return html_table(["contrast", "difference, pp", "word", "P(better)", "p"], rows, f"Contrasts: differences in AUROC, percentage points, with 95 % intervals. Margin ±{analysis['margin_pp']:g} pp. "
-                 "The p of a secondary contrast is adjusted by Holm's method; estimates have none.", cls="contrasts")
+        start = [
+            two_lines(
+                f"{arm_label(r['arm'])} − {arm_label(r['control'])}",
+                f"{format_percent(r['fraction'])}, {r['split']}",
+            )
+        ]
+        if r["state"] != "measured":
+            return start + [html_tag("span", r["state"], cls="dim")] * 4
+        said = (
+            two_lines(html_tag("strong", r["word"]), "; ".join(r["remarks"]))
+            if "word" in r
+            else html_tag(
+                "span",
+                "unfinished"
+                if r.get("pending")
+                else f"zero variance of {', '.join(r['zero'])}"
+                if r["zero"]
+                else "–",
+                cls="dim",
+            )
+        )
+        return start + [
+            two_lines(format_pp(r["estimate"]), format_interval(r)),
+            said,
+            format_chance(r["better"]),
+            "–" if r["role"] == "estimate" else p_value(r.get("p_holm", r["p"])),
+        ]
+
+    rows = [
+        x
+        for role, head in ROLES.items()
+        if (mine := [row(r) for r in analysis["contrasts"] if r["role"] == role])
+        for x in (head, *mine)
+    ]
+    return html_table(
+        ["contrast", "difference, pp", "word", "P(better)", "p"],
+        rows,
+        f"Contrasts: differences in AUROC, percentage points, with 95 % intervals. Margin ±{analysis['margin_pp']:g} pp. "
+        "The p of a secondary contrast is adjusted by Holm's method; estimates have none.",
+        cls="contrasts",
+    )
 
 # %% ../../nbs/report/page.ipynb #63fb6edc
 def variance_html(
-    analysis: dict # from `analyse`
+    analysis: dict,  # from `analyse`
 ) -> Html:
     "Where the uncertainty of the primary contrast comes from."
     c = analysis["contrasts"][0]
-    if c["state"] != "measured": return Html("")
-    rows = [[r["factor"], str(r["df"]), format_number(r["variance"], 4), format_number(r["sd"])] for r in c["variance"]]
-    rows += [[f, "–", "unknown", "one level"] for f in c["dropped"]] + [["sum (standard error)", "–" if c["df"] is None else format_number(c["df"], 1), format_number(c["se"]**2, 4), format_number(c["se"])]]
-    return html_table(["source of chance", "degrees of freedom", "variance, pp²", "standard deviation, pp"], rows, "Primary contrast: where its uncertainty comes from. Patients are drawn as clusters, all images of a patient together.", cls="")
+    if c["state"] != "measured":
+        return Html("")
+    rows = [
+        [r["factor"], str(r["df"]), format_number(r["variance"], 4), format_number(r["sd"])]
+        for r in c["variance"]
+    ]
+    rows += [[f, "–", "unknown", "one level"] for f in c["dropped"]] + [
+        [
+            "sum (standard error)",
+            "–" if c["df"] is None else format_number(c["df"], 1),
+            format_number(c["se"] ** 2, 4),
+            format_number(c["se"]),
+        ]
+    ]
+    return html_table(
+        ["source of chance", "degrees of freedom", "variance, pp²", "standard deviation, pp"],
+        rows,
+        (
+            "Primary contrast: where its uncertainty comes from. Patients are drawn as clusters, all "
+            "images of a patient together."
+        ),
+        cls="",
+    )
 
 # %% ../../nbs/report/page.ipynb #30eda709
 def metric_label(m):
     "A metric as people say it: sensitivity@sens95 is `sensitivity, threshold from val, sensitivity 95 %`."
     name, _, rule = m.partition("@")
-    name = dict(auprc="AUPRC, pneumonia", auprc_normal="AUPRC, normal", brier="Brier score (lower is better)").get(name, name.replace("_", " "))
+    name = dict(
+        auprc="AUPRC, pneumonia",
+        auprc_normal="AUPRC, normal",
+        brier="Brier score (lower is better)",
+    ).get(name, name.replace("_", " "))
     return name, f"threshold {THRESHOLD_RULES[rule]}" if rule else ""
 
+
 def other_html(
-    analysis: dict # from `analyse`
+    analysis: dict,  # from `analyse`
 ) -> Html:
     "Differences in every metric but AUROC, for the contrasts that get a word."
-    rows = [r for r in analysis["contrasts"] if r["state"] == "measured" and r["role"] != "estimate"]
-    if not rows: return Html("")
+    rows = [
+        r for r in analysis["contrasts"] if r["state"] == "measured" and r["role"] != "estimate"
+    ]
+    if not rows:
+        return Html("")
     cell = lambda x: two_lines(format_pp(x["estimate"]), format_interval(x))
-    head = ["metric"] + [two_lines(f"{arm_label(r['arm'])} − {arm_label(r['control'])}", f"{format_percent(r['fraction'])}, {r['split']}") for r in rows]
-    return html_table(head, [[two_lines(*metric_label(m))] + [cell(r["other"][m]) for r in rows] for m in OTHER_METRICS], "Other metrics: differences in percentage points (Brier score: times 100) with 95 % intervals. They get no word.")
+    head = ["metric"] + [
+        two_lines(
+            f"{arm_label(r['arm'])} − {arm_label(r['control'])}",
+            f"{format_percent(r['fraction'])}, {r['split']}",
+        )
+        for r in rows
+    ]
+    return html_table(
+        head,
+        [
+            [two_lines(*metric_label(m))] + [cell(r["other"][m]) for r in rows]
+            for m in OTHER_METRICS
+        ],
+        (
+            "Other metrics: differences in percentage points (Brier score: times 100) with 95 % "
+            "intervals. They get no word."
+        ),
+    )
+
 
 def threshold_transfer_html(
-    analysis: dict # from `analyse`
+    analysis: dict,  # from `analyse`
 ) -> Html:
     "Thresholds chosen on val, and the sensitivity and specificity that they give elsewhere."
     moved = analysis["beside"].get("travel", {})
     splits = [k for k in next(iter(moved.values()), [{}])[0] if k not in ("rule", "threshold")]
-    rates = lambda x: two_lines(format_number(x[0], 3), format_number(x[1], 3), "") if x else html_tag("span", "–", cls="dim")
-    rows = [x for arm, rules in moved.items() for x in [arm_label(arm), *([THRESHOLD_RULES[r["rule"]], format_number(r["threshold"], 3), *(rates(r[s]) for s in splits)] for r in rules)]]
-    return html_table(["threshold from", "value", *splits], rows, "Thresholds: did they travel? Sensitivity, then specificity, means over runs. A threshold chosen on val is used unchanged on the other splits.", cls="") if rows else Html("")
+    rates = lambda x: (
+        two_lines(format_number(x[0], 3), format_number(x[1], 3), "")
+        if x
+        else html_tag("span", "–", cls="dim")
+    )
+    rows = [
+        x
+        for arm, rules in moved.items()
+        for x in [
+            arm_label(arm),
+            *(
+                [
+                    THRESHOLD_RULES[r["rule"]],
+                    format_number(r["threshold"], 3),
+                    *(rates(r[s]) for s in splits),
+                ]
+                for r in rules
+            ),
+        ]
+    ]
+    return (
+        html_table(
+            ["threshold from", "value", *splits],
+            rows,
+            (
+                "Thresholds: did they travel? Sensitivity, then specificity, means over runs. A "
+                "threshold chosen on val is used unchanged on the other splits."
+            ),
+            cls="",
+        )
+        if rows
+        else Html("")
+    )
 
 # %% ../../nbs/report/page.ipynb #701189d7
 def questions_html(
-    analysis: dict # from `analyse`
+    analysis: dict,  # from `analyse`
 ) -> Html:
     "DeLong, McNemar, the crossed bootstrap and the detectable difference, beside the primary contrast."
     x, c = analysis["beside"], analysis["contrasts"][0]
-    if not x: return Html("")
+    if not x:
+        return Html("")
     d, m = x["ensemble"]["delong"], x["ensemble"]["mcnemar"]
-    rows = [["DeLong: would other images change the ranking of these ensembles?", f"{format_pp(100 * d['difference'])} pp", p_value(d["p"])],
-            [f"McNemar: of the images that only one ensemble calls rightly at 0.5, does one win more often?", f"{m['only_first']} : {m['only_second']}", p_value(m["p"])],
-            ["Crossed bootstrap of patients, replicates and seeds (covers too little with few replicates)", format_interval(x["crossed"]), "–"]]
-    sizes = [[f"{r['replicates']} × {r['seeds']}" + " (this study)" * (i == 0), "–" if r["detectable"] is None else format_number(r["detectable"])] for i, r in enumerate(x["detectable"])]
-    return html_tag("section", html_tag("h2", "Other questions"), html_tag("p", "These answer questions other than the study's own, and no word rests on them. DeLong and McNemar look at one ensemble per arm, the mean over all its runs, as if there could be no other runs, and count images as independent."),
-               html_table([f"{arm_label(c['arm'])} against {arm_label(c['control'])}, {format_percent(c['fraction'])}, {c['split']}", "found", "p"], rows, "Other tests of the primary contrast", cls=""),
-               html_table(["replicates × seeds", "detectable difference, pp"], sizes, "What could be detected: the difference in AUROC that such a study finds with 80 % power, from the variances found here.", cls=""))
+    rows = [
+        [
+            "DeLong: would other images change the ranking of these ensembles?",
+            f"{format_pp(100 * d['difference'])} pp",
+            p_value(d["p"]),
+        ],
+        [
+            (
+                "McNemar: of the images that only one ensemble calls rightly at 0.5, does one win "
+                "more often?"
+            ),
+            f"{m['only_first']} : {m['only_second']}",
+            p_value(m["p"]),
+        ],
+        [
+            (
+                "Crossed bootstrap of patients, replicates and seeds (covers too little with few "
+                "replicates)"
+            ),
+            format_interval(x["crossed"]),
+            "–",
+        ],
+    ]
+    sizes = [
+        [
+            f"{r['replicates']} × {r['seeds']}" + " (this study)" * (i == 0),
+            "–" if r["detectable"] is None else format_number(r["detectable"]),
+        ]
+        for i, r in enumerate(x["detectable"])
+    ]
+    return html_tag(
+        "section",
+        html_tag("h2", "Other questions"),
+        html_tag(
+            "p",
+            (
+                "These answer questions other than the study's own, and no word rests on them. DeLong "
+                "and McNemar look at one ensemble per arm, the mean over all its runs, as if there "
+                "could be no other runs, and count images as independent."
+            ),
+        ),
+        html_table(
+            [
+                (
+                    f"{arm_label(c['arm'])} against {arm_label(c['control'])}, "
+                    f"{format_percent(c['fraction'])}, {c['split']}"
+                ),
+                "found",
+                "p",
+            ],
+            rows,
+            "Other tests of the primary contrast",
+            cls="",
+        ),
+        html_table(
+            ["replicates × seeds", "detectable difference, pp"],
+            sizes,
+            (
+                "What could be detected: the difference in AUROC that such a study finds with 80 % "
+                "power, from the variances found here."
+            ),
+            cls="",
+        ),
+    )
 
 # %% ../../nbs/report/page.ipynb #56493476
 def headroom_html(
-    plan: dict # plan.json
+    plan: dict,  # plan.json
 ) -> Html:
     "Headroom by fraction, as the plan found it; nothing if it has none."
-    rows = [[format_percent(h["fraction"]), format_number(h["auroc"], 3), format_number(h["headroom_pp"]), format_number(h["detectable_pp"]), "yes" if h["enough"] else "no"] for h in plan.get("headroom") or [] if h.get("headroom_pp") is not None]
-    if not rows: return Html("")
-    return html_table(["real patients", "AUROC of real, internal", "headroom, pp", "detectable, pp", "enough"], rows, "Before sealing: how much better more real images would be (headroom), and what the planned study could detect. Enough: the headroom is at least twice the detectable difference.", cls="")
+    rows = [
+        [
+            format_percent(h["fraction"]),
+            format_number(h["auroc"], 3),
+            format_number(h["headroom_pp"]),
+            format_number(h["detectable_pp"]),
+            "yes" if h["enough"] else "no",
+        ]
+        for h in plan.get("headroom") or []
+        if h.get("headroom_pp") is not None
+    ]
+    if not rows:
+        return Html("")
+    return html_table(
+        ["real patients", "AUROC of real, internal", "headroom, pp", "detectable, pp", "enough"],
+        rows,
+        (
+            "Before sealing: how much better more real images would be (headroom), and what the "
+            "planned study could detect. Enough: the headroom is at least twice the detectable "
+            "difference."
+        ),
+        cls="",
+    )
+
 
 def guide_html(
-    study: Study, # the study
-    png=None      # from `figure_selection`
+    study: Study,  # the study
+    png=None,  # from `figure_selection`
 ) -> Html:
     "The guide's own protocol, biased by design; nothing if it was not run."
-    if not (study/"guide/results.csv").is_file(): return Html("")
-    t = pd.read_csv(study/"guide/results.csv")
-    rows = [[a.removeprefix("guide-"), str(len(g)), format_number(100 * g.best_accuracy.mean(), 1), format_number(100 * g.last_accuracy.mean(), 1), format_number(100 * (g.best_accuracy - g.last_accuracy).mean(), 1)] for a, g in t.groupby("arm", sort=False)]
-    return html_tag("section", html_tag("h2", "The guide's protocol, for comparison"), html_tag("p", "Biased by design: each run keeps the epoch that was best on the test itself. The last column is what that choice is worth; it is no skill of any arm."),
-               html_table(["arm", "seeds", "accuracy of the best epoch, %", "of the last epoch, %", "worth of choosing, pp"], rows, "The guide's arms", cls=""), html_figure(png, "Test accuracy by epoch. Ring: the epoch that is reported; square: the last one.") if png else "")
+    if not (study / "guide/results.csv").is_file():
+        return Html("")
+    t = pd.read_csv(study / "guide/results.csv")
+    rows = [
+        [
+            a.removeprefix("guide-"),
+            str(len(g)),
+            format_number(100 * g.best_accuracy.mean(), 1),
+            format_number(100 * g.last_accuracy.mean(), 1),
+            format_number(100 * (g.best_accuracy - g.last_accuracy).mean(), 1),
+        ]
+        for a, g in t.groupby("arm", sort=False)
+    ]
+    return html_tag(
+        "section",
+        html_tag("h2", "The guide's protocol, for comparison"),
+        html_tag(
+            "p",
+            (
+                "Biased by design: each run keeps the epoch that was best on the test itself. The "
+                "last column is what that choice is worth; it is no skill of any arm."
+            ),
+        ),
+        html_table(
+            [
+                "arm",
+                "seeds",
+                "accuracy of the best epoch, %",
+                "of the last epoch, %",
+                "worth of choosing, pp",
+            ],
+            rows,
+            "The guide's arms",
+            cls="",
+        ),
+        html_figure(
+            png, "Test accuracy by epoch. Ring: the epoch that is reported; square: the last one."
+        )
+        if png
+        else "",
+    )
 
 # %% ../../nbs/report/page.ipynb #ed219479
 def quality_html(
     study: Study,  # the study
-    figures: dict  # from `draw_figures`
+    figures: dict,  # from `draw_figures`
 ) -> Html:
     "Fréchet distances with their floor, the other metrics in sentences, and the grids of `quality/figures`."
-    rows, own = load_quality(study), [html_figure(figures["grid"], "Drawn by lot: real images, synthetic ones, and under each its nearest real training image.", "grid")] if "grid" in figures else []
-    if not rows: return html_tag("section", html_tag("h2", "The synthetic images"), html_tag("p", "Their quality was not measured: the stage quality has not run."), *own)
+    rows = load_quality(study)
+    own = (
+        [
+            html_figure(
+                figures["grid"],
+                (
+                    "Drawn by lot: real images, synthetic ones, and under each its nearest real "
+                    "training image."
+                ),
+                "grid",
+            )
+        ]
+        if "grid" in figures
+        else []
+    )
+    if not rows:
+        return html_tag(
+            "section",
+            html_tag("h2", "The synthetic images"),
+            html_tag("p", "Their quality was not measured: the stage quality has not run."),
+            *own,
+        )
     fd, facts = distances(rows), study.records().get("quality", {}).get("generators", {})
-    cells = [[two_lines(r["generator"], r["class_name"]), r["verdict"], f"{r['n_real']:,}", two_lines(format_number(r["value"], 1), f"{format_number(r['low'], 1)}–{format_number(r['high'], 1)}"),
-              two_lines(format_number(r["floor"], 1), f"{format_number(r['floor_low'], 1)}–{format_number(r['floor_high'], 1)}")] for r in fd]
-    name, warnings = fd_name(fd[0]) if fd else "FD", sorted({f["warning"] for f in facts.values() if f.get("warning")})
-    note = "" if name == "FID" else f" {name} is not FID, which is defined on Inception features: its values must not be compared with published FIDs."
-    intro = html_tag("p", "Distance between real and synthetic images (lower is closer). The floor is what real images reach against real images of other patients at equal n; ranges are over random draws and are not confidence intervals." + note)
-    shown = html_table(["generator, class", "verdict", "images a side", name, "floor"], cells, f"{name} by generator and class, with its range; beside it the floor.", left=2, cls="") if fd else ""
-    drawn = [html_figure(figures[k], text) for k, text in (("fd", f"{name}; the line at a bar's end is its range, the grey band the real-against-real floor."), ("memory", "Does the generator copy? Distances to the nearest training image, of synthetic images and of real ones that it never saw.")) if k in figures]
-    return html_tag("section", html_tag("h2", "The synthetic images"), intro, shown, *(html_tag("p", w, cls="small") for w in warnings), *drawn, sentences_html(rows, fd), *(own or grids(study)))
+    cells = [
+        [
+            two_lines(r["generator"], r["class_name"]),
+            r["verdict"],
+            f"{r['n_real']:,}",
+            two_lines(
+                format_number(r["value"], 1),
+                f"{format_number(r['low'], 1)}–{format_number(r['high'], 1)}",
+            ),
+            two_lines(
+                format_number(r["floor"], 1),
+                f"{format_number(r['floor_low'], 1)}–{format_number(r['floor_high'], 1)}",
+            ),
+        ]
+        for r in fd
+    ]
+    name = fd_name(fd[0]) if fd else "FD"
+    warnings = sorted({f["warning"] for f in facts.values() if f.get("warning")})
+    note = (
+        ""
+        if name == "FID"
+        else f" {name} is not FID, which is defined on Inception features: its values must not be compared with published FIDs."
+    )
+    intro = html_tag(
+        "p",
+        (
+            "Distance between real and synthetic images (lower is closer). The floor is what real "
+            "images reach against real images of other patients at equal n; ranges are over random "
+            "draws and are not confidence intervals."
+        )
+        + note,
+    )
+    shown = (
+        html_table(
+            ["generator, class", "verdict", "images a side", name, "floor"],
+            cells,
+            f"{name} by generator and class, with its range; beside it the floor.",
+            left=2,
+            cls="",
+        )
+        if fd
+        else ""
+    )
+    drawn = [
+        html_figure(figures[k], text)
+        for k, text in (
+            (
+                "fd",
+                (
+                    f"{name}; the line at a bar's end is its range, the grey band the "
+                    "real-against-real floor."
+                ),
+            ),
+            (
+                "memory",
+                (
+                    "Does the generator copy? Distances to the nearest training image, of synthetic "
+                    "images and of real ones that it never saw."
+                ),
+            ),
+        )
+        if k in figures
+    ]
+    return html_tag(
+        "section",
+        html_tag("h2", "The synthetic images"),
+        intro,
+        shown,
+        *(html_tag("p", w, cls="small") for w in warnings),
+        *drawn,
+        sentences_html(rows, fd),
+        *(own or grids(study)),
+    )
 
-def grids(study): return [html_figure(p.read_bytes(), f"{p.stem.removesuffix('-grid')}: real and synthetic images side by side.", "grid") for p in sorted((study/"quality/figures").glob("*-grid.png"))[:2]]
+
+def grids(study):
+    return [
+        html_figure(
+            p.read_bytes(),
+            f"{p.stem.removesuffix('-grid')}: real and synthetic images side by side.",
+            "grid",
+        )
+        for p in sorted((study / "quality/figures").glob("*-grid.png"))[:2]
+    ]
+
 
 def sentences_html(rows, fd):
     "The other metrics, each with the sentence that the quality stage wrote."
-    told = [[two_lines(r["generator"], r["class_name"]), r["verdict"], r["sentence"]] for r in rows if r not in fd and r.get("sentence") and r["generator"] == rows[0]["generator"]]
-    return html_table(["generator, class", "verdict", "what was found"], told, "Other measures of the first generator; all numbers are in quality/.", left=3) if told else Html("")
+    told = [
+        [two_lines(r["generator"], r["class_name"]), r["verdict"], r["sentence"]]
+        for r in rows
+        if r not in fd and r.get("sentence") and r["generator"] == rows[0]["generator"]
+    ]
+    return (
+        html_table(
+            ["generator, class", "verdict", "what was found"],
+            told,
+            "Other measures of the first generator; all numbers are in quality/.",
+            left=3,
+        )
+        if told
+        else Html("")
+    )
 
 # %% ../../nbs/report/page.ipynb #d1a73916
 def audit_html(
-    study: Study # the study
+    study: Study,  # the study
 ) -> Html:
     "What the audit of the data found, and what is done about it."
-    if not (study/"data/audit.json").is_file(): return html_tag("section", html_tag("h2", "The data"), html_tag("p", "There is no audit: the data stage has left none."))
-    findings = read_json(study/"data/audit.json")["findings"]
-    told, fine = [f for f in findings if f["level"] != "ok"], [f["name"] for f in findings if f["level"] == "ok"]
+    if not (study / "data/audit.json").is_file():
+        return html_tag(
+            "section",
+            html_tag("h2", "The data"),
+            html_tag("p", "There is no audit: the data stage has left none."),
+        )
+    findings = read_json(study / "data/audit.json")["findings"]
+    told = [f for f in findings if f["level"] != "ok"]
+    fine = [f["name"] for f in findings if f["level"] == "ok"]
     rows = [[f["level"], f["found"], f["done"]] for f in told]
-    panel = study/"data/audit.png"
-    return html_tag("section", html_tag("h2", "The data"), html_tag("p", f"{len(findings)} checks were made before any training; {len(told)} found something to know." + (f" In order: {', '.join(dict.fromkeys(fine))}." if fine else "") + " All numbers are in data/audit.html."),
-               html_table(["level", "what was found", "what is done about it"], rows, "Findings of the audit", left=3) if rows else "",
-               html_figure(panel.read_bytes(), "The audit at a glance.", "grid") if panel.is_file() else "")
+    panel = study / "data/audit.png"
+    return html_tag(
+        "section",
+        html_tag("h2", "The data"),
+        html_tag(
+            "p",
+            (
+                f"{len(findings)} checks were made before any training; {len(told)} found something "
+                "to know."
+            )
+            + (f" In order: {', '.join(dict.fromkeys(fine))}." if fine else "")
+            + " All numbers are in data/audit.html.",
+        ),
+        html_table(
+            ["level", "what was found", "what is done about it"],
+            rows,
+            "Findings of the audit",
+            left=3,
+        )
+        if rows
+        else "",
+        html_figure(panel.read_bytes(), "The audit at a glance.", "grid")
+        if panel.is_file()
+        else "",
+    )
 
 # %% ../../nbs/report/page.ipynb #02ea6f4e
 def split_counts(
-    study: Study # the study
-) -> dict: # {split: (images, patients)}
+    study: Study,  # the study
+) -> dict:  # {split: (images, patients)}
     "Images and patients of each split, from the manifest."
-    rows = read_csv(study/"data/manifest.csv")
-    return {s: (sum(r["split"] == s for r in rows), len({r["patient_id"] for r in rows if r["split"] == s})) for s in ("train", *RESULT_SPLITS)}
+    rows = read_csv(study / "data/manifest.csv")
+    return {
+        s: (
+            sum(r["split"] == s for r in rows),
+            len({r["patient_id"] for r in rows if r["split"] == s}),
+        )
+        for s in ("train", *RESULT_SPLITS)
+    }
+
 
 def shared_patients(
-    study: Study # the study
+    study: Study,  # the study
 ) -> int:
     "Patients with images in more than one split."
-    pairs = {(r["patient_id"], r["split"]) for r in read_csv(study/"data/manifest.csv")}
+    pairs = {(r["patient_id"], r["split"]) for r in read_csv(study / "data/manifest.csv")}
     return len(pairs) - len({p for p, _ in pairs})
 
 # %% ../../nbs/report/page.ipynb #e1bd029d
 def preparation(
-    done: dict # {stage: settings}
+    done: dict,  # {stage: settings}
 ) -> str:
     "How the images were prepared; empty if that is not recorded."
     d = done.get("data", {})
-    return f"prepared as {d['resolution']} × {d['resolution']} px grey images" if "resolution" in d else ""
+    return (
+        f"prepared as {d['resolution']} × {d['resolution']} px grey images"
+        if "resolution" in d
+        else ""
+    )
+
 
 def data_method(
-    study: Study, # the study
-    done: dict    # {stage: settings}
+    study: Study,  # the study
+    done: dict,  # {stage: settings}
 ) -> str:
     "The sentence about data and splits."
-    parts = ", ".join(f"{s} {n:,} images of {p:,} patients" for s, (n, p) in split_counts(study).items() if n)
+    parts = ", ".join(
+        f"{s} {n:,} images of {p:,} patients" for s, (n, p) in split_counts(study).items() if n
+    )
     size = f", {preparation(done)}" if preparation(done) else ""
     card = dataset_card(study)
     about = f"Data: {card.name} (citation: {card.citation}; licence: {card.licence}; population: {card.population}){size}."
     return f"{about} Split by patients: {parts}. Patients in more than one of them: {shared_patients(study)}. A run at 100 % trains on train and internal together."
 
+
 def generator_method(
-    plan: dict, # plan.json
-    done: dict  # {stage: settings}
+    plan: dict,  # plan.json
+    done: dict,  # {stage: settings}
 ) -> str:
     "The sentence about generators and their images."
     n = sum(sum(g["images"].values()) for g in plan["generators"])
     t, g = done.get("train", {}), done.get("generate", {})
-    base = f" Base model: {t['base']}; fine-tuned per class for at most {t['max_train_steps']:,} steps." if t else ""
-    how = f" Sampling: {g['num_inference_steps']} steps, guidance {g['guidance_scale']:g}." if g else ""
-    return f"{len(plan['generators'])} generators, each trained only on the patients that its classifiers may see, were to draw {n:,} images." + base + how
+    base = (
+        (
+            f" Base model: {t['base']}; fine-tuned per class for at most {t['max_train_steps']:,} "
+            "steps."
+        )
+        if t
+        else ""
+    )
+    how = (
+        f" Sampling: {g['num_inference_steps']} steps, guidance {g['guidance_scale']:g}."
+        if g
+        else ""
+    )
+    return (
+        (
+            f"{len(plan['generators'])} generators, each trained only on the patients that its "
+            f"classifiers may see, were to draw {n:,} images."
+        )
+        + base
+        + how
+    )
 
 # %% ../../nbs/report/page.ipynb #ac944680
 def classifier_method(
-    plan: dict, # plan.json
-    done: dict  # {stage: settings}
+    plan: dict,  # plan.json
+    done: dict,  # {stage: settings}
 ) -> str:
     "The sentence about arms and runs."
-    cells = "; ".join(f"{format_percent(c['fraction'])} of the patients with {c['replicates']} replicate{'s' * (c['replicates'] > 1)} × {c['seeds']} seeds" for c in plan["cells"])
+    cells = "; ".join(
+        (
+            f"{format_percent(c['fraction'])} of the patients with {c['replicates']} "
+            f"replicate{'s' * (c['replicates'] > 1)} × {c['seeds']} seeds"
+        )
+        for c in plan["cells"]
+    )
     e = done.get("experiments", {})
-    method = {"probe": "frozen features under a logistic head", "finetune": "trained whole"}.get(e.get("method"), "")
-    network = f" Classifier: {e.get('network', 'not recorded')}{', ' + method if method else ''}, input {e.get('size', '?')} px; synthetic images carry {format_percent(e.get('share', 0.5))} of the total weight in mixed." if e else ""
-    builtin = f" The generators are replaced by the built-in known answer “{plan['builtin']}”." if plan.get("builtin") else ""
-    return f"Arms {', '.join(arm_label(a) for a in plan['arms'])} were planned at {cells}. A replicate fixes the patients of a fraction and the seed of its generator; a seed is one run of the classifier. All arms have the same number of steps or total weight, and the last weights are used." + network + builtin
+    method = {"probe": "frozen features under a logistic head", "finetune": "trained whole"}.get(
+        e.get("method"), ""
+    )
+    network = (
+        (
+            f" Classifier: {e.get('network', 'not recorded')}{', ' + method if method else ''}, input "
+            f"{e.get('size', '?')} px; synthetic images carry {format_percent(e.get('share', 0.5))} "
+            "of the total weight in mixed."
+        )
+        if e
+        else ""
+    )
+    builtin = (
+        f" The generators are replaced by the built-in known answer “{plan['builtin']}”."
+        if plan.get("builtin")
+        else ""
+    )
+    return (
+        (
+            f"Arms {', '.join(arm_label(a) for a in plan['arms'])} were planned at {cells}. A "
+            "replicate fixes the patients of a fraction and the seed of its generator; a seed is one "
+            "run of the classifier. All arms have the same number of steps or total weight, and the "
+            "last weights are used."
+        )
+        + network
+        + builtin
+    )
 
 # %% ../../nbs/report/page.ipynb #eb8832ef
 def interval_method(
-    analysis: dict, # from `analyse`
-    plan: dict      # plan.json
+    analysis: dict,  # from `analyse`
+    plan: dict,  # plan.json
 ) -> str:
     "The sentence about the interval and the words."
-    return (f"Differences are paired by patient, replicate and seed. Their variance is the sum of three: patients ({analysis['draws']:,} cluster bootstrap draws within class, runs fixed), replicates and seeds "
-            f"(spread of their means); the interval is Student's t with Satterthwaite's degrees of freedom. Margin: {plan['margin_pp']:g} pp ({plan.get('margin_why', 'no reason recorded')}). The words are improves (95 % interval above 0), worsens (below 0), "
-            "no meaningful difference (neither, and the 90 % interval inside the margin) and inconclusive (all else; always with two replicates). The primary contrast stands alone at 5 %; the secondary ones share 5 % by Holm's method. All else are estimates without a word.")
+    return (
+        f"Differences are paired by patient, replicate and seed. Their variance is the sum of three: patients ({analysis['draws']:,} cluster bootstrap draws within class, runs fixed), replicates and seeds "
+        f"(spread of their means); the interval is Student's t with Satterthwaite's degrees of freedom. Margin: {plan['margin_pp']:g} pp ({plan.get('margin_why', 'no reason recorded')}). The words are improves (95 % interval above 0), worsens (below 0), "
+        "no meaningful difference (neither, and the 90 % interval inside the margin) and inconclusive (all else; always with two replicates). The primary contrast stands alone at 5 %; the secondary ones share 5 % by Holm's method. All else are estimates without a word."
+    )
+
 
 def methods_html(
-    study: Study,   # the study
-    analysis: dict, # from `analyse`
-    plan: dict      # plan.json
+    study: Study,  # the study
+    analysis: dict,  # from `analyse`
+    plan: dict,  # plan.json
 ) -> Html:
     "The methods, from the records."
     done = {r["stage"]: r["settings"] for r in study.records().values()}
-    texts = [data_method(study, done), generator_method(plan, done), classifier_method(plan, done), interval_method(analysis, plan)]
-    return html_tag("section", html_tag("h2", "How it was done"), *(html_tag("p", t) for t in texts), headroom_html(plan))
+    texts = [
+        data_method(study, done),
+        generator_method(plan, done),
+        classifier_method(plan, done),
+        interval_method(analysis, plan),
+    ]
+    return html_tag(
+        "section",
+        html_tag("h2", "How it was done"),
+        *(html_tag("p", t) for t in texts),
+        headroom_html(plan),
+    )
 
 # %% ../../nbs/report/page.ipynb #1b53e9ec
 def claim_items(
-    study: Study,   # the study
-    analysis: dict, # from `analyse`
-    plan: dict      # plan.json
-) -> list[tuple]:   # item of CLAIM 2020, what is known (empty: for the author)
+    study: Study,  # the study
+    analysis: dict,  # from `analyse`
+    plan: dict,  # plan.json
+) -> list[tuple]:  # item of CLAIM 2020, what is known (empty: for the author)
     "The checklist, as far as software can fill it."
-    n, done, t = split_counts(study), {r["stage"]: r for r in study.records().values()}, analysis["test"]
+    n = split_counts(study)
+    done = {r["stage"]: r for r in study.records().values()}
+    t = analysis["test"]
     split = ", ".join(f"{s} {i:,} images of {p:,} patients" for s, (i, p) in n.items() if i)
     gone, card = analysis["missing"], dataset_card(study)
-    return [("7 Data sources", card.citation if card.citation != UNKNOWN else ""), ("8 Eligibility criteria", card.population if card.population != UNKNOWN else ""),
-            ("9 Preprocessing", preparation({k: r["settings"] for k, r in done.items()})),
-            ("12 De-identification", ""), ("13 Missing data", f"{len(gone['failed'])} failed and {len(gone['pending'])} pending runs, {len(analysis['problems'])} files of predictions refused"),
-            ("14 Ground truth", ""), ("19 Sample size", f"detectable difference {format_number(x, 2)} pp" if (x := (analysis["beside"].get("detectable") or [{}])[0].get("detectable")) else ""),
-            ("20 Partitions", split), ("21 Level of partition", f"patients; {shared_patients(study)} patients are in more than one part"), ("22 Model", classifier_method(plan, {k: r["settings"] for k, r in done.items()}).split(" Classifier: ")[-1].split(".")[0] if "experiments" in done else ""),
-            ("23 Software", ", ".join(f"{k} {v}" for k, v in done["experiments"]["versions"].items() if v) if "experiments" in done else ""), ("24 Initialisation", f"seeds and replicates of the plan, sealed as {plan['sha256'][:16]}"),
-            ("26 Hyperparameters", "; ".join(f"{k} = {v}" for k, v in done["experiments"]["settings"].items() if v != "") if "experiments" in done else ""), ("28 Metrics", "AUROC (primary); AUPRC of both classes, sensitivity, specificity, balanced accuracy, Brier score"),
-            ("29 Uncertainty", "95 % intervals over patients, replicates and seeds"), ("30 Robustness", "" if len(plan["cells"]) < 2 else f"{len(plan['cells'])} fractions, {len(plan['arms'])} arms"), ("31 Explainability", "Grad-CAM of random hits and errors, section Where the classifiers look" if any((study/"runs").glob("*/*/heat.csv")) else ""),
-            ("32 External data", "none: one data set, one source"), ("34 Test opened", t["state"] + (": " + ", ".join(d[:10] for d in t["openings"]) if t["openings"] else "")), ("37 Failure analysis", ""), ("38 Limitations", "section Limits and deviations"), ("40 Registration", f"plan sealed {plan['sealed'][:10]}"), ("42 Funding", "")]
+    return [
+        ("7 Data sources", card.citation if card.citation != UNKNOWN else ""),
+        ("8 Eligibility criteria", card.population if card.population != UNKNOWN else ""),
+        ("9 Preprocessing", preparation({k: r["settings"] for k, r in done.items()})),
+        ("12 De-identification", ""),
+        (
+            "13 Missing data",
+            (
+                f"{len(gone['failed'])} failed and {len(gone['pending'])} pending runs, "
+                f"{len(analysis['problems'])} files of predictions refused"
+            ),
+        ),
+        ("14 Ground truth", ""),
+        (
+            "19 Sample size",
+            f"detectable difference {format_number(x, 2)} pp"
+            if (x := (analysis["beside"].get("detectable") or [{}])[0].get("detectable"))
+            else "",
+        ),
+        ("20 Partitions", split),
+        (
+            "21 Level of partition",
+            f"patients; {shared_patients(study)} patients are in more than one part",
+        ),
+        (
+            "22 Model",
+            classifier_method(plan, {k: r["settings"] for k, r in done.items()})
+            .split(" Classifier: ")[-1]
+            .split(".")[0]
+            if "experiments" in done
+            else "",
+        ),
+        (
+            "23 Software",
+            ", ".join(f"{k} {v}" for k, v in done["experiments"]["versions"].items() if v)
+            if "experiments" in done
+            else "",
+        ),
+        ("24 Initialisation", f"seeds and replicates of the plan, sealed as {plan['sha256'][:16]}"),
+        (
+            "26 Hyperparameters",
+            "; ".join(f"{k} = {v}" for k, v in done["experiments"]["settings"].items() if v != "")
+            if "experiments" in done
+            else "",
+        ),
+        (
+            "28 Metrics",
+            (
+                "AUROC (primary); AUPRC of both classes, sensitivity, specificity, balanced accuracy, "
+                "Brier score"
+            ),
+        ),
+        ("29 Uncertainty", "95 % intervals over patients, replicates and seeds"),
+        (
+            "30 Robustness",
+            ""
+            if len(plan["cells"]) < 2
+            else f"{len(plan['cells'])} fractions, {len(plan['arms'])} arms",
+        ),
+        (
+            "31 Explainability",
+            "Grad-CAM of random hits and errors, section Where the classifiers look"
+            if any((study / "runs").glob("*/*/heat.csv"))
+            else "",
+        ),
+        ("32 External data", "none: one data set, one source"),
+        (
+            "34 Test opened",
+            t["state"] + (": " + ", ".join(d[:10] for d in t["openings"]) if t["openings"] else ""),
+        ),
+        ("37 Failure analysis", ""),
+        ("38 Limitations", "section Limits and deviations"),
+        ("40 Registration", f"plan sealed {plan['sealed'][:10]}"),
+        ("42 Funding", ""),
+    ]
+
 
 def claim_html(
-    study: Study, analysis: dict, plan: dict # as `claim_items`
+    study: Study,
+    analysis: dict,
+    plan: dict,  # as `claim_items`
 ) -> Html:
     "The checklist as a table."
-    rows = [[item, known or html_tag("span", "for the author", cls="dim")] for item, known in claim_items(study, analysis, plan)]
-    return html_tag("section", html_tag("h2", "Checklist"), html_tag("p", "Items of CLAIM (Checklist for Artificial Intelligence in Medical Imaging) that software can know; the others are named and left to the author."), html_table(["item", "from the records"], rows, "CLAIM", left=2, cls=""))
+    rows = [
+        [item, known or html_tag("span", "for the author", cls="dim")]
+        for item, known in claim_items(study, analysis, plan)
+    ]
+    return html_tag(
+        "section",
+        html_tag("h2", "Checklist"),
+        html_tag(
+            "p",
+            (
+                "Items of CLAIM (Checklist for Artificial Intelligence in Medical Imaging) that "
+                "software can know; the others are named and left to the author."
+            ),
+        ),
+        html_table(["item", "from the records"], rows, "CLAIM", left=2, cls=""),
+    )
 
 # %% ../../nbs/report/page.ipynb #1573e805
 def provenance_html(
-    study: Study, # the study
-    plan: dict    # plan.json
+    study: Study,  # the study
+    plan: dict,  # plan.json
 ) -> Html:
     "Seal, fingerprints, stage records and versions."
     short = lambda h: html_tag("code", h[:16])
-    files = [r for r in ("data/manifest.csv", "data/fractions.csv", "plan.json", "results.csv", "opened.json", "analysis.json") if (study/r).is_file()]
+    files = [
+        r
+        for r in (
+            "data/manifest.csv",
+            "data/fractions.csv",
+            "plan.json",
+            "results.csv",
+            "opened.json",
+            "analysis.json",
+        )
+        if (study / r).is_file()
+    ]
     records = [r for r in study.records().values() if r["stage"] != "report"]
-    rows = [[r["output"], r["stage"], r["status"], r.get("finished", "–")[:16].replace("T", " "), ", ".join(f"{k} = {v}" for k, v in r["settings"].items() if v != "")] for r in records]
-    versions = {v: k for r in records for k, v in [(r["output"], ", ".join(f"{n} {x}" for n, x in r["versions"].items() if x))]}
-    return html_tag("section", html_tag("h2", "Provenance"), html_tag("p", "Plan sealed on ", plan["sealed"][:16].replace("T", " at "), " UTC; its seal is ", short(plan["sha256"]), "."),
-               html_table(["file", "SHA-256, first 16 digits"], [[f, short(study.digest(f))] for f in files], "Files", left=2, cls=""),
-               html_table(["output", "stage", "status", "finished (UTC)", "settings"], rows, "Stage records", left=5), *(html_tag("p", v, cls="small") for v in versions))
+    rows = [
+        [
+            r["output"],
+            r["stage"],
+            r["status"],
+            r.get("finished", "–")[:16].replace("T", " "),
+            ", ".join(f"{k} = {v}" for k, v in r["settings"].items() if v != ""),
+        ]
+        for r in records
+    ]
+    versions = {
+        v: k
+        for r in records
+        for k, v in [(r["output"], ", ".join(f"{n} {x}" for n, x in r["versions"].items() if x))]
+    }
+    return html_tag(
+        "section",
+        html_tag("h2", "Provenance"),
+        html_tag(
+            "p",
+            "Plan sealed on ",
+            plan["sealed"][:16].replace("T", " at "),
+            " UTC; its seal is ",
+            short(plan["sha256"]),
+            ".",
+        ),
+        html_table(
+            ["file", "SHA-256, first 16 digits"],
+            [[f, short(study.digest(f))] for f in files],
+            "Files",
+            left=2,
+            cls="",
+        ),
+        html_table(
+            ["output", "stage", "status", "finished (UTC)", "settings"],
+            rows,
+            "Stage records",
+            left=5,
+        ),
+        *(html_tag("p", v, cls="small") for v in versions),
+    )
 
 # %% ../../nbs/report/page.ipynb #b4763b5b
 def deviations(
     study: Study,  # the study
-    analysis: dict # from `analyse`
+    analysis: dict,  # from `analyse`
 ) -> list[str]:
     "What was done otherwise than planned, with dates where there are any."
-    out, gone, t = [], analysis["missing"], analysis["test"]
-    if t["exploratory"]: out.append(f"The official test was opened more than once, or after the plan had changed ({', '.join(d[:10] for d in t['openings'])}); what it says is exploratory.")
-    if gone["failed"]: out.append(f"{len(gone['failed'])} run(s) did not complete.")
-    if gone["pending"]: out.append(f"{len(gone['pending'])} planned run(s) are not there; contrasts that need them get no word.")
-    if analysis["problems"]: out.append(f"{len(analysis['problems'])} file(s) of predictions were refused.")
+    out = []
+    gone = analysis["missing"]
+    t = analysis["test"]
+    if t["exploratory"]:
+        out.append(
+            "The official test was opened more than once, or after the plan had changed "
+            f"({', '.join(d[:10] for d in t['openings'])}); what it says is exploratory."
+        )
+    if gone["failed"]:
+        out.append(f"{len(gone['failed'])} run(s) did not complete.")
+    if gone["pending"]:
+        out.append(
+            f"{len(gone['pending'])} planned run(s) are not there; contrasts that need them get "
+            "no word."
+        )
+    if analysis["problems"]:
+        out.append(f"{len(analysis['problems'])} file(s) of predictions were refused.")
     redone = sorted(p.name for p in study.root.glob("*.redo*") if not p.name.endswith(".json"))
-    return out + ([f"Repeated with other settings or inputs; the older output is kept as {', '.join(redone)}."] if redone else [])
+    return out + (
+        [
+            (
+                "Repeated with other settings or inputs; the older output is kept as "
+                f"{', '.join(redone)}."
+            )
+        ]
+        if redone
+        else []
+    )
+
 
 def limits_html(
-    study: Study,   # the study
-    analysis: dict  # from `analyse`
+    study: Study,  # the study
+    analysis: dict,  # from `analyse`
 ) -> Html:
     "What this study cannot tell, and where it left its plan."
-    items = ["Not for clinical use. Neither the classifiers nor the synthetic images are fit for any decision about a person."]
-    if analysis["tier"] == "pilot": items.append("This is a pilot: few replicates, few seeds, a small generator. It is made to test the path from images to verdict.")
-    items += [f"One data set from one source. Population: {dataset_card(study).population}. Nothing here says how it would be elsewhere.", "Sensitivity and specificity at 0.5 depend on the mix of classes in training; the thresholds chosen on val are beside them."]
+    items = [
+        (
+            "Not for clinical use. Neither the classifiers nor the synthetic images are fit for any "
+            "decision about a person."
+        )
+    ]
+    if analysis["tier"] == "pilot":
+        items.append(
+            "This is a pilot: few replicates, few seeds, a small generator. It is made to test "
+            "the path from images to verdict."
+        )
+    items += [
+        (
+            f"One data set from one source. Population: {dataset_card(study).population}. Nothing "
+            "here says how it would be elsewhere."
+        ),
+        (
+            "Sensitivity and specificity at 0.5 depend on the mix of classes in training; the "
+            "thresholds chosen on val are beside them."
+        ),
+    ]
     strayed = deviations(study, analysis)
-    return html_tag("section", html_tag("h2", "Limits and deviations"), html_tag("ul", *(html_tag("li", i) for i in items)), html_tag("p", "Deviations from the plan:" if strayed else "Deviations from the plan: none recorded."), html_tag("ul", *(html_tag("li", d) for d in strayed)) if strayed else "")
+    return html_tag(
+        "section",
+        html_tag("h2", "Limits and deviations"),
+        html_tag("ul", *(html_tag("li", i) for i in items)),
+        html_tag(
+            "p",
+            "Deviations from the plan:" if strayed else "Deviations from the plan: none recorded.",
+        ),
+        html_tag("ul", *(html_tag("li", d) for d in strayed)) if strayed else "",
+    )
 
 # %% ../../nbs/report/page.ipynb #68662352
 CSS = """
@@ -566,72 +1408,227 @@ figure,.box,tr{break-inside:avoid}h2{break-after:avoid}.scroll{overflow:visible}
 
 # %% ../../nbs/report/page.ipynb #59d05edf
 def head_html(
-    title: str # of the page
+    title: str,  # of the page
 ) -> str:
     "Everything before the body."
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
-            f"<title>{escape_html(title)}</title><style>{CSS}</style></head>")
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
+        f"<title>{escape_html(title)}</title><style>{CSS}</style></head>"
+    )
 
 # %% ../../nbs/report/page.ipynb #0e56bcb4
 def results_html(
-    analysis: dict, # from `analyse`
-    plan: dict,     # plan.json
-    figures: dict   # from `draw_figures`
+    analysis: dict,  # from `analyse`
+    plan: dict,  # plan.json
+    figures: dict,  # from `draw_figures`
 ) -> Html:
     "Figures and tables of arms and contrasts."
-    f, of = format_percent(plan["primary"]["fraction"]), lambda kind: [(png, n.partition("-")[2]) for n, png in figures.items() if n.partition("-")[0] == kind and kind != n]
-    forest = [html_figure(figures["forest"], "Contrasts with 95 % intervals. Filled: the plan gives a word. Hollow: estimates where the primary contrast is judged; all others stand in the table. Shaded: the margin.")] if "forest" in figures else []
-    curves = [html_figure(png, f"AUROC on {s} by number of real training images. Bands: range of the replicates.") for png, s in of("efficiency")]
-    dots = [html_figure(png, f"AUROC on {s}: one dot per run, replicates side by side, bars are means.") for png, s in of("arms")]
-    bars = [html_figure(figures["accuracy"], "Accuracy, mean and standard deviation over runs: what the guide's poster shows.")] if "accuracy" in figures else []
-    rocs = [html_figure(png, f"ROC on {s} at {f}: mean over runs, bands are their range. Dot: threshold 0.5; diamond: the threshold that finds 95 % of the sick on val.", "square") for png, s in of("roc")]
-    sure = [html_figure(png, f"Reliability on {s} at {f}, first run of each arm, with Wilson intervals.", "square") for png, s in of("calibration")]
-    return join_html([html_tag("section", html_tag("h2", "By how much"), *forest, contrasts_html(analysis), variance_html(analysis)), html_tag("section", html_tag("h2", "The arms"), *curves, *dots, arms_html(analysis, plan), *bars),
-                 html_tag("section", html_tag("h2", "Thresholds and probabilities"), *rocs, threshold_transfer_html(analysis), *sure, other_html(analysis)), questions_html(analysis)])
+    f = format_percent(plan["primary"]["fraction"])
+    of = lambda kind: [
+        (png, n.partition("-")[2])
+        for n, png in figures.items()
+        if n.partition("-")[0] == kind and kind != n
+    ]
+    forest = (
+        [
+            html_figure(
+                figures["forest"],
+                (
+                    "Contrasts with 95 % intervals. Filled: the plan gives a word. Hollow: estimates "
+                    "where the primary contrast is judged; all others stand in the table. Shaded: the "
+                    "margin."
+                ),
+            )
+        ]
+        if "forest" in figures
+        else []
+    )
+    curves = [
+        html_figure(
+            png, f"AUROC on {s} by number of real training images. Bands: range of the replicates."
+        )
+        for png, s in of("efficiency")
+    ]
+    dots = [
+        html_figure(png, f"AUROC on {s}: one dot per run, replicates side by side, bars are means.")
+        for png, s in of("arms")
+    ]
+    bars = (
+        [
+            html_figure(
+                figures["accuracy"],
+                "Accuracy, mean and standard deviation over runs: what the guide's poster shows.",
+            )
+        ]
+        if "accuracy" in figures
+        else []
+    )
+    rocs = [
+        html_figure(
+            png,
+            (
+                f"ROC on {s} at {f}: mean over runs, bands are their range. Dot: threshold 0.5; "
+                "diamond: the threshold that finds 95 % of the sick on val."
+            ),
+            "square",
+        )
+        for png, s in of("roc")
+    ]
+    sure = [
+        html_figure(
+            png,
+            f"Reliability on {s} at {f}, first run of each arm, with Wilson intervals.",
+            "square",
+        )
+        for png, s in of("calibration")
+    ]
+    return join_html(
+        [
+            html_tag(
+                "section",
+                html_tag("h2", "By how much"),
+                *forest,
+                contrasts_html(analysis),
+                variance_html(analysis),
+            ),
+            html_tag(
+                "section",
+                html_tag("h2", "The arms"),
+                *curves,
+                *dots,
+                arms_html(analysis, plan),
+                *bars,
+            ),
+            html_tag(
+                "section",
+                html_tag("h2", "Thresholds and probabilities"),
+                *rocs,
+                threshold_transfer_html(analysis),
+                *sure,
+                other_html(analysis),
+            ),
+            questions_html(analysis),
+        ]
+    )
+
 
 def shift_html(
-    figures: dict # from `draw_figures`
+    figures: dict,  # from `draw_figures`
 ) -> Html:
     "Is the official test a fair draw? Nothing without figures."
-    said = dict(shift="How well the official test can be told from training, by class (0.5: not at all). Diamonds: random patients against the others.", blocks="Specificity along the patient numbers of the official test, with Wilson intervals; dotted: val.")
+    said = dict(
+        shift="How well the official test can be told from training, by class (0.5: not at all). Diamonds: random patients against the others.",
+        blocks="Specificity along the patient numbers of the official test, with Wilson intervals; dotted: val.",
+    )
     shown = [html_figure(figures[k], text) for k, text in said.items() if k in figures]
-    return html_tag("section", html_tag("h2", "Is the test a fair draw?"), *shown) if shown else Html("")
+    return (
+        html_tag("section", html_tag("h2", "Is the test a fair draw?"), *shown)
+        if shown
+        else Html("")
+    )
 
 # %% ../../nbs/report/page.ipynb #791cc2c0
 def heat_html(
-    study: Study, # the study
-    plan: dict,   # plan.json
-    png=None      # from `figure_cam`
+    study: Study,  # the study
+    plan: dict,  # plan.json
+    png=None,  # from `figure_cam`
 ) -> Html:
     "Grad-CAM of the first run of either arm; nothing if there is none."
     c, rows = plan["primary"], []
     for arm in (c["control"], c["arm"]):
-        path = study/f"runs/{arm}/{generator_name(c['fraction'], 0)}-seed0/heat.csv"
-        if not path.is_file(): continue
+        path = study / f"runs/{arm}/{generator_name(c['fraction'], 0)}-seed0/heat.csv"
+        if not path.is_file():
+            continue
         t = pd.read_csv(path)
         on = t.overlap.median() if t.overlap.notna().any() else None
-        rows.append([arm_label(arm), str(len(t)), format_number(100 * t.corners.median(), 0), html_tag("span", "unknown", cls="dim") if on is None else format_number(on, 1)])
-    if not rows: return Html("")
+        rows.append(
+            [
+                arm_label(arm),
+                str(len(t)),
+                format_number(100 * t.corners.median(), 0),
+                html_tag("span", "unknown", cls="dim") if on is None else format_number(on, 1),
+            ]
+        )
+    if not rows:
+        return Html("")
     said = "Grad-CAM of the answer “pneumonia”, first run of either arm, images drawn by lot: hits and errors of either kind. A map that looks sensible can belong to a wrong reason: these maps raise questions and prove nothing."
-    return html_tag("section", html_tag("h2", "Where the classifiers look"), html_tag("p", said), html_figure(png, "Heat speaks for pneumonia; the number is the probability that was given.", "grid") if png else "",
-               html_table(["arm", "images", "heat in the corners, %", "density of heat on the disease"], rows, "Medians over images. Corners: four squares of a fifth of the side; 16 % if the heat knew nothing. Density on the disease, of the ill: 1 if it knew nothing; known for drawn patients alone.", cls=""))
+    return html_tag(
+        "section",
+        html_tag("h2", "Where the classifiers look"),
+        html_tag("p", said),
+        html_figure(
+            png, "Heat speaks for pneumonia; the number is the probability that was given.", "grid"
+        )
+        if png
+        else "",
+        html_table(
+            ["arm", "images", "heat in the corners, %", "density of heat on the disease"],
+            rows,
+            (
+                "Medians over images. Corners: four squares of a fifth of the side; 16 % if the heat "
+                "knew nothing. Density on the disease, of the ill: 1 if it knew nothing; known for "
+                "drawn patients alone."
+            ),
+            cls="",
+        ),
+    )
 
 # %% ../../nbs/report/page.ipynb #ee80746e
 def report_page(
-    study: Study,   # the study
-    analysis: dict, # from `analyse`
+    study: Study,  # the study
+    analysis: dict,  # from `analyse`
     figures: dict,  # from `draw_figures`
-    made: str       # when, ISO 8601
+    made: str,  # when, ISO 8601
 ) -> str:
     "The whole report as one self-contained HTML page."
-    plan, info, title = read_json(study/"plan.json"), study.info(), "Do synthetic chest X-rays improve a pneumonia classifier?"
+    plan = read_json(study / "plan.json")
+    info = study.info()
+    title = "Do synthetic chest X-rays improve a pneumonia classifier?"
     c, made = analysis["contrasts"][0], made[:10]
     meta = f"Study {info.get('name', study.root.name)} · preset {info.get('preset', 'not recorded')} · data {dataset_card(study).name} · tier {analysis['tier']} · {made}"
-    training = [html_tag("section", html_tag("h2", "Training of the generators"), html_figure(figures["training"], "Loss by step, smoothed."))] if "training" in figures else []
-    body = [html_tag("h1", title), html_tag("p", meta, cls="meta"), verdict_html(analysis, plan, dataset_card(study).drawn), missing_html(analysis), guess_html(plan, c, figures.get("guess")),
-            results_html(analysis, plan, figures), heat_html(study, plan, figures.get("cam")), quality_html(study, figures), *training, audit_html(study), shift_html(figures), guide_html(study, figures.get("selection")),
-            methods_html(study, analysis, plan), limits_html(study, analysis), claim_html(study, analysis, plan), provenance_html(study, plan),
-            html_tag("footer", html_tag("p", "Written by cxr_synth from the files of the study; all numbers are in analysis.json, results.csv and quality/. Figures for a poster are in report/figures. Not for clinical use.", cls="small"))]
-    main = re.sub(r"(\d) (%|pp|px)", "\\1\u00a0\\2", html_tag("main", *body))   # a number stays with its unit
+    training = (
+        [
+            html_tag(
+                "section",
+                html_tag("h2", "Training of the generators"),
+                html_figure(figures["training"], "Loss by step, smoothed."),
+            )
+        ]
+        if "training" in figures
+        else []
+    )
+    body = [
+        html_tag("h1", title),
+        html_tag("p", meta, cls="meta"),
+        verdict_html(analysis, plan, dataset_card(study).drawn),
+        missing_html(analysis),
+        guess_html(plan, c, figures.get("guess")),
+        results_html(analysis, plan, figures),
+        heat_html(study, plan, figures.get("cam")),
+        quality_html(study, figures),
+        *training,
+        audit_html(study),
+        shift_html(figures),
+        guide_html(study, figures.get("selection")),
+        methods_html(study, analysis, plan),
+        limits_html(study, analysis),
+        claim_html(study, analysis, plan),
+        provenance_html(study, plan),
+        html_tag(
+            "footer",
+            html_tag(
+                "p",
+                (
+                    "Written by cxr_synth from the files of the study; all numbers are in "
+                    "analysis.json, results.csv and quality/. Figures for a poster are in "
+                    "report/figures. Not for clinical use."
+                ),
+                cls="small",
+            ),
+        ),
+    ]
+    main = re.sub(
+        r"(\d) (%|pp|px)", "\\1\u00a0\\2", html_tag("main", *body)
+    )  # a number stays with its unit
     return f"{head_html(title)}<body>{main}</body></html>\n"

@@ -17,175 +17,378 @@ from sklearn import metrics
 # %% ../../nbs/report/rehearsal.ipynb #d0eca028
 from ..base.files import atomic_path, digest_json, read_json, write_csv, write_json
 from ..base.records import Study, generator_name, open_stage
-from ..base.settings import CLASSES, DataConfig, ExperimentsConfig, PlanConfig, QualityConfig
+from cxr_synth.base.settings import (
+    CLASSES,
+    DataConfig,
+    ExperimentsConfig,
+    PlanConfig,
+    QualityConfig,
+)
 from ..classify.explain import HEAT_COLUMNS as HEAT, draw_cases
 from ..images.phantom import draw_phantom
 from ..protocol.arms import QUESTIONS, parse_arm
 from ..stats.simulate import make_patients, simulate
 
 # %% ../../nbs/report/rehearsal.ipynb #6d38955a
-REHEARSAL_PATIENTS = dict(val=25, internal=110, test=90, train=40)   # of each class
-REHEARSAL_MANIFEST = ["image_id", "path", "class_name", "label", "kind", "patient_id", "official_split", "split", "fold", "duplicate_group", "width", "height", "sha256"]
+REHEARSAL_PATIENTS = dict(val=25, internal=110, test=90, train=40)  # of each class
+REHEARSAL_MANIFEST = [
+    "image_id",
+    "path",
+    "class_name",
+    "label",
+    "kind",
+    "patient_id",
+    "official_split",
+    "split",
+    "fold",
+    "duplicate_group",
+    "width",
+    "height",
+    "sha256",
+]
+
 
 def rehearse_images(
-    root: Path, # the study folder
-    patients: dict = REHEARSAL_PATIENTS, # patients of each class, by split
-    seed: int = 0 # of the number of images per patient
-) -> pd.DataFrame: # the manifest
+    root: Path,  # the study folder
+    patients: dict = REHEARSAL_PATIENTS,  # patients of each class, by split
+    seed: int = 0,  # of the number of images per patient
+) -> pd.DataFrame:  # the manifest
     "Write data/manifest.csv and a few phantoms under data/images and synthetic/."
     rng, rows = np.random.default_rng(seed), []
     for at, (split, n) in enumerate(patients.items()):
         who, labels = make_patients(n, rng, start=10_000 * at)
-        rows += [dict(image_id=f"{split}{i:05d}", class_name=CLASSES[y], label=int(y), patient_id=p, split=split,
-                      official_split="test" if split == "test" else "train") for i, (p, y) in enumerate(zip(who, labels))]
-    write_csv(Path(root)/"data/manifest.csv", REHEARSAL_MANIFEST, rows)
-    few = [r for c in CLASSES for r in [r for r in rows if r["split"] == "train" and r["class_name"] == c][:4]]
+        rows += [
+            dict(
+                image_id=f"{split}{i:05d}",
+                class_name=CLASSES[y],
+                label=int(y),
+                patient_id=p,
+                split=split,
+                official_split="test" if split == "test" else "train",
+            )
+            for i, (p, y) in enumerate(zip(who, labels))
+        ]
+    write_csv(Path(root) / "data/manifest.csv", REHEARSAL_MANIFEST, rows)
+    few = [
+        r
+        for c in CLASSES
+        for r in [r for r in rows if r["split"] == "train" and r["class_name"] == c][:4]
+    ]
     draw = [(f"data/images/{r['image_id']}.png", i, r["label"], 0) for i, r in enumerate(few)]
-    draw += [(f"synthetic/{generator_name(0.1, 0)}/{c}/{i:06d}.png", 100 + i, k, 1) for k, c in enumerate(CLASSES) for i in range(4)]
+    draw += [
+        (f"synthetic/{generator_name(0.1, 0)}/{c}/{i:06d}.png", 100 + i, k, 1)
+        for k, c in enumerate(CLASSES)
+        for i in range(4)
+    ]
     for path, patient, label, s in draw:
-        with atomic_path(Path(root)/path) as tmp: Image.fromarray(draw_phantom(patient, 0, label, seed=s)).save(tmp, format="PNG")
+        with atomic_path(Path(root) / path) as tmp:
+            Image.fromarray(draw_phantom(patient, 0, label, seed=s)).save(tmp, format="PNG")
     return pd.DataFrame(rows)
 
 # %% ../../nbs/report/rehearsal.ipynb #e774b8c2
 REHEARSAL_ARMS = ("real", "duplicate", "mixed", "synthetic_only", "oracle")
-REHEARSAL_CELLS = ((1.0, 1, 3), (0.1, 3, 3))   # fraction, replicates, seeds
+REHEARSAL_CELLS = ((1.0, 1, 3), (0.1, 3, 3))  # fraction, replicates, seeds
 
-def rehearsal_contrast(arm, control, fraction, split): return dict(arm=arm, control=control, fraction=fraction, split=split, metric="auroc")
+
+def rehearsal_contrast(arm, control, fraction, split):
+    return dict(arm=arm, control=control, fraction=fraction, split=split, metric="auroc")
+
 
 def rehearse_plan(
-    root: Path,   # the study folder
+    root: Path,  # the study folder
     cells=REHEARSAL_CELLS,  # (fraction, replicates, seeds)
-    arms=REHEARSAL_ARMS,    # in the order of the report
-    guess: str = "+1.5, because <more> images & more variety" # of the user
-) -> dict:        # plan.json
+    arms=REHEARSAL_ARMS,  # in the order of the report
+    guess: str = "+1.5, because <more> images & more variety",  # of the user
+) -> dict:  # plan.json
     "Write plan.json, sealed, and study.json."
     f = min(c[0] for c in cells)
-    family = [rehearsal_contrast("mixed", "real", f, "test")] + [rehearsal_contrast("oracle", "mixed", f, "internal")] * ("oracle" in arms) + [rehearsal_contrast("mixed", "real", 1.0, "test")] * (cells[0][0] == 1)
-    plan = dict(tier="pilot", seed=0, arms=[*arms], questions={a: QUESTIONS[parse_arm(a)[0]] for a in arms}, cells=[dict(fraction=x, replicates=k, seeds=s) for x, k, s in cells],
-                generators=[dict(name=generator_name(x, r), fraction=x, replicate=r, n_real=int(900 * x), images={c: 45 for c in CLASSES}) for x, k, _ in cells for r in range(k)],
-                primary=rehearsal_contrast("mixed", "real", f, "internal"), secondary=family, margin_pp=0.5, margin_why="half a point, set before any result", guess=guess)
-    write_json(Path(root)/"plan.json", plan | dict(sealed="2026-01-02T03:04:05+00:00", sha256=digest_json(plan)))
-    write_json(Path(root)/"study.json", dict(name=Path(root).name, preset="tiny", source="phantom", created="2026-01-02T03:04:05+00:00"))
-    return read_json(Path(root)/"plan.json")
+    family = (
+        [rehearsal_contrast("mixed", "real", f, "test")]
+        + [rehearsal_contrast("oracle", "mixed", f, "internal")] * ("oracle" in arms)
+        + [rehearsal_contrast("mixed", "real", 1.0, "test")] * (cells[0][0] == 1)
+    )
+    plan = dict(
+        tier="pilot",
+        seed=0,
+        arms=[*arms],
+        questions={a: QUESTIONS[parse_arm(a)[0]] for a in arms},
+        cells=[dict(fraction=x, replicates=k, seeds=s) for x, k, s in cells],
+        generators=[
+            dict(
+                name=generator_name(x, r),
+                fraction=x,
+                replicate=r,
+                n_real=int(900 * x),
+                images=dict.fromkeys(CLASSES, 45),
+            )
+            for x, k, _ in cells
+            for r in range(k)
+        ],
+        primary=rehearsal_contrast("mixed", "real", f, "internal"),
+        secondary=family,
+        margin_pp=0.5,
+        margin_why="half a point, set before any result",
+        guess=guess,
+    )
+    write_json(
+        Path(root) / "plan.json",
+        plan | dict(sealed="2026-01-02T03:04:05+00:00", sha256=digest_json(plan)),
+    )
+    write_json(
+        Path(root) / "study.json",
+        dict(
+            name=Path(root).name,
+            preset="tiny",
+            source="phantom",
+            created="2026-01-02T03:04:05+00:00",
+        ),
+    )
+    return read_json(Path(root) / "plan.json")
 
 # %% ../../nbs/report/rehearsal.ipynb #03a48679
-REHEARSAL_TRUTH = {0.1: dict(real=0.84, mixed=0.885, synthetic_only=0.78, oracle=0.90), 1.0: dict(real=0.90, mixed=0.91, synthetic_only=0.82, oracle=0.91)}
+REHEARSAL_TRUTH = {
+    0.1: dict(real=0.84, mixed=0.885, synthetic_only=0.78, oracle=0.90),
+    1.0: dict(real=0.90, mixed=0.91, synthetic_only=0.82, oracle=0.91),
+}
+
 
 def metric_values(
-    label, # (n,) 0 or 1
-    prob   # (n,) P(pneumonia)
-) -> dict: # the nine metrics of results.csv, at threshold 0.5 where they need one
+    label,  # (n,) 0 or 1
+    prob,  # (n,) P(pneumonia)
+) -> dict:  # the nine metrics of results.csv, at threshold 0.5 where they need one
     "The metrics of one run on one split, by scikit-learn."
     call, m = np.asarray(prob) >= 0.5, metrics
-    return dict(auroc=m.roc_auc_score(label, prob), auprc=m.average_precision_score(label, prob), accuracy=m.accuracy_score(label, call), balanced_accuracy=m.balanced_accuracy_score(label, call),
-                sensitivity=m.recall_score(label, call), specificity=m.recall_score(label, call, pos_label=0), f1=m.f1_score(label, call),
-                mcc=m.matthews_corrcoef(label, call), brier=m.brier_score_loss(label, prob))
+    return dict(
+        auroc=m.roc_auc_score(label, prob),
+        auprc=m.average_precision_score(label, prob),
+        accuracy=m.accuracy_score(label, call),
+        balanced_accuracy=m.balanced_accuracy_score(label, call),
+        sensitivity=m.recall_score(label, call),
+        specificity=m.recall_score(label, call, pos_label=0),
+        f1=m.f1_score(label, call),
+        mcc=m.matthews_corrcoef(label, call),
+        brier=m.brier_score_loss(label, prob),
+    )
 
-REHEARSAL_METRICS = ("auroc", "auprc", "accuracy", "balanced_accuracy", "sensitivity", "specificity", "f1", "mcc", "brier")
-REHEARSAL_RESULTS = ["arm", "network", "real_fraction", "replicate", "seed", "generator", "share", "pool", "n_real", "n_synthetic", "optimizer_steps",
-           "status", "plan_sha256"] + [f"{s}_{m}" for s in ("val", "internal", "test") for m in REHEARSAL_METRICS]
+
+REHEARSAL_METRICS = (
+    "auroc",
+    "auprc",
+    "accuracy",
+    "balanced_accuracy",
+    "sensitivity",
+    "specificity",
+    "f1",
+    "mcc",
+    "brier",
+)
+REHEARSAL_RESULTS = [
+    "arm",
+    "network",
+    "real_fraction",
+    "replicate",
+    "seed",
+    "generator",
+    "share",
+    "pool",
+    "n_real",
+    "n_synthetic",
+    "optimizer_steps",
+    "status",
+    "plan_sha256",
+] + [f"{s}_{m}" for s in ("val", "internal", "test") for m in REHEARSAL_METRICS]
 
 # %% ../../nbs/report/rehearsal.ipynb #f0883ea9
 def rehearse_run(
-    study: Study,   # the study
-    row: dict,      # of results.csv, without metrics
-    rows: pd.DataFrame, # the images that it predicts
-    probs           # (n,) their probabilities
-) -> dict:          # the row with the metrics of val and internal
+    study: Study,  # the study
+    row: dict,  # of results.csv, without metrics
+    rows: pd.DataFrame,  # the images that it predicts
+    probs,  # (n,) their probabilities
+) -> dict:  # the row with the metrics of val and internal
     "Write predictions.csv, test.csv and run.json of one run."
-    folder = study/f"runs/{row['arm']}/{generator_name(row['real_fraction'], row['replicate'])}-seed{row['seed']}"
+    folder = (
+        study
+        / f"runs/{row['arm']}/{generator_name(row['real_fraction'], row['replicate'])}-seed{row['seed']}"
+    )
     table = rows[["image_id", "patient_id", "split", "label"]].assign(prob=np.round(probs, 6))
-    for name, part in (("predictions", table[table.split != "test"]), ("test", table[table.split == "test"])):
-        write_csv(folder/f"{name}.csv", list(table), part.to_dict("records"))
-    done = row | {f"{s}_{m}": float(v) for s, t in table.groupby("split") if s != "test" for m, v in metric_values(t.label, t.prob).items()}
-    write_json(folder/"run.json", done)
+    for name, part in (
+        ("predictions", table[table.split != "test"]),
+        ("test", table[table.split == "test"]),
+    ):
+        write_csv(folder / f"{name}.csv", list(table), part.to_dict("records"))
+    done = row | {
+        f"{s}_{m}": float(v)
+        for s, t in table.groupby("split")
+        if s != "test"
+        for m, v in metric_values(t.label, t.prob).items()
+    }
+    write_json(folder / "run.json", done)
     return done
 
 # %% ../../nbs/report/rehearsal.ipynb #6ac176fd
 def rehearse_runs(
-    study: Study,        # with plan
+    study: Study,  # with plan
     rows: pd.DataFrame,  # its manifest
-    truth: dict = REHEARSAL_TRUTH, # {fraction: {arm: true AUROC}}
-    sd_rep: float = 0.05, sd_seed: float = 0.03, # standard deviation of the effects, in units of mu
-    seed: int = 0        # of all scores
+    truth: dict = REHEARSAL_TRUTH,  # {fraction: {arm: true AUROC}}
+    sd_rep: float = 0.05,
+    sd_seed: float = 0.03,  # standard deviation of the effects, in units of mu
+    seed: int = 0,  # of all scores
 ):
     "Write runs/ and results.csv; `duplicate` is a copy of `real`, and the test's columns stay empty."
-    plan, rng, results = read_json(study/"plan.json"), np.random.default_rng(seed), []
+    plan = read_json(study / "plan.json")
+    rng = np.random.default_rng(seed)
+    results = []
     for c in plan["cells"]:
-        f, seen = c["fraction"], rows[rows.split.isin(["val", "test"] + ["internal"] * (c["fraction"] < 1))]
-        probs = simulate(seen.patient_id.values, seen.label.values, truth[f], c["replicates"], c["seeds"], rng, sd_rep, sd_seed)
+        f = c["fraction"]
+        seen = rows[rows.split.isin(["val", "test"] + ["internal"] * (c["fraction"] < 1))]
+        probs = simulate(
+            seen.patient_id.values,
+            seen.label.values,
+            truth[f],
+            c["replicates"],
+            c["seeds"],
+            rng,
+            sd_rep,
+            sd_seed,
+        )
         probs["duplicate"] = probs["real"]
-        for arm, k, s in ((a, k, s) for a in plan["arms"] for k in range(c["replicates"]) for s in range(c["seeds"])):
+        for arm, k, s in (
+            (a, k, s)
+            for a in plan["arms"]
+            for k in range(c["replicates"])
+            for s in range(c["seeds"])
+        ):
             pool = 90 * (arm not in ("real", "duplicate"))
-            row = dict(arm=arm, network="efficientnet_lite0", real_fraction=f, replicate=k, seed=s, generator=generator_name(f, k) if pool else "", share=0.5 if pool else "", pool=pool or "",
-                       n_real=int(900 * f) if arm != "synthetic_only" else 0, n_synthetic=pool, optimizer_steps=0, status="done", plan_sha256=plan["sha256"])
+            row = dict(
+                arm=arm,
+                network="efficientnet_lite0",
+                real_fraction=f,
+                replicate=k,
+                seed=s,
+                generator=generator_name(f, k) if pool else "",
+                share=0.5 if pool else "",
+                pool=pool or "",
+                n_real=int(900 * f) if arm != "synthetic_only" else 0,
+                n_synthetic=pool,
+                optimizer_steps=0,
+                status="done",
+                plan_sha256=plan["sha256"],
+            )
             results.append(rehearse_run(study, row, seen, probs[arm][k, s]))
-    write_csv(study/"results.csv", REHEARSAL_RESULTS, results)
+    write_csv(study / "results.csv", REHEARSAL_RESULTS, results)
 
 # %% ../../nbs/report/rehearsal.ipynb #34872146
 def rehearse_quality(
-    study: Study # the study
+    study: Study,  # the study
 ):
     "Write quality/GENERATOR.json of two generators, and GENERATOR-base.json of the first, with the rows that the report shows."
+
     def row(c, metric, value, floor, verdict, **kw):
-        return dict(class_name=c, metric=metric, reference="train", extractor="efficientnet-lite0", weights_sha256="", resize="64 px", n_real=40, n_synthetic=40, value=value, low=value * .95, high=value * 1.05,
-                    floor=floor, floor_low=floor * .85, floor_high=floor * 1.2, verdict=verdict, sentence=f"{metric} {value:g}; real images: {floor:g}.") | kw
+        return (
+            dict(
+                class_name=c,
+                metric=metric,
+                reference="train",
+                extractor="efficientnet-lite0",
+                weights_sha256="",
+                resize="64 px",
+                n_real=40,
+                n_synthetic=40,
+                value=value,
+                low=value * 0.95,
+                high=value * 1.05,
+                floor=floor,
+                floor_low=floor * 0.85,
+                floor_high=floor * 1.2,
+                verdict=verdict,
+                sentence=f"{metric} {value:g}; real images: {floor:g}.",
+            )
+            | kw
+        )
+
     for name, by in (("real010-rep0", 1.0), ("real010-rep1", 1.2), ("real010-rep0-base", 4.0)):
-        rows = [row(c, "fd", v * by, 12.0, "above the floor") for c, v in zip(CLASSES, (48.2, 61.7))] + [row("both", "source_auc", 0.93, 0.5, "above the floor")]
-        write_json(study/f"quality/{name}.json", rows)
+        rows = [
+            row(c, "fd", v * by, 12.0, "above the floor") for c, v in zip(CLASSES, (48.2, 61.7))
+        ] + [row("both", "source_auc", 0.93, 0.5, "above the floor")]
+        write_json(study / f"quality/{name}.json", rows)
 
 # %% ../../nbs/report/rehearsal.ipynb #e53471aa
 def rehearse_heat(
-    study: Study # with runs
+    study: Study,  # with runs
 ):
     "Write heat.npy and heat.csv of the first run of `real` and `mixed`: two cases of each kind on internal, the disease that was drawn as their heat."
-    c = read_json(study/"plan.json")["primary"]
+    c = read_json(study / "plan.json")["primary"]
     for arm in (c["control"], c["arm"]):
-        folder, maps, rows = study/f"runs/{arm}/{generator_name(c['fraction'], 0)}-seed0", [], []
-        cases = draw_cases(pd.read_csv(folder/"predictions.csv").query("split == 'internal'"), n=2)
+        folder = study / f"runs/{arm}/{generator_name(c['fraction'], 0)}-seed0"
+        maps = []
+        rows = []
+        cases = draw_cases(
+            pd.read_csv(folder / "predictions.csv").query("split == 'internal'"), n=2
+        )
         for n, r in enumerate(cases.to_dict("records")):
             image, added = draw_phantom(500 + n, 0, r["label"], return_truth=True)
-            with atomic_path(study/f"data/images/{r['image_id']}.png") as tmp: Image.fromarray(image).save(tmp, format="PNG")
+            with atomic_path(study / f"data/images/{r['image_id']}.png") as tmp:
+                Image.fromarray(image).save(tmp, format="PNG")
             maps.append(added.reshape(4, 16, 4, 16).mean((1, 3)))
             rows.append(r | dict(corners=0.1, overlap=2.5 if r["label"] else ""))
-        with atomic_path(folder/"heat.npy") as tmp, open(tmp, "wb") as f: np.save(f, np.stack(maps))
-        write_csv(folder/"heat.csv", HEAT, rows)
+        with atomic_path(folder / "heat.npy") as tmp, open(tmp, "wb") as f:
+            np.save(f, np.stack(maps))
+        write_csv(folder / "heat.csv", HEAT, rows)
 
 # %% ../../nbs/report/rehearsal.ipynb #c128ab53
 def rehearse_records(
-    study: Study # with manifest and plan
+    study: Study,  # with manifest and plan
 ) -> Study:
     "Write the records that the stages leave beside their outputs."
-    for stage, out, cfg, inputs in (("data", "data", DataConfig(), []), ("plan", "plan.json", PlanConfig(), ["data/manifest.csv"]),
-                                    ("quality", "quality", QualityConfig(), ["data/manifest.csv"]), ("experiments", "runs", ExperimentsConfig(), ["plan.json"])):
+    for stage, out, cfg, inputs in (
+        ("data", "data", DataConfig(), []),
+        ("plan", "plan.json", PlanConfig(), ["data/manifest.csv"]),
+        ("quality", "quality", QualityConfig(), ["data/manifest.csv"]),
+        ("experiments", "runs", ExperimentsConfig(), ["plan.json"]),
+    ):
         open_stage(study, stage, out, cfg, inputs, adopt=True).finish()
     return study
 
 # %% ../../nbs/report/rehearsal.ipynb #55daa345
 def rehearse_opening(
-    study: Study,    # finished
-    exploratory: bool = False # as if it had been opened before
+    study: Study,  # finished
+    exploratory: bool = False,  # as if it had been opened before
 ) -> Study:
     "Fill the test columns and log the opening, as open-test does."
-    table = pd.read_csv(study/"results.csv", dtype={"generator": str})
+    table = pd.read_csv(study / "results.csv", dtype={"generator": str})
     for i, r in table.iterrows():
-        p = study/f"runs/{r.arm}/{generator_name(r.real_fraction, r.replicate)}-seed{r.seed}/test.csv"
-        if r.status != "done": continue
+        p = (
+            study
+            / f"runs/{r.arm}/{generator_name(r.real_fraction, r.replicate)}-seed{r.seed}/test.csv"
+        )
+        if r.status != "done":
+            continue
         t = pd.read_csv(p)
-        for m, v in metric_values(t.label, t.prob).items(): table.loc[i, f"test_{m}"] = v
-    write_csv(study/"results.csv", REHEARSAL_RESULTS, table.astype(object).where(table.notna(), "").to_dict("records"))
-    write_json(study/"opened.json", dict(plan_sha256=read_json(study/"plan.json")["sha256"], opened=[dict(date="2026-01-05T00:00:00+00:00", exploratory=exploratory)]))
+        for m, v in metric_values(t.label, t.prob).items():
+            table.loc[i, f"test_{m}"] = v
+    write_csv(
+        study / "results.csv",
+        REHEARSAL_RESULTS,
+        table.astype(object).where(table.notna(), "").to_dict("records"),
+    )
+    write_json(
+        study / "opened.json",
+        dict(
+            plan_sha256=read_json(study / "plan.json")["sha256"],
+            opened=[dict(date="2026-01-05T00:00:00+00:00", exploratory=exploratory)],
+        ),
+    )
     return study
 
 # %% ../../nbs/report/rehearsal.ipynb #eb674ee5
 def rehearse(
-    root: Path,     # folder to write
-    patients: dict = REHEARSAL_PATIENTS, # patients of each class, by split
-    cells=REHEARSAL_CELLS,    # (fraction, replicates, seeds)
-    arms=REHEARSAL_ARMS,      # in the order of the report
-    truth: dict = REHEARSAL_TRUTH, # {fraction: {arm: true AUROC}}
+    root: Path,  # folder to write
+    patients: dict = REHEARSAL_PATIENTS,  # patients of each class, by split
+    cells=REHEARSAL_CELLS,  # (fraction, replicates, seeds)
+    arms=REHEARSAL_ARMS,  # in the order of the report
+    truth: dict = REHEARSAL_TRUTH,  # {fraction: {arm: true AUROC}}
     seed: int = 0,  # of everything
-    **kw            # sd_rep and sd_seed of `rehearse_runs`
+    **kw,  # sd_rep and sd_seed of `rehearse_runs`
 ) -> Study:
     "A whole made-up study: images, plan, runs, quality and records; the test is still sealed."
     study, rows = Study(root), rehearse_images(root, patients, seed)

@@ -22,110 +22,185 @@ from .set_card import assert_same_images, card_path, current_card, read_set
 # %% ../../nbs/ship/hub_push.ipynb #2b4ce2e9
 def shipment(
     study: Study,  # the study
-    generator: str,# whose set
+    generator: str,  # whose set
     repo_id: str,  # OWNER/NAME on the Hub
-    licence: str = "" # of the real images, as the user states it; needed where it is unknown
-) -> dict:         # url, card, and files: name -> bytes
+    licence: str = "",  # of the real images, as the user states it; needed where it is unknown
+) -> dict:  # url, card, and files: name -> bytes
     "What would go to the Hub: the images, their metadata and record, the marks of the gate, the card."
-    try: validate_repo_id(repo_id)
-    except HFValidationError as e: raise CxrError(f"{repo_id!r} is no name of a data set on the Hub.\nExpected OWNER/NAME of letters, digits, '-', '_' and '.', such as anna/cxr-{generator}.") from e
-    if "/" not in repo_id: raise CxrError(f"{repo_id!r} names no owner.\nExpected OWNER/NAME, such as anna/{repo_id}.")
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as e:
+        raise CxrError(
+            f"{repo_id!r} is no name of a data set on the Hub.\nExpected OWNER/NAME of letters, digits, '-', '_' and '.', such as anna/cxr-{generator}."
+        ) from e
+    if "/" not in repo_id:
+        raise CxrError(f"{repo_id!r} names no owner.\nExpected OWNER/NAME, such as anna/{repo_id}.")
     if not stated(dataset_card(study), licence).licensed:
-        raise CxrError(f"the licence of the real images behind {generator} is unknown, so its images can't be published.\n"
-                       "Ask the owner, then repeat with --licence 'NAME OF THE LICENCE', which is written into the card;\n"
-                       f"or record the facts once: cxr-synth data {study.root} --data.card FILE.json (or kermany)")
-    lines, folder = read_set(study, generator), study/"synthetic"/generator
+        raise CxrError(
+            f"the licence of the real images behind {generator} is unknown, so its images can't be published.\n"
+            "Ask the owner, then repeat with --licence 'NAME OF THE LICENCE', which is written into the card;\n"
+            f"or record the facts once: cxr-synth data {study.root} --data.card FILE.json (or kermany)"
+        )
+    lines, folder = read_set(study, generator), study / "synthetic" / generator
     assert_same_images(study, generator, lines)
     text = current_card(study, generator, licence)
     if OLD_CLAIM in text and dataset_card(study) != CARDS["kermany"]:
-        raise CxrError(f"{card_path(study, generator)} was written by an older version and names a data set that is not this study's.\n"
-                       "Move it away and repeat the command: a card with this study's facts takes its place.")
-    names = [n for n in ("metadata.jsonl", "flags.csv", "stage.json") if (folder/n).is_file()] + [m["file_name"] for m in lines]
-    return dict(url=f"{constants.ENDPOINT}/datasets/{repo_id}", card=text, files={"README.md": len(text.encode())} | {n: (folder/n).stat().st_size for n in names})
+        raise CxrError(
+            f"{card_path(study, generator)} was written by an older version and names a data set that is not this study's.\n"
+            "Move it away and repeat the command: a card with this study's facts takes its place."
+        )
+    names = [n for n in ("metadata.jsonl", "flags.csv", "stage.json") if (folder / n).is_file()] + [
+        m["file_name"] for m in lines
+    ]
+    return dict(
+        url=f"{constants.ENDPOINT}/datasets/{repo_id}",
+        card=text,
+        files={"README.md": len(text.encode())} | {n: (folder / n).stat().st_size for n in names},
+    )
 
 # %% ../../nbs/ship/hub_push.ipynb #0993444c
 def shipment_text(
-    ship: dict,   # from `shipment`
-    private: bool # as it would be made
+    ship: dict,  # from `shipment`
+    private: bool,  # as it would be made
 ) -> str:
     "The shipment in words: where, what, how large, and the card."
     groups = {}
-    for n, size in ship["files"].items(): groups.setdefault(f"{n.split('/')[0]}/*.png" if "/" in n else n, []).append(size)
-    rows = [f"  {g:24} {len(s):7,} {'file ' if len(s) == 1 else 'files'} {sum(s) / 1e6:10,.3f} MB" for g, s in groups.items()]
+    for n, size in ship["files"].items():
+        groups.setdefault(f"{n.split('/')[0]}/*.png" if "/" in n else n, []).append(size)
+    rows = [
+        f"  {g:24} {len(s):7,} {'file ' if len(s) == 1 else 'files'} {sum(s) / 1e6:10,.3f} MB"
+        for g, s in groups.items()
+    ]
     total = f"  {'total':24} {len(ship['files']):7,} files {sum(ship['files'].values()) / 1e6:10,.3f} MB"
-    return "\n".join([f"dry run, nothing is sent. To {ship['url']} ({'private' if private else 'PUBLIC'}) would go:", *rows, total, "", "The card, README.md:", "", ship["card"]])
+    return "\n".join(
+        [
+            (
+                f"dry run, nothing is sent. To {ship['url']} ({'private' if private else 'PUBLIC'}) "
+                "would go:"
+            ),
+            *rows,
+            total,
+            "",
+            "The card, README.md:",
+            "",
+            ship["card"],
+        ]
+    )
 
 # %% ../../nbs/ship/hub_push.ipynb #d0cf7436
 def push_failure(
-    e: BaseException, # from huggingface_hub or below
-    repo_id: str      # what was pushed to
+    e: BaseException,  # from huggingface_hub or below
+    repo_id: str,  # what was pushed to
 ) -> str:
     "Why the Hub did not do as asked, and what to do."
     chain = [e]
-    while chain[-1].__cause__ is not None: chain.append(chain[-1].__cause__)
-    status = next((x.response.status_code for x in chain if getattr(x, "response", None) is not None), None)
-    said = re.sub(r"hf_\w+", "hf_***", (str(chain[-1]).strip().splitlines() or [type(e).__name__])[0][:200])
-    if status == 401: return "the Hub does not accept the token.\nMake a new one with write access in the Hub's settings, then: hf auth login"
-    if status in (403, 404): return f"the token may not write to {repo_id}, or there is no such owner ({status}).\nUse your own name as owner, and a token with write access: hf auth login"
-    if status: return f"the Hub answered with status {status}: {said}\nRepeat the command later: what has arrived is not sent again."
-    if constants.is_offline_mode(): return "HF_HUB_OFFLINE is set, so nothing can be sent.\nUnset it and repeat the command."
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    status = next(
+        (x.response.status_code for x in chain if getattr(x, "response", None) is not None), None
+    )
+    said = re.sub(
+        r"hf_\w+", "hf_***", (str(chain[-1]).strip().splitlines() or [type(e).__name__])[0][:200]
+    )
+    if status == 401:
+        return "the Hub does not accept the token.\nMake a new one with write access in the Hub's settings, then: hf auth login"
+    if status in (403, 404):
+        return f"the token may not write to {repo_id}, or there is no such owner ({status}).\nUse your own name as owner, and a token with write access: hf auth login"
+    if status:
+        return f"the Hub answered with status {status}: {said}\nRepeat the command later: what has arrived is not sent again."
+    if constants.is_offline_mode():
+        return "HF_HUB_OFFLINE is set, so nothing can be sent.\nUnset it and repeat the command."
     return f"{constants.ENDPOINT} cannot be reached: {said}\nCheck the network and repeat the command: what has arrived is not sent again."
 
 # %% ../../nbs/ship/hub_push.ipynb #524a14f8
 @contextmanager
 def naming_hub_errors(
-    repo_id: str # what is pushed to
+    repo_id: str,  # what is pushed to
 ):
     "Turn failures of the Hub, the token or the network into a `CxrError`."
-    try: yield
-    except (HfHubHTTPError, OSError, RuntimeError, *HfHubHTTPError.__bases__) as e:   # the bases: every error of the HTTP library in use
+    try:
+        yield
+    except (
+        HfHubHTTPError,
+        OSError,
+        RuntimeError,
+        *HfHubHTTPError.__bases__,
+    ) as e:  # the bases: every error of the HTTP library in use
         raise CxrError(f"cannot push to {repo_id}: {push_failure(e, repo_id)}") from e
 
 # %% ../../nbs/ship/hub_push.ipynb #e07fdcec
 def check_target(
-    api: HfApi,   # the Hub
-    repo_id: str, # the data set; it exists
-    ship: dict,   # from `shipment`
-    private: bool # as the user wants it
+    api: HfApi,  # the Hub
+    repo_id: str,  # the data set; it exists
+    ship: dict,  # from `shipment`
+    private: bool,  # as the user wants it
 ):
     "Raise `CxrError` if the data set on the Hub is public against the user's wish or holds other images."
     if private and not api.repo_info(repo_id, repo_type="dataset").private:
-        raise CxrError(f"{ship['url']} is public.\nRepeat with --public if the set may be seen by everybody, or choose another name.")
-    other = sorted(f for f in api.list_repo_files(repo_id, repo_type="dataset") if f.endswith(".png") and f not in ship["files"])
-    if other: raise CxrError(f"{ship['url']} holds {len(other)} images that are not of this set, such as {other[0]}.\nChoose another name.")
+        raise CxrError(
+            f"{ship['url']} is public.\n"
+            "Repeat with --public if the set may be seen by everybody, or choose another name."
+        )
+    other = sorted(
+        f
+        for f in api.list_repo_files(repo_id, repo_type="dataset")
+        if f.endswith(".png") and f not in ship["files"]
+    )
+    if other:
+        raise CxrError(
+            f"{ship['url']} holds {len(other)} images that are not of this set, such as "
+            f"{other[0]}.\n"
+            "Choose another name."
+        )
 
 # %% ../../nbs/ship/hub_push.ipynb #a1bbf1b4
 def push(
-    study: Study,         # the study
-    generator: str,       # whose set
-    repo_id: str,         # OWNER/NAME on the Hub
-    dry_run: bool = True, # only tell what would go
-    private: bool = True, # for a data set that is new
-    licence: str = ""     # of the real images, as you state it; needed where data/dataset.json does not know it
-) -> str:                 # what would go, or where it went; raises `CxrError`
+    study: Study,  # the study
+    generator: str,  # whose set
+    repo_id: str,  # OWNER/NAME on the Hub
+    dry_run: bool = True,  # only tell what would go
+    private: bool = True,  # for a data set that is new
+    licence: str = "",  # of the real images, as you state it; needed where data/dataset.json does not know it
+) -> str:  # what would go, or where it went; raises `CxrError`
     "Publish a synthetic set as a data set on the Hub. An interrupted push goes on when repeated."
     ship = shipment(study, generator, repo_id, licence)
-    if dry_run: return shipment_text(ship, private)
-    if not get_token(): raise CxrError("no Hub token was found.\nLog in once with: hf auth login\n(or set the variable HF_TOKEN; a token is never given on the command line)")
+    if dry_run:
+        return shipment_text(ship, private)
+    if not get_token():
+        raise CxrError(
+            "no Hub token was found.\n"
+            "Log in once with: hf auth login\n"
+            "(or set the variable HF_TOKEN; a token is never given on the command line)"
+        )
     write_text(card_path(study, generator), ship["card"])
     with naming_hub_errors(repo_id):
         api = HfApi()
         api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
         check_target(api, repo_id, ship, private)
         only = sorted({f"{n.split('/')[0]}/*.png" if "/" in n else n for n in ship["files"]})
-        api.upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=study/"synthetic"/generator, allow_patterns=only, commit_message=f"Synthetic set {generator}")
+        api.upload_folder(
+            repo_id=repo_id,
+            repo_type="dataset",
+            folder_path=study / "synthetic" / generator,
+            allow_patterns=only,
+            commit_message=f"Synthetic set {generator}",
+        )
         gone = sorted(set(ship["files"]) - set(api.list_repo_files(repo_id, repo_type="dataset")))
-    if gone: raise CxrError(f"{len(gone)} files have not arrived at {ship['url']}, such as {gone[0]}.\nRepeat the command: what has arrived is not sent again.")
+    if gone:
+        raise CxrError(
+            f"{len(gone)} files have not arrived at {ship['url']}, such as {gone[0]}.\n"
+            "Repeat the command: what has arrived is not sent again."
+        )
     return f"{len(ship['files']):,} files are at {ship['url']}"
 
 # %% ../../nbs/ship/hub_push.ipynb #84af43de
 def cli_push(
-    study: str,           # the study folder
-    generator: str,       # whose set, such as real010-rep0
-    repo: str,            # OWNER/NAME on the Hub
-    dry_run: bool = False,# only tell what would go
-    public: bool = False, # a new data set is private unless this is set
-    licence: str = ""     # of the real images, if the study does not know it; written into the card
+    study: str,  # the study folder
+    generator: str,  # whose set, such as real010-rep0
+    repo: str,  # OWNER/NAME on the Hub
+    dry_run: bool = False,  # only tell what would go
+    public: bool = False,  # a new data set is private unless this is set
+    licence: str = "",  # of the real images, if the study does not know it; written into the card
 ) -> str:
     "cxr-synth push: publish a synthetic set on the Hub."
     return push(Study(study), generator, repo, dry_run, not public, licence)

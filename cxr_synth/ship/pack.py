@@ -19,57 +19,100 @@ from pathlib import Path, PurePosixPath
 
 # %% ../../nbs/ship/pack.ipynb #de281f37
 from ..base.compute import progress
-from ..base.files import (CxrError, atomic_path, digest_file, digest_json, one_of, remove_files,
-                                  remove_leftovers)
+from cxr_synth.base.files import (
+    CxrError,
+    atomic_path,
+    digest_file,
+    digest_json,
+    one_of,
+    remove_files,
+    remove_leftovers,
+)
 from ..base.records import Study
 from .set_card import assert_same_images, current_card, read_set, visible_files
 
 # %% ../../nbs/ship/pack.ipynb #bccb3bc5
-PACK_PARTS = {"study": ["study.json", "plan.json", "plan.stage.json", "data/*.csv", "data/*.json", "models/*/stage.json"],
-         "synthetic": ["synthetic/*/**/*"],
-         "curation": ["curation/*.csv"],
-         "models": ["models/*/**/*"],
-         "images": ["data/images/**/*"],
-         "quality": ["quality/**/*"],
-         "results": ["results*.csv", "results*.stage.json", "analysis.json", "opened.json", "runs/**/*", "runs-cv/**/*", "report/**/*"]}
+PACK_PARTS = {
+    "study": [
+        "study.json",
+        "plan.json",
+        "plan.stage.json",
+        "data/*.csv",
+        "data/*.json",
+        "models/*/stage.json",
+    ],
+    "synthetic": ["synthetic/*/**/*"],
+    "curation": ["curation/*.csv"],
+    "models": ["models/*/**/*"],
+    "images": ["data/images/**/*"],
+    "quality": ["quality/**/*"],
+    "results": [
+        "results*.csv",
+        "results*.stage.json",
+        "analysis.json",
+        "opened.json",
+        "runs/**/*",
+        "runs-cv/**/*",
+        "report/**/*",
+    ],
+}
 DEFAULT_PARTS = ("study", "synthetic", "curation")
 
+
 def never_packed(
-    name: str # path within the study, with /
+    name: str,  # path within the study, with /
 ) -> bool:
     "Hidden files, outputs that --redo moved aside, and training checkpoints never travel."
     return any(p.startswith(".") or ".redo" in p or p == "checkpoints" for p in name.split("/"))
 
 # %% ../../nbs/ship/pack.ipynb #8ea5e1c3
 def folders_of(
-    names: list[str] # paths with /
+    names: list[str],  # paths with /
 ) -> set[str]:
     "Every folder above any of these paths."
     found = {n.rpartition("/")[0] for n in names}
     return (found | {str(p) for f in found for p in PurePosixPath(f).parents}) - {"", "."}
 
+
 def pack_members(
-    study: Study,         # the study
-    what=DEFAULT_PARTS    # names in `PACK_PARTS`
-) -> list[str]:           # sorted paths within the study, with /; raises `CxrError` for a link or an unknown part
+    study: Study,  # the study
+    what=DEFAULT_PARTS,  # names in `PACK_PARTS`
+) -> list[
+    str
+]:  # sorted paths within the study, with /; raises `CxrError` for a link or an unknown part
     "The files of the study that make up the named parts."
-    found = visible_files(study.root, *(p for part in what for p in PACK_PARTS[one_of(part, PACK_PARTS, "part of a study")]))
+    found = visible_files(
+        study.root,
+        *(p for part in what for p in PACK_PARTS[one_of(part, PACK_PARTS, "part of a study")]),
+    )
     names = [n for n in found if not never_packed(n)]
-    link = next((n for n in sorted(folders_of(names).union(names)) if os.path.islink(study/n)), None)
-    if link: raise CxrError(f"{study/link} is a link; a pack takes files only.\nPut the files themselves in its place.")
-    return [n for n in names if os.path.isfile(study/n)]
+    link = next(
+        (n for n in sorted(folders_of(names).union(names)) if os.path.islink(study / n)), None
+    )
+    if link:
+        raise CxrError(
+            f"{study / link} is a link; a pack takes files only.\n"
+            "Put the files themselves in its place."
+        )
+    return [n for n in names if os.path.isfile(study / n)]
 
 # %% ../../nbs/ship/pack.ipynb #6460f318
-SUMS, BLOCK = "SHA256SUMS", 2**20   # the list's name in the zip; bytes read at a time
+SUMS, BLOCK = "SHA256SUMS", 2**20  # the list's name in the zip; bytes read at a time
+
 
 def add_member(
-    z: zipfile.ZipFile, # open for writing
-    name: str,          # of the member
-    content             # bytes, or the path of the file to store
-) -> str:               # SHA-256 of the content
+    z: zipfile.ZipFile,  # open for writing
+    name: str,  # of the member
+    content,  # bytes, or the path of the file to store
+) -> str:  # SHA-256 of the content
     "Store one file, with a fixed date and fixed rights, and hash it on the way."
-    info, h, ready = zipfile.ZipInfo(name), hashlib.sha256(), isinstance(content, bytes)   # ZipInfo's own date is 1 January 1980
-    info.create_system, info.external_attr = 3, (stat.S_IFREG | 0o644) << 16
+    info, h, ready = (
+        zipfile.ZipInfo(name),
+        hashlib.sha256(),
+        isinstance(content, bytes),
+    )  # ZipInfo's own date is 1 January 1980
+    info.create_system = 3
+    info.external_attr = (stat.S_IFREG | 0o644) << 16
     info.file_size = len(content) if ready else os.path.getsize(content)
     with io.BytesIO(content) if ready else open(content, "rb") as source, z.open(info, "w") as out:
         while block := source.read(BLOCK):
@@ -79,273 +122,396 @@ def add_member(
 
 # %% ../../nbs/ship/pack.ipynb #a9b601ca
 def check_free_space(
-    folder,   # where something will be written; it need not exist yet
-    size: int # bytes
+    folder,  # where something will be written; it need not exist yet
+    size: int,  # bytes
 ):
     "Raise `CxrError` if the disk has less room than `size` and a tenth more."
     there = next(p for p in (Path(folder).resolve(), *Path(folder).resolve().parents) if p.exists())
     free = shutil.disk_usage(there).free
-    if free < 1.1 * size: raise CxrError(f"not enough space in {folder}: {1.1 * size / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free.\nMake room or choose another disk, and repeat the command.")
+    if free < 1.1 * size:
+        raise CxrError(
+            f"not enough space in {folder}: {1.1 * size / 1e6:,.0f} MB are needed, "
+            f"{free / 1e6:,.0f} MB are free.\n"
+            "Make room or choose another disk, and repeat the command."
+        )
+
 
 @contextmanager
 def naming_disk_errors(
-    target # what is being written
+    target,  # what is being written
 ):
     "Turn the system's refusal to write into a `CxrError`."
-    try: yield
+    try:
+        yield
     except OSError as e:
-        why = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EROFS: "the disk is read-only",
-               errno.EACCES: "this folder may not be written to", errno.EPERM: "this folder may not be written to"}.get(e.errno, e.strerror or str(e))
-        raise CxrError(f"cannot write {target}: {why}.\nMake room or choose another folder, and repeat the command: it goes on from here.") from e
+        why = {
+            errno.ENOSPC: "the disk is full",
+            errno.EDQUOT: "the quota is used up",
+            errno.EROFS: "the disk is read-only",
+            errno.EACCES: "this folder may not be written to",
+            errno.EPERM: "this folder may not be written to",
+        }.get(e.errno, e.strerror or str(e))
+        raise CxrError(
+            f"cannot write {target}: {why}.\n"
+            "Make room or choose another folder, and repeat the command: it goes on from here."
+        ) from e
 
 # %% ../../nbs/ship/pack.ipynb #c0309e74
 def pack_contents(
-    study: Study,       # the study
-    what=DEFAULT_PARTS  # names in `PACK_PARTS`
-) -> tuple[dict, dict]: # name -> path or bytes, sorted; generator -> the lines of its metadata
+    study: Study,  # the study
+    what=DEFAULT_PARTS,  # names in `PACK_PARTS`
+) -> tuple[dict, dict]:  # name -> path or bytes, sorted; generator -> the lines of its metadata
     "All that goes into a pack; raises `CxrError` for an unfinished set."
-    found = {n: study/n for n in pack_members(study, what)}
-    sets = {g: read_set(study, g) for g in sorted({n.split("/")[1] for n in found if n.startswith("synthetic/")})}
+    found = {n: study / n for n in pack_members(study, what)}
+    sets = {
+        g: read_set(study, g)
+        for g in sorted({n.split("/")[1] for n in found if n.startswith("synthetic/")})
+    }
     cards = {f"synthetic/{g}/README.md": current_card(study, g).encode() for g in sets}
     return dict(sorted((found | cards).items())), sets
 
+
 def is_pack(
-    path # a file
+    path,  # a file
 ) -> bool:
     "Is this a zip that `pack` wrote?"
-    if not zipfile.is_zipfile(path): return False
-    with zipfile.ZipFile(path) as z: return SUMS in z.NameToInfo
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as z:
+        return SUMS in z.NameToInfo
 
 # %% ../../nbs/ship/pack.ipynb #0dd0b6e2
 def write_zip(
     study: Study,  # the study
-    found: dict,   # from `pack_contents`
-    sets: dict,    # from `pack_contents`
-    path           # where to
+    found: dict,  # from `pack_contents`
+    sets: dict,  # from `pack_contents`
+    path,  # where to
 ):
     "Write members, then their checksums, and force all to disk; raises `CxrError` for a damaged set."
     with zipfile.ZipFile(path, "w") as z:
         sums = {n: add_member(z, n, c) for n, c in progress(found.items(), "packing", unit="file")}
-        for g, lines in sets.items(): assert_same_images(study, g, lines, lambda name: sums[f"synthetic/{g}/{name}"])
+        for g, lines in sets.items():
+            assert_same_images(study, g, lines, lambda name: sums[f"synthetic/{g}/{name}"])
         add_member(z, SUMS, "".join(f"{s}  {n}\n" for n, s in sums.items()).encode())
-    with open(path, "rb+") as f: os.fsync(f.fileno())
+    with open(path, "rb+") as f:
+        os.fsync(f.fileno())
 
 # %% ../../nbs/ship/pack.ipynb #0e021f74
 def pack(
-    study: Study,       # the study
-    out=None,           # the zip; None: beside the study, under its name
-    what=DEFAULT_PARTS  # names in `PACK_PARTS`
-) -> Path:              # where the zip is; raises `CxrError` for a damaged set, a link, or no space
+    study: Study,  # the study
+    out=None,  # the zip; None: beside the study, under its name
+    what=DEFAULT_PARTS,  # names in `PACK_PARTS`
+) -> Path:  # where the zip is; raises `CxrError` for a damaged set, a link, or no space
     "Put the named parts of a study into one zip with checksums. An older pack of that name is replaced, any other file is not."
     study.info()
-    out = Path(out or study.root.resolve().parent/f"{study.root.resolve().name}.zip")
-    if out.exists() and not is_pack(out): raise CxrError(f"{out} exists and is no pack of a study.\nMove it away, or choose another name with --out.")
+    out = Path(out or study.root.resolve().parent / f"{study.root.resolve().name}.zip")
+    if out.exists() and not is_pack(out):
+        raise CxrError(
+            f"{out} exists and is no pack of a study.\n"
+            "Move it away, or choose another name with --out."
+        )
     found, sets = pack_contents(study, what)
-    check_free_space(out.parent, sum(os.path.getsize(c) for c in found.values() if isinstance(c, Path)))
+    check_free_space(
+        out.parent, sum(os.path.getsize(c) for c in found.values() if isinstance(c, Path))
+    )
     with naming_disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(out.parent, [out.name])
-        with atomic_path(out) as part: write_zip(study, found, sets, part)
+        with atomic_path(out) as part:
+            write_zip(study, found, sets, part)
     return out
 
 # %% ../../nbs/ship/pack.ipynb #8249fb7d
 def bad_name(
-    name: str # as it stands in the zip
-) -> str:     # why it is refused; empty if it is fine
+    name: str,  # as it stands in the zip
+) -> str:  # why it is refused; empty if it is fine
     "Is this a path that means the same harmless place on every system?"
     parts = name.removesuffix("/").split("/")
-    if name.startswith("/"): return "an absolute path"
-    if re.match("[A-Za-z]:", name): return "a path with a Windows drive"
-    if "\\" in name: return "a path with a backslash"
-    if ".." in parts: return "a path that climbs out with .."
-    if not all(p.strip(". ") and p == p.rstrip(". ") for p in parts): return "a path with an empty part, or one that ends with a dot or a space"
-    if re.search(r'[\x00-\x1f\x7f<>:"|?*]', name): return "a name with characters that not every system allows"
-    if any(re.fullmatch(r"(?i)(con|prn|aux|nul|(com|lpt)\d)(\..*)?", p) for p in parts): return "a name that Windows reserves for a device"
+    if name.startswith("/"):
+        return "an absolute path"
+    if re.match("[A-Za-z]:", name):
+        return "a path with a Windows drive"
+    if "\\" in name:
+        return "a path with a backslash"
+    if ".." in parts:
+        return "a path that climbs out with .."
+    if not all(p.strip(". ") and p == p.rstrip(". ") for p in parts):
+        return "a path with an empty part, or one that ends with a dot or a space"
+    if re.search(r'[\x00-\x1f\x7f<>:"|?*]', name):
+        return "a name with characters that not every system allows"
+    if any(re.fullmatch(r"(?i)(con|prn|aux|nul|(com|lpt)\d)(\..*)?", p) for p in parts):
+        return "a name that Windows reserves for a device"
     return ""
 
 # %% ../../nbs/ship/pack.ipynb #baa1bca6
 def pattern_regex(
-    pattern: str # such as synthetic/*/**/*
+    pattern: str,  # such as synthetic/*/**/*
 ) -> str:
     "A glob as a regular expression: ** spans folders, * does not."
     return re.escape(pattern).replace(r"\*\*/\*", ".+").replace(r"\*", "[^/]+")
 
-PACK_PATTERN = re.compile("|".join(pattern_regex(p) for patterns in PACK_PARTS.values() for p in patterns))
+
+PACK_PATTERN = re.compile(
+    "|".join(pattern_regex(p) for patterns in PACK_PARTS.values() for p in patterns)
+)
+
 
 def in_layout(
-    name: str # path within a study
+    name: str,  # path within a study
 ) -> bool:
     "May a pack hold this file?"
     return bool(PACK_PATTERN.fullmatch(name)) and not never_packed(name)
 
 # %% ../../nbs/ship/pack.ipynb #f31e00d5
-MAX_BYTES, MAX_RATIO = 200 * 10**9, 100   # most bytes that a pack may unfold to; most that one byte may become
+MAX_BYTES, MAX_RATIO = (
+    200 * 10**9,
+    100,
+)  # most bytes that a pack may unfold to; most that one byte may become
+
 
 def bad_member(
-    info: zipfile.ZipInfo # from the zip's list
-) -> str:                 # why it is refused; empty if it is fine
+    info: zipfile.ZipInfo,  # from the zip's list
+) -> str:  # why it is refused; empty if it is fine
     "Is this an ordinary file of a believable size in a place that a pack uses?"
-    if why := bad_name(info.orig_filename): return why
-    if info.orig_filename != info.filename: return "a name that different programs read differently"
+    if why := bad_name(info.orig_filename):
+        return why
+    if info.orig_filename != info.filename:
+        return "a name that different programs read differently"
     kind, folder = stat.S_IFMT(info.external_attr >> 16), info.filename.endswith("/")
-    if kind == stat.S_IFLNK: return "a link"
-    if kind not in (0, stat.S_IFDIR if folder else stat.S_IFREG): return "not an ordinary file"
-    if info.flag_bits & 1: return "encrypted"
-    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED): return "compressed in a way that packs are not"
-    if info.file_size > MAX_BYTES: return f"a bomb: it would unfold to {info.file_size / 1e9:,.0f} GB (limit {MAX_BYTES / 1e9:,.0f} GB)"
+    if kind == stat.S_IFLNK:
+        return "a link"
+    if kind not in (0, stat.S_IFDIR if folder else stat.S_IFREG):
+        return "not an ordinary file"
+    if info.flag_bits & 1:
+        return "encrypted"
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return "compressed in a way that packs are not"
+    if info.file_size > MAX_BYTES:
+        return f"a bomb: it would unfold to {info.file_size / 1e9:,.0f} GB (limit {MAX_BYTES / 1e9:,.0f} GB)"
     if info.file_size > BLOCK and info.file_size > MAX_RATIO * info.compress_size:
         return f"a bomb: {info.compress_size / 1e6:,.2f} MB would unfold to {info.file_size / 1e6:,.0f} MB"
-    return "" if folder or info.filename == SUMS or in_layout(info.filename) else "in a place that a pack does not use"
+    return (
+        ""
+        if folder or info.filename == SUMS or in_layout(info.filename)
+        else "in a place that a pack does not use"
+    )
 
 # %% ../../nbs/ship/pack.ipynb #066a0191
 def refuse_member(
-    file,      # the zip
-    name: str, # the member
-    why: str   # what is wrong with it
+    file,  # the zip
+    name: str,  # the member
+    why: str,  # what is wrong with it
 ):
     "Raise the `CxrError` that names the member."
-    raise CxrError(f"{file} is refused: {name[:120]!r} is {why}.\nNothing was put into the study. Get the zip again from where it was packed.")
+    raise CxrError(
+        f"{file} is refused: {name[:120]!r} is {why}.\n"
+        "Nothing was put into the study. Get the zip again from where it was packed."
+    )
+
 
 def filesystem_key(
-    name: str # of a member
+    name: str,  # of a member
 ) -> str:
     "What file systems that ignore case, or the way accents are stored, make of a name."
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 # %% ../../nbs/ship/pack.ipynb #e512aa49
 def check_members(
-    z: zipfile.ZipFile, # open for reading
-    file                # its path
-) -> dict:              # name -> ZipInfo, folders left out; raises `CxrError` that names the first bad member
+    z: zipfile.ZipFile,  # open for reading
+    file,  # its path
+) -> dict:  # name -> ZipInfo, folders left out; raises `CxrError` that names the first bad member
     "Judge every member of a zip before any is read."
     size = os.path.getsize(file)
     for info in z.infolist():
-        if why := bad_member(info): refuse_member(file, info.orig_filename, why)
-        if not 0 <= info.header_offset < size: refuse_member(file, info.filename, "damaged: it is not where the zip's list says")
+        if why := bad_member(info):
+            refuse_member(file, info.orig_filename, why)
+        if not 0 <= info.header_offset < size:
+            refuse_member(file, info.filename, "damaged: it is not where the zip's list says")
     infos = [i for i in z.infolist() if not i.is_dir()]
     count = Counter(filesystem_key(i.filename) for i in infos)
     folders = folders_of(count)
     for i in infos:
-        if count[filesystem_key(i.filename)] > 1: refuse_member(file, i.filename, "there twice (names that differ only in case count as one)")
-        if filesystem_key(i.filename) in folders: refuse_member(file, i.filename, "a file and a folder at once")
+        if count[filesystem_key(i.filename)] > 1:
+            refuse_member(
+                file, i.filename, "there twice (names that differ only in case count as one)"
+            )
+        if filesystem_key(i.filename) in folders:
+            refuse_member(file, i.filename, "a file and a folder at once")
     total, stored = sum(i.file_size for i in infos), sum(i.compress_size for i in infos)
-    if total > MAX_BYTES: refuse_member(file, Path(file).name, f"a bomb: it would unfold to {total / 1e9:,.0f} GB (limit {MAX_BYTES / 1e9:,.0f} GB)")
-    if stored > size: refuse_member(file, Path(file).name, "a bomb: its members share bytes")
+    if total > MAX_BYTES:
+        refuse_member(
+            file,
+            Path(file).name,
+            f"a bomb: it would unfold to {total / 1e9:,.0f} GB (limit {MAX_BYTES / 1e9:,.0f} GB)",
+        )
+    if stored > size:
+        refuse_member(file, Path(file).name, "a bomb: its members share bytes")
     return {i.filename: i for i in infos}
 
 # %% ../../nbs/ship/pack.ipynb #fc07d139
 def read_sums(
-    z: zipfile.ZipFile, # open for reading
-    infos: dict,        # from `check_members`
-    file                # the zip's path
-) -> dict:              # name -> SHA-256
+    z: zipfile.ZipFile,  # open for reading
+    infos: dict,  # from `check_members`
+    file,  # the zip's path
+) -> dict:  # name -> SHA-256
     "The checksums of a pack; raises `CxrError` for a missing or an extra member."
-    if SUMS not in infos: raise CxrError(f"{file} is no pack of a study: it has no {SUMS}.\nMake one with: cxr-synth pack STUDY")
-    if infos[SUMS].file_size > 2**28: refuse_member(file, SUMS, "too large to be a list of checksums")
-    found = [re.fullmatch(r"([0-9a-f]{64})  (.+)", line) for line in z.read(SUMS).decode().splitlines()]
-    if not all(found): refuse_member(file, SUMS, "damaged")
+    if SUMS not in infos:
+        raise CxrError(
+            f"{file} is no pack of a study: it has no {SUMS}.\nMake one with: cxr-synth pack STUDY"
+        )
+    if infos[SUMS].file_size > 2**28:
+        refuse_member(file, SUMS, "too large to be a list of checksums")
+    found = [
+        re.fullmatch(r"([0-9a-f]{64})  (.+)", line) for line in z.read(SUMS).decode().splitlines()
+    ]
+    if not all(found):
+        refuse_member(file, SUMS, "damaged")
     sums = {m[2]: m[1] for m in found}
     here = set(infos) - {SUMS}
-    if gone := sorted(set(sums) - here): refuse_member(file, gone[0], "missing")
-    if extra := sorted(here - set(sums)): refuse_member(file, extra[0], "an extra file, which the checksums do not name")
+    if gone := sorted(set(sums) - here):
+        refuse_member(file, gone[0], "missing")
+    if extra := sorted(here - set(sums)):
+        refuse_member(file, extra[0], "an extra file, which the checksums do not name")
     return sums
 
 # %% ../../nbs/ship/pack.ipynb #4595b85b
 @contextmanager
 def open_pack(
-    file # the zip
+    file,  # the zip
 ):
     "The zip, open for reading; whatever a damaged one raises becomes a `CxrError`."
-    if not Path(file).is_file(): raise CxrError(f"{file} is missing.\nMake it with: cxr-synth pack STUDY --out {file}")
+    if not Path(file).is_file():
+        raise CxrError(f"{file} is missing.\nMake it with: cxr-synth pack STUDY --out {file}")
     try:
-        with zipfile.ZipFile(file) as z: yield z
-    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, NotImplementedError, RuntimeError) as e:
-        raise CxrError(f"{file} is damaged or only half there: {str(e).splitlines()[0][:150] if str(e) else type(e).__name__}.\n"
-                       "Nothing was put into the study. Get the zip again from where it was packed.") from e
+        with zipfile.ZipFile(file) as z:
+            yield z
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        struct.error,
+        EOFError,
+        ValueError,
+        NotImplementedError,
+        RuntimeError,
+    ) as e:
+        raise CxrError(
+            f"{file} is damaged or only half there: {str(e).splitlines()[0][:150] if str(e) else type(e).__name__}.\n"
+            "Nothing was put into the study. Get the zip again from where it was packed."
+        ) from e
 
 # %% ../../nbs/ship/pack.ipynb #62967ac3
 def missing_here(
-    study: Study, # where to unpack
-    sums: dict,   # name -> SHA-256
-    file          # the zip
-) -> list[str]:   # names that are not in the study yet; raises `CxrError` if one is there with other content
+    study: Study,  # where to unpack
+    sums: dict,  # name -> SHA-256
+    file,  # the zip
+) -> list[
+    str
+]:  # names that are not in the study yet; raises `CxrError` if one is there with other content
     "What remains to be unpacked."
-    home, todo, other = study.root.resolve(), [], []
+    home = study.root.resolve()
+    todo = []
+    other = []
     for folder in sorted(folders_of(sums)):
-        if not (study/folder).resolve().is_relative_to(home): raise CxrError(f"{study/folder} leads out of the study by a link.\nPut a folder in its place, or unpack into another study folder.")
+        if not (study / folder).resolve().is_relative_to(home):
+            raise CxrError(
+                f"{study / folder} leads out of the study by a link.\nPut a folder in its place, or unpack into another study folder."
+            )
     for n, want in sums.items():
-        p = study/n
-        if not os.path.lexists(p): todo.append(n)
-        elif p.name == "README.md" and p.is_file() and not p.is_symlink(): continue     # a card may have been edited, or know of more marks
-        elif p.is_symlink() or not p.is_file() or digest_file(p) != want: other.append(n)
+        p = study / n
+        if not os.path.lexists(p):
+            todo.append(n)
+        elif p.name == "README.md" and p.is_file() and not p.is_symlink():
+            continue  # a card may have been edited, or know of more marks
+        elif p.is_symlink() or not p.is_file() or digest_file(p) != want:
+            other.append(n)
     if other:
-        raise CxrError(f"{study.root} holds {len(other)} other files under names that are in {file}:\n  {', '.join(other[:3])}{', ...' if len(other) > 3 else ''}\n"
-                       "Nothing was changed. Unpack into another study folder, or move these files away.")
+        raise CxrError(
+            f"{study.root} holds {len(other)} other files under names that are in {file}:\n  {', '.join(other[:3])}{', ...' if len(other) > 3 else ''}\n"
+            "Nothing was changed. Unpack into another study folder, or move these files away."
+        )
     return todo
 
 # %% ../../nbs/ship/pack.ipynb #a135b141
 def extract_member(
-    z: zipfile.ZipFile, # open for reading
-    info,               # the member
-    want: str,          # its SHA-256
-    target: Path|None,  # where to, in a folder that exists; None only verifies
-    file                # the zip's path
+    z: zipfile.ZipFile,  # open for reading
+    info,  # the member
+    want: str,  # its SHA-256
+    target: Path | None,  # where to, in a folder that exists; None only verifies
+    file,  # the zip's path
 ):
     "Extract one member and compare its checksum; raises `CxrError` if it differs."
-    if target and target.is_file() and digest_file(target) == want: return
+    if target and target.is_file() and digest_file(target) == want:
+        return
     h = hashlib.sha256()
     with z.open(info) as source, open(target or os.devnull, "wb") as out:
         while block := source.read(BLOCK):
             h.update(block)
             out.write(block)
-    if h.hexdigest() != want: refuse_member(file, info.filename, "damaged: its bytes are not those that were packed")
+    if h.hexdigest() != want:
+        refuse_member(file, info.filename, "damaged: its bytes are not those that were packed")
 
 # %% ../../nbs/ship/pack.ipynb #47562ebf
 def force_to_disk(
-    folder # all files below it
+    folder,  # all files below it
 ):
     "Return when every file below `folder` is on the disk."
+
     def force(path):
-        with open(path, "rb+") as f: os.fsync(f.fileno())
-    with ThreadPoolExecutor(32) as pool: list(pool.map(force, [p for p in Path(folder).rglob("*") if p.is_file()]))
+        with open(path, "rb+") as f:
+            os.fsync(f.fileno())
+
+    with ThreadPoolExecutor(32) as pool:
+        list(pool.map(force, [p for p in Path(folder).rglob("*") if p.is_file()]))
 
 # %% ../../nbs/ship/pack.ipynb #5b673533
 def move_into_place(
-    source: Path, # folder whose files are verified
-    target: Path  # the folder they belong to
+    source: Path,  # folder whose files are verified
+    target: Path,  # the folder they belong to
 ):
     "Move everything below `source` to its place below `target`; raises `CxrError` rather than replace another file."
     declares = lambda p: p.name == "metadata.jsonl" or p.name.endswith(("stage.json", "study.json"))
     for p in sorted(source.iterdir(), key=lambda p: (p.is_file(), declares(p), p.name)):
-        to = target/p.name
-        if p.is_dir() and to.is_dir(): move_into_place(p, to)
-        elif not os.path.lexists(to): os.replace(p, to)
+        to = target / p.name
+        if p.is_dir() and to.is_dir():
+            move_into_place(p, to)
+        elif not os.path.lexists(to):
+            os.replace(p, to)
         elif p.is_dir() or not to.is_file() or digest_file(p) != digest_file(to):
-            raise CxrError(f"{to} appeared while unpacking, with other content.\nIt was not replaced. Move it away and repeat the command.")
+            raise CxrError(
+                f"{to} appeared while unpacking, with other content.\n"
+                "It was not replaced. Move it away and repeat the command."
+            )
 
 # %% ../../nbs/ship/pack.ipynb #e0d88364
 def clear_unpacked(
     tmp,  # folder of this zip below .unpack
-    names # of its members
+    names,  # of its members
 ):
     "Remove what is left of an unpacking: this zip's files and the folders that are empty then."
     remove_files(tmp, names)
-    for folder in sorted((tmp/f for f in folders_of(names)), key=lambda f: -len(f.parts)): remove_files(folder, [])
-    for folder in (tmp, tmp.parent): remove_files(folder, [])
+    for folder in sorted((tmp / f for f in folders_of(names)), key=lambda f: -len(f.parts)):
+        remove_files(folder, [])
+    for folder in (tmp, tmp.parent):
+        remove_files(folder, [])
+
 
 def unpack(
-    file,        # the zip
-    study: Study # where to; made if need be
-) -> dict:       # new and kept: how many files were unpacked, how many were there already
+    file,  # the zip
+    study: Study,  # where to; made if need be
+) -> dict:  # new and kept: how many files were unpacked, how many were there already
     "Unpack a study's zip: everything verified before anything gets its name, no other file replaced."
     with open_pack(file) as z:
         infos = check_members(z, file)
         sums = read_sums(z, infos, file)
-        todo, tmp = set(missing_here(study, sums, file)), study/".unpack"/digest_json(sums)[:16]
-        check_free_space(study.root, sum(infos[n].file_size for n in todo if not (tmp/n).exists()))
+        todo, tmp = set(missing_here(study, sums, file)), study / ".unpack" / digest_json(sums)[:16]
+        check_free_space(
+            study.root, sum(infos[n].file_size for n in todo if not (tmp / n).exists())
+        )
         with naming_disk_errors(study.root):
-            for folder in folders_of(todo): (tmp/folder).mkdir(parents=True, exist_ok=True)
-            for n in progress(sums, "unpacking", unit="file"): extract_member(z, infos[n], sums[n], tmp/n if n in todo else None, file)
+            for folder in folders_of(todo):
+                (tmp / folder).mkdir(parents=True, exist_ok=True)
+            for n in progress(sums, "unpacking", unit="file"):
+                extract_member(z, infos[n], sums[n], tmp / n if n in todo else None, file)
             if todo:
                 force_to_disk(tmp)
                 move_into_place(tmp, study.root)
@@ -354,14 +520,17 @@ def unpack(
 
 # %% ../../nbs/ship/pack.ipynb #b10df29e
 def resume_copy(
-    file,      # source
-    part,      # copy, whole, partial or not there yet
-    block: int # bytes compared or written at a time
-) -> tuple[int, str]: # bytes that had to be written, SHA-256 of the source
+    file,  # source
+    part,  # copy, whole, partial or not there yet
+    block: int,  # bytes compared or written at a time
+) -> tuple[int, str]:  # bytes that had to be written, SHA-256 of the source
     "Make `part` equal to `file`, writing only the blocks that differ."
     written, h = 0, hashlib.sha256()
-    with open(file, "rb") as a, open(part, "r+b" if os.path.exists(part) else "w+b") as b, \
-         progress(total=os.path.getsize(file), desc="copying", unit="B", unit_scale=True) as bar:
+    with (
+        open(file, "rb") as a,
+        open(part, "r+b" if os.path.exists(part) else "w+b") as b,
+        progress(total=os.path.getsize(file), desc="copying", unit="B", unit_scale=True) as bar,
+    ):
         while data := a.read(block):
             at = b.tell()
             h.update(data)
@@ -376,49 +545,70 @@ def resume_copy(
 
 # %% ../../nbs/ship/pack.ipynb #69e2c43d
 def mirror_file(
-    file,             # what to copy
-    folder,           # where to; it must exist
-    block: int = 2**23# bytes compared or written at a time
-) -> Path:            # the copy; raises `CxrError` for a missing, full or read-only folder, or another file of that name
+    file,  # what to copy
+    folder,  # where to; it must exist
+    block: int = 2**23,  # bytes compared or written at a time
+) -> Path:  # the copy; raises `CxrError` for a missing, full or read-only folder, or another file of that name
     "Copy a file to a slow or unreliable folder: goes on after an interruption, verifies, then gives the name."
     file, folder = Path(file), Path(folder)
-    if not file.is_file(): raise CxrError(f"{file} is missing: there is nothing to copy.\nMake it with: cxr-synth pack STUDY --out {file}")
-    if not folder.is_dir(): raise CxrError(f"{folder} is no folder.\nMount the Drive or make the folder first, and repeat the command.")
-    target, part = folder/file.name, folder/f".{file.name}.cxr-part"
+    if not file.is_file():
+        raise CxrError(
+            f"{file} is missing: there is nothing to copy.\n"
+            f"Make it with: cxr-synth pack STUDY --out {file}"
+        )
+    if not folder.is_dir():
+        raise CxrError(
+            f"{folder} is no folder.\n"
+            "Mount the Drive or make the folder first, and repeat the command."
+        )
+    target, part = folder / file.name, folder / f".{file.name}.cxr-part"
     if target.exists():
-        if target.is_file() and digest_file(target) == digest_file(file): return target
-        raise CxrError(f"{target} is there with other content and was not replaced.\nMove it away or choose another name, and repeat the command.")
+        if target.is_file() and digest_file(target) == digest_file(file):
+            return target
+        raise CxrError(
+            f"{target} is there with other content and was not replaced.\n"
+            "Move it away or choose another name, and repeat the command."
+        )
     with naming_disk_errors(target):
-        check_free_space(folder, file.stat().st_size - (part.stat().st_size if part.exists() else 0))
+        check_free_space(
+            folder, file.stat().st_size - (part.stat().st_size if part.exists() else 0)
+        )
         _, want = resume_copy(file, part, block)
-        if digest_file(part) != want: raise CxrError(f"the copy {part} does not equal {file}: the folder lost data.\nRepeat the command: it writes the damaged part again.")
+        if digest_file(part) != want:
+            raise CxrError(
+                f"the copy {part} does not equal {file}: the folder lost data.\n"
+                "Repeat the command: it writes the damaged part again."
+            )
         os.replace(part, target)
     return target
 
 # %% ../../nbs/ship/pack.ipynb #a8c568f2
-OLD_CLAIM = "changed material in the sense of that licence"   # in every card of versions that assumed one data set
+OLD_CLAIM = "changed material in the sense of that licence"  # in every card of versions that assumed one data set
 
 # %% ../../nbs/ship/pack.ipynb #e9041df3
 def cli_pack(
-    study: str,          # the study folder
-    out: str = "",       # the zip; beside the study if not given
-    models: bool = False,# take the trained models along
-    images: bool = False,# take the prepared real images along
-    results: bool = False,# take quality, runs and report along
-    mirror_to: str = ""  # then copy the zip to this folder, on a mounted Drive for one
+    study: str,  # the study folder
+    out: str = "",  # the zip; beside the study if not given
+    models: bool = False,  # take the trained models along
+    images: bool = False,  # take the prepared real images along
+    results: bool = False,  # take quality, runs and report along
+    mirror_to: str = "",  # then copy the zip to this folder, on a mounted Drive for one
 ) -> str:
     "cxr-synth pack: one zip with what travels."
     extra = ("models",) * models + ("images",) * images + ("quality", "results") * results
     path = pack(Study(study), out or None, DEFAULT_PARTS + extra)
-    with zipfile.ZipFile(path) as z: n = len(z.namelist()) - 1
+    with zipfile.ZipFile(path) as z:
+        n = len(z.namelist()) - 1
     text = f"{n:,} files, {path.stat().st_size / 1e6:,.1f} MB in {path}"
     return text + f"\ncopied to {mirror_file(path, mirror_to)}" if mirror_to else text
 
 # %% ../../nbs/ship/pack.ipynb #86150f62
 def cli_unpack(
-    file: str, # the zip
-    study: str # the study folder
+    file: str,  # the zip
+    study: str,  # the study folder
 ) -> str:
     "cxr-synth unpack: verify a zip and put its files into a study."
     done = unpack(file, Study(study))
-    return f"{done['new']:,} files verified and unpacked into {study}" + (f", {done['kept']:,} were there already" if done["kept"] else "")
+    return f"{done['new']:,} files verified and unpacked into {study}" + (
+        f", {done['kept']:,} were there already" if done["kept"] else ""
+    )

@@ -18,107 +18,192 @@ from huggingface_hub import DatasetCardData
 from ..base.files import CxrError, digest_file, digest_json, read_csv, write_text
 from ..base.records import Study, parse_generator
 from ..base.settings import is_scratch
-from ..protocol.dataset import (DatasetCard, LICENCE_LINE, dataset_card, hub_licence, lineage,
-                                        stated)
+from cxr_synth.protocol.dataset import (
+    DatasetCard,
+    LICENCE_LINE,
+    dataset_card,
+    hub_licence,
+    lineage,
+    stated,
+)
 
 # %% ../../nbs/ship/set_card.ipynb #04cced65
 def visible_files(
-    folder,        # where to look
-    *patterns: str # such as data/*.csv; ** spans folders
-) -> list[str]:    # sorted paths within the folder, with /; folders are among them
+    folder,  # where to look
+    *patterns: str,  # such as data/*.csv; ** spans folders
+) -> list[str]:  # sorted paths within the folder, with /; folders are among them
     "What matches a pattern below a folder; hidden files do not."
-    return sorted({n.replace(os.sep, "/") for p in patterns for n in glob(p, root_dir=folder, recursive=True)})
+    return sorted(
+        {n.replace(os.sep, "/") for p in patterns for n in glob(p, root_dir=folder, recursive=True)}
+    )
 
 # %% ../../nbs/ship/set_card.ipynb #7a387614
 def read_set(
     study: Study,  # the study
-    generator: str # whose synthetic set
-) -> list[dict]:   # the lines of metadata.jsonl; raises `CxrError` for a set that is unfinished or does not match its lines
+    generator: str,  # whose synthetic set
+) -> list[
+    dict
+]:  # the lines of metadata.jsonl; raises `CxrError` for a set that is unfinished or does not match its lines
     "What the metadata says of each image of a finished set."
-    folder, again = study/"synthetic"/generator, f"Run: cxr-synth generate {study.root}"
-    if not (folder/"metadata.jsonl").is_file(): raise CxrError(f"{folder} holds no finished synthetic set: it has no metadata.jsonl.\n{again}")
-    try: lines = [json.loads(line) for line in (folder/"metadata.jsonl").read_text(encoding="utf-8").splitlines()]
-    except ValueError as e: raise CxrError(f"{folder/'metadata.jsonl'} is damaged ({e}).\nRestore it from a copy; or give the folder another name and make the set again. {again}") from e
+    folder, again = study / "synthetic" / generator, f"Run: cxr-synth generate {study.root}"
+    if not (folder / "metadata.jsonl").is_file():
+        raise CxrError(
+            f"{folder} holds no finished synthetic set: it has no metadata.jsonl.\n{again}"
+        )
+    try:
+        lines = [
+            json.loads(line)
+            for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
+    except ValueError as e:
+        raise CxrError(
+            f"{folder / 'metadata.jsonl'} is damaged ({e}).\n"
+            "Restore it from a copy; or give the folder another name and make the set again. "
+            f"{again}"
+        ) from e
     named, there = {m["file_name"] for m in lines}, set(visible_files(folder, "**/*.png"))
-    if gone := sorted(named - there): raise CxrError(f"{folder}: metadata.jsonl names {len(gone)} images that are missing, such as {gone[0]}.\n{again}")
-    if stray := sorted(there - named): raise CxrError(f"{folder}: {len(stray)} images have no line in metadata.jsonl, such as {stray[0]}.\nMove them out of the folder.")
+    if gone := sorted(named - there):
+        raise CxrError(
+            f"{folder}: metadata.jsonl names {len(gone)} images that are missing, such as "
+            f"{gone[0]}.\n"
+            f"{again}"
+        )
+    if stray := sorted(there - named):
+        raise CxrError(
+            f"{folder}: {len(stray)} images have no line in metadata.jsonl, such as {stray[0]}.\n"
+            "Move them out of the folder."
+        )
     return lines
 
 # %% ../../nbs/ship/set_card.ipynb #49ad4729
 def assert_same_images(
-    study: Study,     # the study
-    generator: str,   # whose set
-    lines: list[dict],# from `read_set`
-    digest=None       # file_name -> SHA-256; None reads the files
+    study: Study,  # the study
+    generator: str,  # whose set
+    lines: list[dict],  # from `read_set`
+    digest=None,  # file_name -> SHA-256; None reads the files
 ):
     "Raise `CxrError` if an image is not the one that its line was written for."
-    folder = study/"synthetic"/generator
-    digest = digest or (lambda name: digest_file(folder/name))
+    folder = study / "synthetic" / generator
+    digest = digest or (lambda name: digest_file(folder / name))
     other = [m["file_name"] for m in lines if digest(m["file_name"]) != m["sha256"]]
-    if other: raise CxrError(f"{folder}: {len(other)} images are not those of metadata.jsonl, such as {other[0]}.\nMove them away and make them again: cxr-synth generate {study.root}")
+    if other:
+        raise CxrError(
+            f"{folder}: {len(other)} images are not those of metadata.jsonl, such as "
+            f"{other[0]}.\n"
+            f"Move them away and make them again: cxr-synth generate {study.root}"
+        )
 
 # %% ../../nbs/ship/set_card.ipynb #81c98177
 def training_share_text(
     study: Study,  # the study
-    generator: str # its name; NAME-base is the same before fine-tuning
+    generator: str,  # its name; NAME-base is the same before fine-tuning
 ) -> str:
     "How many of the real patients the generator was trained on, in words."
     fraction, replicate = parse_generator(generator.removesuffix("-base"))
     trained = study.records().get(f"models/{generator.removesuffix('-base')}", {})
-    count = ", ".join(f"{trained[k]:,} {what}" for k, what in (("n_patients", "patients"), ("n_real", "images")) if k in trained)
-    share = f"{round(100 * fraction)} % of the training patients, replicate {replicate}" + (f": {count}" if count else "")
-    if not generator.endswith("-base"): return share
+    count = ", ".join(
+        f"{trained[k]:,} {what}"
+        for k, what in (("n_patients", "patients"), ("n_real", "images"))
+        if k in trained
+    )
+    share = f"{round(100 * fraction)} % of the training patients, replicate {replicate}" + (
+        f": {count}" if count else ""
+    )
+    if not generator.endswith("-base"):
+        return share
     scratch = is_scratch(trained.get("settings", {}).get("base"))
-    return f"before fine-tuning; the base was trained on {share}" if scratch else "before fine-tuning: none of them"
+    return (
+        f"before fine-tuning; the base was trained on {share}"
+        if scratch
+        else "before fine-tuning: none of them"
+    )
 
 # %% ../../nbs/ship/set_card.ipynb #234c4227
-FILTER_FILES = {"quality gate": "synthetic/{}/flags.csv", "copy report": "quality/{}-copies.csv", "person": "curation/{}.csv"}
+FILTER_FILES = {
+    "quality gate": "synthetic/{}/flags.csv",
+    "copy report": "quality/{}-copies.csv",
+    "person": "curation/{}.csv",
+}
+
 
 def filter_words(
     study: Study,  # the study
-    generator: str # whose set
+    generator: str,  # whose set
 ) -> str:
     "Which checks have marked how many images, as a list in Markdown."
     lines = []
     for by, where in FILTER_FILES.items():
-        path = study/where.format(generator)
+        path = study / where.format(generator)
         rows = read_csv(path) if path.is_file() else None
         reasons = Counter(r["reason"] for r in rows or [])
-        why = " (" + ", ".join(f"{r}: {n}" for r, n in sorted(reasons.items())) + ")" if reasons else ""
-        lines.append(f"- {by}: " + ("not made when this card was written" if rows is None else f"{len({r['file_name'] for r in rows})} marked{why}"))
+        why = (
+            " (" + ", ".join(f"{r}: {n}" for r, n in sorted(reasons.items())) + ")"
+            if reasons
+            else ""
+        )
+        lines.append(
+            f"- {by}: "
+            + (
+                "not made when this card was written"
+                if rows is None
+                else f"{len({r['file_name'] for r in rows})} marked{why}"
+            )
+        )
     return "\n".join(lines)
 
 # %% ../../nbs/ship/set_card.ipynb #00df3bdb
 def card_header(
-    lines: list[dict], # from `read_set`
-    card: DatasetCard, # of the real images
-    title: str         # of the data set
+    lines: list[dict],  # from `read_set`
+    card: DatasetCard,  # of the real images
+    title: str,  # of the data set
 ) -> str:
     "The YAML header of the card, with its fences."
-    size = next(s for limit, s in ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (1e9, "100K<n<1M")) if len(lines) < limit)
+    size = next(
+        s
+        for limit, s in ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (1e9, "100K<n<1M"))
+        if len(lines) < limit
+    )
     files = ["metadata.jsonl", *sorted({f"{m['class_name']}/*.png" for m in lines})]
-    data = DatasetCardData(**hub_licence(card), pretty_name=title, task_categories=["image-classification"], size_categories=[size],
-                           tags=["synthetic", "chest-x-ray", "pneumonia", "diffusion", "not-for-clinical-use"],
-                           configs=[dict(config_name="default", data_files=[dict(split="train", path=files)])])
+    data = DatasetCardData(
+        **hub_licence(card),
+        pretty_name=title,
+        task_categories=["image-classification"],
+        size_categories=[size],
+        tags=["synthetic", "chest-x-ray", "pneumonia", "diffusion", "not-for-clinical-use"],
+        configs=[dict(config_name="default", data_files=[dict(split="train", path=files)])],
+    )
     return f"---\n{data.to_yaml()}\n---\n"
 
 # %% ../../nbs/ship/set_card.ipynb #f60860d8
 def card_table(
-    study: Study,      # the study
-    generator: str,    # whose set
-    lines: list[dict]  # from `read_set`
+    study: Study,  # the study
+    generator: str,  # whose set
+    lines: list[dict],  # from `read_set`
 ) -> str:
     "The facts of a set as a table in Markdown."
-    all_of = lambda key: " / ".join(f"{v}".replace("|", "\\|") or "none" for v in dict.fromkeys(m.get(key, "not recorded") for m in lines))
+    all_of = lambda key: " / ".join(
+        f"{v}".replace("|", "\\|") or "none"
+        for v in dict.fromkeys(m.get(key, "not recorded") for m in lines)
+    )
     stage = study.records().get(f"synthetic/{generator}", {})
     side, made = stage.get("resolution"), stage.get("versions", {})
     count = Counter(m["class_name"] for m in lines)
-    facts = {"generator": f"`{generator}`", "real images": dataset_card(study).name,
-             "real data it has seen": training_share_text(study, generator), "base model": all_of("base_model"),
-             "images": ", ".join(f"{n:,} {c}" for c, n in sorted(count.items())) + (f"; {side} x {side} px" if side else "") + "; 8-bit grey PNG",
-             "prompts": all_of("prompt"), "negative prompt": all_of("negative_prompt"),
-             "sampler": f"{all_of('scheduler')}, {all_of('steps')} steps, guidance {all_of('guidance_scale')}",
-             "made with": ", ".join(f"{k} {made[k]}" for k in ("cxr_synth", "torch", "diffusers") if made.get(k)) or "not recorded"}
+    facts = {
+        "generator": f"`{generator}`",
+        "real images": dataset_card(study).name,
+        "real data it has seen": training_share_text(study, generator),
+        "base model": all_of("base_model"),
+        "images": ", ".join(f"{n:,} {c}" for c, n in sorted(count.items()))
+        + (f"; {side} x {side} px" if side else "")
+        + "; 8-bit grey PNG",
+        "prompts": all_of("prompt"),
+        "negative prompt": all_of("negative_prompt"),
+        "sampler": f"{all_of('scheduler')}, {all_of('steps')} steps, guidance {all_of('guidance_scale')}",
+        "made with": ", ".join(
+            f"{k} {made[k]}" for k in ("cxr_synth", "torch", "diffusers") if made.get(k)
+        )
+        or "not recorded",
+    }
     return "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in facts.items())])
 
 # %% ../../nbs/ship/set_card.ipynb #8d3b2480
@@ -155,35 +240,42 @@ The label is 0 for normal, 1 for pneumonia: what the prompt *asked for*, which n
 
 # %% ../../nbs/ship/set_card.ipynb #31fee299
 def card_text(
-    study: Study,      # the study
-    generator: str,    # whose set; it must be finished
-    licence: str = ""  # of the real images, as the user states it; empty: as data/dataset.json says
-) -> str:              # raises `CxrError` for a licence that contradicts data/dataset.json
+    study: Study,  # the study
+    generator: str,  # whose set; it must be finished
+    licence: str = "",  # of the real images, as the user states it; empty: as data/dataset.json says
+) -> str:  # raises `CxrError` for a licence that contradicts data/dataset.json
     "The card of a synthetic set; equal studies give equal text."
     lines, card = read_set(study, generator), stated(dataset_card(study), licence)
     title = f"{len(lines):,} synthetic chest X-rays, generator {generator}"
     story = lineage(card, lines[0]["base_model"])
-    body = SET_CARD.format(title=title, table=card_table(study, generator, lines), marks=filter_words(study, generator), story=story)
+    body = SET_CARD.format(
+        title=title,
+        table=card_table(study, generator, lines),
+        marks=filter_words(study, generator),
+        story=story,
+    )
     text = (card_header(lines, card, title) + body).rstrip("\n")
     return f"{text}\n<!-- cxr_synth {digest_json(without_marks(text))[:16]} -->\n"
 
 # %% ../../nbs/ship/set_card.ipynb #a309d31e
 def without_marks(
-    text: str # of a card
+    text: str,  # of a card
 ) -> str:
     "A card without its list of marks, which changes by itself."
     return re.sub(r"(?s)\n## Filter\n.*?\n## ", "\n## ", text)
 
+
 def untouched(
-    text: str # of a card
+    text: str,  # of a card
 ) -> bool:
     "Whether a card is as `card_text` wrote it, marks aside: its last line holds the digest of the others."
     body, _, last = text.rstrip("\n").rpartition("\n")
     return last == f"<!-- cxr_synth {digest_json(without_marks(body))[:16]} -->"
 
+
 def with_licence(
-    there: str, # a card that a person has edited
-    fresh: str  # the card with the licence that the user states
+    there: str,  # a card that a person has edited
+    fresh: str,  # the card with the licence that the user states
 ) -> str:
     "An edited card with the licence lines of another one; all else stays."
     head = "\n".join(re.findall(r"(?m)^license(?:_name)?: .*$", fresh))
@@ -192,27 +284,31 @@ def with_licence(
     there = re.sub(r"(?m)^license: .*$", lambda m: head, there, count=1)
     return re.sub(rf"(?m)^{LICENCE_LINE}.*$", lambda m: line, there, count=1)
 
+
 def current_card(
-    study: Study,      # the study
-    generator: str,    # whose set; it must be finished
-    licence: str = ""  # of the real images, as the user states it
+    study: Study,  # the study
+    generator: str,  # whose set; it must be finished
+    licence: str = "",  # of the real images, as the user states it
 ) -> str:
     "The card as it is now: with today's marks and facts, unless a person has edited what lies beside the images."
     fresh, path = card_text(study, generator, licence), card_path(study, generator)
     there = path.read_text(encoding="utf-8") if path.is_file() else fresh
-    if untouched(there): return fresh
+    if untouched(there):
+        return fresh
     return with_licence(there, fresh) if licence else there
+
 
 def card_path(
     study: Study,  # the study
-    generator: str # whose set
+    generator: str,  # whose set
 ) -> Path:
     "Where the card lies."
-    return study/"synthetic"/generator/"README.md"
+    return study / "synthetic" / generator / "README.md"
+
 
 def write_card(
     study: Study,  # the study
-    generator: str # whose set
+    generator: str,  # whose set
 ) -> Path:
     "Write the card beside the images, as README.md; one that a person has edited stays."
     write_text(card_path(study, generator), current_card(study, generator))

@@ -17,8 +17,17 @@ from threadpoolctl import threadpool_limits
 
 # %% ../../nbs/06_classify.ipynb #24b3de59
 from ..base.compute import progress
-from ..base.files import (CxrError, digest_file, digest_json, now, one_of, read_csv, read_json,
-                                  write_csv, write_json)
+from cxr_synth.base.files import (
+    CxrError,
+    digest_file,
+    digest_json,
+    now,
+    one_of,
+    read_csv,
+    read_json,
+    write_csv,
+    write_json,
+)
 from ..base.records import Study, move_aside, open_stage
 from ..base.settings import ExperimentsConfig
 from ..classify.recipes import RunContext, make_run, run_identity, split_scores
@@ -29,193 +38,296 @@ from ..protocol.schema import RESULT_COLUMNS
 # %% ../../nbs/06_classify.ipynb #817ecfda
 @cache
 def run_context(
-    root: str, seal: str, plan: str, cfg: ExperimentsConfig, device: str # folder, seal and text of the plan, settings, device
+    root: str,
+    seal: str,
+    plan: str,
+    cfg: ExperimentsConfig,
+    device: str,  # folder, seal and text of the plan, settings, device
 ) -> RunContext:
     "The workshop of this process."
     import json
+
     return RunContext(root, json.loads(plan), cfg, device)
 
 # %% ../../nbs/06_classify.ipynb #c50d8784
 def do_run(
-    run: Run,    # which
+    run: Run,  # which
     job: tuple,  # arguments of `run_context`
-    threads: int # of torch
-) -> dict:       # run.json: status done, or failed with its error
+    threads: int,  # of torch
+) -> dict:  # run.json: status done, or failed with its error
     "Make one run in whatever process this is; nothing to do when it is complete."
-    path = Study(job[0])/run.folder/"run.json"
-    if path.exists(): return read_json(path)
+    path = Study(job[0]) / run.folder / "run.json"
+    if path.exists():
+        return read_json(path)
     torch.set_num_threads(threads)
     with threadpool_limits(1, "blas"):
         shop = run_context(*job)
-        try: record = make_run(run, shop)
-        except MemoryError: raise
+        try:
+            record = make_run(run, shop)
+        except MemoryError:
+            raise
         except Exception as e:
-            said = str(e) if isinstance(e, CxrError) else "".join(traceback.format_exception(e)[-3:])
+            said = (
+                str(e) if isinstance(e, CxrError) else "".join(traceback.format_exception(e)[-3:])
+            )
             record = run_identity(run, shop) | dict(status="failed", error=said)
     write_json(path, record)
-    (path.parent/"checkpoint.pt").unlink(missing_ok=True)
+    (path.parent / "checkpoint.pt").unlink(missing_ok=True)
     return record
 
 # %% ../../nbs/06_classify.ipynb #95bce0e3
 @contextmanager
 def open_executor(
     name: str,  # serial, processes, dask, or the address of a Dask scheduler (tcp://...)
-    workers: int# processes and dask: how many
-):              # an Executor; None for serial
+    workers: int,  # processes and dask: how many
+):  # an Executor; None for serial
     "The executor of that name, closed at the end."
-    if name == "serial": yield None
+    if name == "serial":
+        yield None
     elif name == "processes":
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool: yield pool
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            yield pool
     elif name == "dask" or "://" in name:
-        try: from dask.distributed import Client, LocalCluster
-        except ImportError as e: raise CxrError("the executor dask needs the package distributed.\nInstall it: pip install \"dask[distributed]\", or use --experiments.executor processes") from e
-        with LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None) if name == "dask" else nullcontext(name) as place:
-            with Client(place) as client: yield client.get_executor(pure=False)
-    else: one_of(name, ("serial", "processes", "dask", "tcp://HOST:PORT"), "executor")
+        try:
+            from dask.distributed import Client, LocalCluster
+        except ImportError as e:
+            raise CxrError(
+                'the executor dask needs the package distributed.\nInstall it: pip install "dask[distributed]", or use --experiments.executor processes'
+            ) from e
+        with (
+            LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None)
+            if name == "dask"
+            else nullcontext(name) as place
+        ):
+            with Client(place) as client:
+                yield client.get_executor(pure=False)
+    else:
+        one_of(name, ("serial", "processes", "dask", "tcp://HOST:PORT"), "executor")
+
 
 def as_finished(
-    executor,        # an Executor, or None
-    todo: list[Run], # runs
-    *job             # further arguments of `do_run`
-):                   # (run, record) as they finish
+    executor,  # an Executor, or None
+    todo: list[Run],  # runs
+    *job,  # further arguments of `do_run`
+):  # (run, record) as they finish
     "Do runs and give their records as they come."
     if executor is None:
-        for run in todo: yield run, do_run(run, *job)
+        for run in todo:
+            yield run, do_run(run, *job)
         return
     pending = {executor.submit(do_run, run, *job): run for run in todo}
     while pending:
         ready = [f for f in pending if f.done()]
         for f in ready:
-            try: yield pending[f], f.result()
-            except OSError: raise
-            except (RuntimeError, MemoryError) as e: raise CxrError(f"a worker died during {pending[f].folder} ({type(e).__name__}): out of memory, or killed.\nFinished runs are kept. Repeat the command, with fewer --experiments.workers.") from e
+            try:
+                yield pending[f], f.result()
+            except OSError:
+                raise
+            except (RuntimeError, MemoryError) as e:
+                raise CxrError(
+                    f"a worker died during {pending[f].folder} ({type(e).__name__}): out of "
+                    "memory, or killed.\n"
+                    "Finished runs are kept. Repeat the command, with fewer "
+                    "--experiments.workers."
+                ) from e
             del pending[f]
-        if not ready: time.sleep(.02)
+        if not ready:
+            time.sleep(0.02)
 
 # %% ../../nbs/06_classify.ipynb #76198184
 def precompute_shared(
     shop: RunContext,  # where
-    todo: list[Run]  # runs
+    todo: list[Run],  # runs
 ):
     "Compute what the runs share: views, held-out images, synthetic sets, regularisation."
     m, cfg = shop.material, shop.cfg
-    for v in range(cfg.views if shop.probe else 1): m.view(v)
-    for s in ("val", "test"): len(split_rows(shop.study, s)) and m.held(s)
+    for v in range(cfg.views if shop.probe else 1):
+        m.view(v)
+    for s in ("val", "test"):
+        len(split_rows(shop.study, s)) and m.held(s)
     for name in dict.fromkeys(generator_of(r, shop.plan) for r in todo if r.synthetic):
-        if (shop.study/"synthetic"/name).exists(): shop.synthetic(name)
+        if (shop.study / "synthetic" / name).exists():
+            shop.synthetic(name)
     cells = dict.fromkeys((r.fraction, r.replicate) for r in todo)
-    for f, k in cells if shop.probe else (): shop.C(f, k)
-    for f, k in dict.fromkeys((r.fraction, r.replicate) for r in todo if r.base == "augmented" and shop.probe):
-        for v in range(1, cfg.views + 1): m.view(v, "strong", shop.training(f, k).image_id.tolist())
+    for f, k in cells if shop.probe else ():
+        shop.C(f, k)
+    for f, k in dict.fromkeys(
+        (r.fraction, r.replicate) for r in todo if r.base == "augmented" and shop.probe
+    ):
+        for v in range(1, cfg.views + 1):
+            m.view(v, "strong", shop.training(f, k).image_id.tolist())
 
 # %% ../../nbs/06_classify.ipynb #3c5526f1
 class ResultsTable:
     "results.csv, kept up to date while runs finish."
+
     def __init__(self, study: Study, runs: list[Run]):
-        self.path, self.runs, self.last = study/"results.csv", runs, 0.
+        self.path = study / "results.csv"
+        self.runs = runs
+        self.last = 0.0
         old = {self.name(r): r for r in read_csv(self.path)} if self.path.exists() else {}
-        self.rows = {r: read_json(study/r.folder/"run.json") for r in runs if (study/r.folder/"run.json").exists()}
-        for r, row in self.rows.items():   # test columns, once opened, stay
+        self.rows = {
+            r: read_json(study / r.folder / "run.json")
+            for r in runs
+            if (study / r.folder / "run.json").exists()
+        }
+        for r, row in self.rows.items():  # test columns, once opened, stay
             seen = old.get((r.arm, str(r.fraction), str(r.replicate), str(r.seed)), {})
-            row |= {k: v for k, v in seen.items() if k.startswith("test_") and v and seen["plan_sha256"] == row["plan_sha256"]}
+            row |= {
+                k: v
+                for k, v in seen.items()
+                if k.startswith("test_") and v and seen["plan_sha256"] == row["plan_sha256"]
+            }
+
     @staticmethod
-    def name(row): return row["arm"], row["real_fraction"], row["replicate"], row["seed"]
+    def name(row):
+        return row["arm"], row["real_fraction"], row["replicate"], row["seed"]
+
     def add(self, run: Run, record: dict):
         self.rows[run] = record
-        if time.monotonic() - self.last > 1: self.write()
+        if time.monotonic() - self.last > 1:
+            self.write()
+
     def write(self):
         write_csv(self.path, RESULT_COLUMNS, [self.rows[r] for r in self.runs if r in self.rows])
         self.last = time.monotonic()
 
+
 def chosen_runs(
-    runs: list[Run], # of the plan
-    only: str        # arms, separated by spaces or commas; empty: all
-) -> list[Run]:      # raises `CxrError` for an arm that is not in the plan
+    runs: list[Run],  # of the plan
+    only: str,  # arms, separated by spaces or commas; empty: all
+) -> list[Run]:  # raises `CxrError` for an arm that is not in the plan
     "The runs of some arms."
     arms = only.replace(",", " ").split()
-    for a in arms: one_of(a, list(dict.fromkeys(r.arm for r in runs)), "arm for --only:")
+    for a in arms:
+        one_of(a, list(dict.fromkeys(r.arm for r in runs)), "arm for --only:")
     return [r for r in runs if not arms or r.arm in arms]
 
 # %% ../../nbs/06_classify.ipynb #94aa60d0
 def do_runs(
     shop: RunContext,  # where
-    todo: list[Run], # runs
-    table: ResultsTable,    # results.csv
-    threads: int,    # of torch
-    executor = None  # an Executor; None: the one of the settings
+    todo: list[Run],  # runs
+    table: ResultsTable,  # results.csv
+    threads: int,  # of torch
+    executor=None,  # an Executor; None: the one of the settings
 ):
     "Do runs and keep the table."
     import json
+
     precompute_shared(shop, todo)
     job = str(shop.study.root), shop.plan["sha256"], json.dumps(shop.plan), shop.cfg, shop.device
     arms = len({r.arm for r in todo})
-    with open_executor("serial" if executor else shop.cfg.executor, shop.cfg.workers) as own, progress(total=len(todo), desc=f"{arms} arms", unit="run") as bar:
+    with (
+        open_executor("serial" if executor else shop.cfg.executor, shop.cfg.workers) as own,
+        progress(total=len(todo), desc=f"{arms} arms", unit="run") as bar,
+    ):
         try:
             for run, record in as_finished(executor or own, todo, job, threads):
                 table.add(run, record)
                 bar.set_postfix_str(f"{run.arm} {run.subset} seed {run.seed}", refresh=False)
                 bar.update()
-        finally: table.write()
+        finally:
+            table.write()
 
 # %% ../../nbs/06_classify.ipynb #dc3fdf18
 def report_failures(
-    study: Study, # the study
-    rows: dict    # run -> record
+    study: Study,  # the study
+    rows: dict,  # run -> record
 ):
     "Say on stderr which runs failed, and why."
     lost = {r: x for r, x in rows.items() if x["status"] == "failed"}
-    if not lost: return
+    if not lost:
+        return
     first = next(iter(lost))
-    print(f"{len(lost)} of {len(rows)} runs failed, such as {first.folder}:\n  " + lost[first]["error"].strip().splitlines()[-1 if "Traceback" in lost[first]["error"] else 0] +
-          f"\nMend it, then: cxr-synth experiments {study.root} --experiments.retry-failed", file=sys.stderr)
+    print(
+        f"{len(lost)} of {len(rows)} runs failed, such as {first.folder}:\n  "
+        + lost[first]["error"]
+        .strip()
+        .splitlines()[-1 if "Traceback" in lost[first]["error"] else 0]
+        + f"\nMend it, then: cxr-synth experiments {study.root} --experiments.retry-failed",
+        file=sys.stderr,
+    )
 
 # %% ../../nbs/06_classify.ipynb #30e95ee5
 def stage_experiments(
-    study: Study,        # the study; plan and generate are done
-    cfg: ExperimentsConfig = ExperimentsConfig(), # settings
+    study: Study,  # the study; plan and generate are done
+    cfg: ExperimentsConfig = ExperimentsConfig(),  # settings
     redo: bool = False,  # move old runs with other settings aside
-    executor: Executor = None # any; None: the one that the settings name
+    executor: Executor = None,  # any; None: the one that the settings name
 ):
     "Do every run of the plan and write results.csv; the test columns stay empty."
     plan = load_plan(study)
     runs = plan_runs(plan)
     wanted = chosen_runs(runs, cfg.only)
-    inputs = ["plan.json", "data/manifest.csv", "data/fractions.csv", "data/images", *(f"synthetic/{g['name']}" for g in plan["generators"])]
+    inputs = [
+        "plan.json",
+        "data/manifest.csv",
+        "data/fractions.csv",
+        "data/images",
+        *(f"synthetic/{g['name']}" for g in plan["generators"]),
+    ]
     stage = open_stage(study, "experiments", "runs", cfg, inputs, redo)
-    if stage.done and (study/"results.csv").exists() and not cfg.retry_failed: return
-    if not any(stage.path.glob("*/*/run.json")) and (study/"results.csv").exists(): move_aside(study, "results.csv")  # of older runs
+    if stage.done and (study / "results.csv").exists() and not cfg.retry_failed:
+        return
+    if not any(stage.path.glob("*/*/run.json")) and (study / "results.csv").exists():
+        move_aside(study, "results.csv")  # of older runs
     device, table = stage.compute_on(cfg.device), ResultsTable(study, runs)
     if cfg.retry_failed:
-        for r in [r for r in wanted if table.rows.get(r, {}).get("status") == "failed"]: del table.rows[r]; (study/r.folder/"run.json").unlink()
+        for r in [r for r in wanted if table.rows.get(r, {}).get("status") == "failed"]:
+            del table.rows[r]
+            (study / r.folder / "run.json").unlink()
     todo = [r for r in wanted if r not in table.rows]
-    if todo: do_runs(RunContext(str(study.root), plan, cfg, device), todo, table, stage.record["threads"], executor)
+    if todo:
+        do_runs(
+            RunContext(str(study.root), plan, cfg, device),
+            todo,
+            table,
+            stage.record["threads"],
+            executor,
+        )
     table.write()
     report_failures(study, table.rows)
-    if len(table.rows) == len(runs): stage.finish(runs=len(runs), failed=sum(x["status"] == "failed" for x in table.rows.values()))
+    if len(table.rows) == len(runs):
+        stage.finish(
+            runs=len(runs), failed=sum(x["status"] == "failed" for x in table.rows.values())
+        )
 
 # %% ../../nbs/06_classify.ipynb #89c6ae73
 def finished_runs(
-    study: Study, # the study
-    plan: dict    # from `load_plan`
-) -> dict[Run, dict]: # the rows of results.csv, status done; raises `CxrError` that names what is missing
+    study: Study,  # the study
+    plan: dict,  # from `load_plan`
+) -> dict[
+    Run, dict
+]:  # the rows of results.csv, status done; raises `CxrError` that names what is missing
     "results.csv, if every run of the primary contrast is there and nothing was made under another plan."
-    rows, p = read_csv(study/"results.csv") if (study/"results.csv").exists() else [], plan["primary"]
-    have = {Run(r["arm"], float(r["real_fraction"]), int(r["replicate"]), int(r["seed"])): r for r in rows if r["plan_sha256"] == plan["sha256"] and r["status"] == "done"}
-    have = {r: row for r, row in have.items() if (study/r.folder/"test.csv").exists()}
-    need = [r for r in plan_runs(plan) if r.fraction == p["fraction"] and r.arm in (p["arm"], p["control"])]
+    rows = read_csv(study / "results.csv") if (study / "results.csv").exists() else []
+    p = plan["primary"]
+    have = {
+        Run(r["arm"], float(r["real_fraction"]), int(r["replicate"]), int(r["seed"])): r
+        for r in rows
+        if r["plan_sha256"] == plan["sha256"] and r["status"] == "done"
+    }
+    have = {r: row for r, row in have.items() if (study / r.folder / "test.csv").exists()}
+    need = [
+        r
+        for r in plan_runs(plan)
+        if r.fraction == p["fraction"] and r.arm in (p["arm"], p["control"])
+    ]
     if missing := [r.folder for r in need if r not in have]:
-        raise CxrError(f"the test stays shut: {len(missing)} of {len(need)} runs of the primary contrast are missing, such as\n  {', '.join(missing[:2])}.\n"
-                       f"Finish them first: cxr-synth experiments {study.root}")
+        raise CxrError(
+            f"the test stays shut: {len(missing)} of {len(need)} runs of the primary contrast are missing, such as\n  {', '.join(missing[:2])}.\n"
+            f"Finish them first: cxr-synth experiments {study.root}"
+        )
     return have
 
 # %% ../../nbs/06_classify.ipynb #eb82d598
 def log_opening(
-    study: Study, # the study
-    plan: dict,   # from `load_plan`
-    tests: str    # fingerprint of all test predictions
-) -> dict:        # content of opened.json
+    study: Study,  # the study
+    plan: dict,  # from `load_plan`
+    tests: str,  # fingerprint of all test predictions
+) -> dict:  # content of opened.json
     "Note in opened.json that these predictions are opened; the first opening alone is not exploratory."
-    path = study/"opened.json"
+    path = study / "opened.json"
     log = read_json(path) if path.exists() else dict(plan_sha256=plan["sha256"], opened=[])
     entry = dict(plan_sha256=plan["sha256"], tests_sha256=tests)
     if not log["opened"] or any(log["opened"][-1].get(k) != v for k, v in entry.items()):
@@ -225,15 +337,31 @@ def log_opening(
 
 # %% ../../nbs/06_classify.ipynb #12e62786
 def open_test(
-    study: Study # the study; experiments are done
-) -> dict:       # content of opened.json: plan_sha256, and for each opening date and exploratory
+    study: Study,  # the study; experiments are done
+) -> dict:  # content of opened.json: plan_sha256, and for each opening date and exploratory
     "Score the official test: fill the test columns of results.csv and log the opening."
     plan = load_plan(study)
     have = finished_runs(study, plan)
-    if not len(split_rows(study, "test")): raise CxrError("this data set has no official test: nothing to open.\nThe report speaks of `internal` alone: cxr-synth report " + str(study.root))
-    log = log_opening(study, plan, digest_json([digest_file(study/r.folder/"test.csv") for r in plan_runs(plan) if r in have]))
-    for run, row in have.items(): row |= split_scores(pd.read_csv(study/run.folder/"test.csv"), "test")
-    rows = read_csv(study/"results.csv")
+    if not len(split_rows(study, "test")):
+        raise CxrError(
+            (
+                "this data set has no official test: nothing to open.\n"
+                "The report speaks of `internal` alone: cxr-synth report "
+            )
+            + str(study.root)
+        )
+    log = log_opening(
+        study,
+        plan,
+        digest_json(
+            [digest_file(study / r.folder / "test.csv") for r in plan_runs(plan) if r in have]
+        ),
+    )
+    for run, row in have.items():
+        row |= split_scores(pd.read_csv(study / run.folder / "test.csv"), "test")
+    rows = read_csv(study / "results.csv")
     keyed = {(r["arm"], r["real_fraction"], r["replicate"], r["seed"]): r for r in have.values()}
-    write_csv(study/"results.csv", RESULT_COLUMNS, [keyed.get(ResultsTable.name(r), r) for r in rows])
+    write_csv(
+        study / "results.csv", RESULT_COLUMNS, [keyed.get(ResultsTable.name(r), r) for r in rows]
+    )
     return log

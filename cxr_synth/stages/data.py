@@ -13,13 +13,32 @@ from pathlib import Path
 import numpy as np, pandas as pd
 
 # %% ../../nbs/01_data.ipynb #d145eab2
-from ..base.files import (CxrError, atomic_path, claim, digest_file, digest_json, first_file,
-                                  now, null_for_nan, read_json, remove_files, write_csv, write_json)
+from cxr_synth.base.files import (
+    CxrError,
+    atomic_path,
+    claim,
+    digest_file,
+    digest_json,
+    first_file,
+    now,
+    null_for_nan,
+    read_json,
+    remove_files,
+    write_csv,
+    write_json,
+)
 from ..base.records import Study, move_aside, open_stage
 from ..base.settings import CLASSES, DataConfig
 from ..data.audit import audit, audit_figure, write_audit
-from ..data.sources import (ImageSource, card_of, check_place, correct_card, folder_source,
-                                    open_source, undo)
+from cxr_synth.data.sources import (
+    ImageSource,
+    card_of,
+    check_place,
+    correct_card,
+    folder_source,
+    open_source,
+    undo,
+)
 from ..data.splits import draw_fractions, too_small
 from ..data.survey import MANIFEST_COLUMNS, image_ids, inspect_source, write_prepared
 from ..images.images import map_threads, prepare_image
@@ -28,74 +47,102 @@ from ..protocol.dataset import write_card_file
 
 # %% ../../nbs/01_data.ipynb #73731f6e
 def other_source(
-    study: Study,    # with a finished data stage
-    cfg: DataConfig, # as given now
-    record: dict     # of the finished stage
-) -> str:            # what differs, or an empty string
+    study: Study,  # with a finished data stage
+    cfg: DataConfig,  # as given now
+    record: dict,  # of the finished stage
+) -> str:  # what differs, or an empty string
     "Is this the data that the study was made of? Paths do not count, contents do; a folder that is gone is not asked."
-    if study.digest("data/manifest.csv") != record["manifest_sha256"]: return "data/manifest.csv was changed after it was written"
-    if cfg.settings().get("patient_rule") == "csv" and Path(cfg.patient_rule).is_file() and digest_file(cfg.patient_rule) != record["patients_sha256"]:
+    if study.digest("data/manifest.csv") != record["manifest_sha256"]:
+        return "data/manifest.csv was changed after it was written"
+    if (
+        cfg.settings().get("patient_rule") == "csv"
+        and Path(cfg.patient_rule).is_file()
+        and digest_file(cfg.patient_rule) != record["patients_sha256"]
+    ):
         return f"{cfg.patient_rule} has other content"
-    if cfg.source in ("phantom", "hub") or (cfg.source == record["runtime"]["source"] and not Path(cfg.source).exists()): return ""
-    return other_folder(load_manifest(study), folder_source(cfg.source, cfg.classes), set(record["bad"]))
+    if cfg.source in ("phantom", "hub") or (
+        cfg.source == record["runtime"]["source"] and not Path(cfg.source).exists()
+    ):
+        return ""
+    return other_folder(
+        load_manifest(study), folder_source(cfg.source, cfg.classes), set(record["bad"])
+    )
+
 
 def other_folder(
-    t: pd.DataFrame, # the study's manifest
+    t: pd.DataFrame,  # the study's manifest
     source: ImageSource,  # the folder given now
-    bad: set         # paths that were skipped
-) -> str:            # what differs, or an empty string
+    bad: set,  # paths that were skipped
+) -> str:  # what differs, or an empty string
     "Compare names and classes of all files, and the content of some."
     rows = [r for r in source.rows if r["path"] not in bad]
     here = dict(zip(image_ids([r["path"] for r in rows]), rows))
-    if gone := sorted(set(t.image_id) ^ set(here)): return f"{len(gone)} images are only on one side, such as {gone[0]}"
-    for row in t.iloc[::max(1, len(t)//32)].itertuples():
+    if gone := sorted(set(t.image_id) ^ set(here)):
+        return f"{len(gone)} images are only on one side, such as {gone[0]}"
+    for row in t.iloc[:: max(1, len(t) // 32)].itertuples():
         r = here[row.image_id]
-        if (r["class_name"], r["official_split"]) != (row.class_name, row.official_split): return f"{row.image_id} is in another folder"
-        if hashlib.sha256(source.read(r["path"])).hexdigest() != row.sha256: return f"{row.image_id} has other content"
+        if (r["class_name"], r["official_split"]) != (row.class_name, row.official_split):
+            return f"{row.image_id} is in another folder"
+        if hashlib.sha256(source.read(r["path"])).hexdigest() != row.sha256:
+            return f"{row.image_id} has other content"
     return ""
 
 # %% ../../nbs/01_data.ipynb #aeb3aa9d
 def is_data_done(
-    study: Study,    # the study
-    cfg: DataConfig, # as given now
-    redo: bool       # move other data aside instead of refusing
+    study: Study,  # the study
+    cfg: DataConfig,  # as given now
+    redo: bool,  # move other data aside instead of refusing
 ) -> bool:
     "Is the stage complete with these settings and this data? Raises `CxrError` if it was made of others."
-    if not study.record_path("data").exists(): return False
+    if not study.record_path("data").exists():
+        return False
     record = read_json(study.record_path("data"))
     if record["settings"] != json.loads(json.dumps(cfg.settings())):
-        if not redo: open_stage(study, "data", "data", cfg)   # refuses, and names the setting
+        if not redo:
+            open_stage(study, "data", "data", cfg)  # refuses, and names the setting
         return False
-    if record["status"] != "complete": return False
+    if record["status"] != "complete":
+        return False
     differs = other_source(study, cfg, record)
     if differs and not redo:
-        raise CxrError(f"{study/'data'} was made of other data than is given now:\n  {differs}.\nGive the data that the study was made of, use another study folder,\n"
-                       "or repeat the command with --redo to move the old output aside.")
-    if differs: move_aside(study, "data")
+        raise CxrError(
+            f"{study / 'data'} was made of other data than is given now:\n  {differs}.\nGive the data that the study was made of, use another study folder,\n"
+            "or repeat the command with --redo to move the old output aside."
+        )
+    if differs:
+        move_aside(study, "data")
     return not differs
 
 # %% ../../nbs/01_data.ipynb #6013932d
 def restore_images(
-    study: Study,   # with a finished data stage
-    cfg: DataConfig # as given now
+    study: Study,  # with a finished data stage
+    cfg: DataConfig,  # as given now
 ):
     "Prepare again what is missing in data/images, if the source is here; raises `CxrError` if that holds other images."
     t, record = load_manifest(study), read_json(study.record_path("data"))
-    gone = sum(not (study/"data"/"images"/f"{i}.png").exists() for i in t.image_id)
-    if not gone: return
-    try: source = open_source(study, replace(cfg, revision=record["commit"] or cfg.revision))
+    gone = sum(not (study / "data" / "images" / f"{i}.png").exists() for i in t.image_id)
+    if not gone:
+        return
+    try:
+        source = open_source(study, replace(cfg, revision=record["commit"] or cfg.revision))
     except CxrError as e:
-        return print(f"data: {gone:,} prepared images are not here, and neither is their source ({str(e).splitlines()[0]})\n"
-                     f"To make them again, say where it is: cxr-synth data {study.root} --data FOLDER", flush=True)
-    if differs := other_folder(t, source, set(record["bad"])): raise CxrError(f"{study/'data'} was made of other data than is given now:\n  {differs}.\nGive the data that the study was made of.")
+        return print(
+            f"data: {gone:,} prepared images are not here, and neither is their source ({str(e).splitlines()[0]})\n"
+            f"To make them again, say where it is: cxr-synth data {study.root} --data FOLDER",
+            flush=True,
+        )
+    if differs := other_folder(t, source, set(record["bad"])):
+        raise CxrError(
+            f"{study / 'data'} was made of other data than is given now:\n  {differs}.\nGive the data that the study was made of."
+        )
     write_prepared(study, source, t, cfg)
 
 # %% ../../nbs/01_data.ipynb #ce850da0
 def stage_data(
-    study: Study,         # the study; made if need be
-    cfg: DataConfig,      # settings
-    preset: str = "tiny", # name of the preset, noted in study.json
-    redo: bool = False    # move an output with other settings or of other data aside
+    study: Study,  # the study; made if need be
+    cfg: DataConfig,  # settings
+    preset: str = "tiny",  # name of the preset, noted in study.json
+    redo: bool = False,  # move an output with other settings or of other data aside
 ):
     "Write data/ (manifest.csv, fractions.csv, dataset.json, audit.json, audit.html, images/) and study.json; raises `CxrError` for bad input."
     check_place(study, cfg, redo)
@@ -107,62 +154,95 @@ def stage_data(
     t, small, bad = inspect_source(source, cfg)
     stage = open_stage(study, "data", "data", cfg, redo=redo)
     begin_data(stage, digest_json(t[["image_id", "sha256"]].values.tolist()), t.image_id.tolist())
-    try: sizes = write_prepared(study, source, t, cfg)
-    except CxrError:                                # a damaged image: leave nothing half-made
+    try:
+        sizes = write_prepared(study, source, t, cfg)
+    except CxrError:  # a damaged image: leave nothing half-made
         undo(stage)
         raise
-    write_audits(study, t.assign(prepared_bytes=sizes), small, source.notes + too_small(t), bad, cfg.seed)
-    write_csv(study/"data"/"fractions.csv", ["image_id", "replicate", "min_fraction"], draw_fractions(t, cfg.seed))
-    write_csv(study/"data"/"manifest.csv", MANIFEST_COLUMNS, t.to_dict("records"))
+    write_audits(
+        study, t.assign(prepared_bytes=sizes), small, source.notes + too_small(t), bad, cfg.seed
+    )
+    write_csv(
+        study / "data" / "fractions.csv",
+        ["image_id", "replicate", "min_fraction"],
+        draw_fractions(t, cfg.seed),
+    )
+    write_csv(study / "data" / "manifest.csv", MANIFEST_COLUMNS, t.to_dict("records"))
     write_card_file(study, card)
-    if not (study/"study.json").exists():
-        write_json(study/"study.json", dict(name=study.root.resolve().name, preset=preset, source=cfg.settings()["source"], created=now()))
-    rule = dict(patients_sha256=digest_file(cfg.patient_rule)) if cfg.settings().get("patient_rule") == "csv" else {}
+    if not (study / "study.json").exists():
+        write_json(
+            study / "study.json",
+            dict(
+                name=study.root.resolve().name,
+                preset=preset,
+                source=cfg.settings()["source"],
+                created=now(),
+            ),
+        )
+    rule = (
+        dict(patients_sha256=digest_file(cfg.patient_rule))
+        if cfg.settings().get("patient_rule") == "csv"
+        else {}
+    )
     stage.record.pop("making")
-    stage.finish(manifest_sha256=study.digest("data/manifest.csv"), images=len(t), commit=source.commit, bad=[b["path"] for b in bad], **rule)
+    stage.finish(
+        manifest_sha256=study.digest("data/manifest.csv"),
+        images=len(t),
+        commit=source.commit,
+        bad=[b["path"] for b in bad],
+        **rule,
+    )
 
 # %% ../../nbs/01_data.ipynb #5465f457
 def write_audits(
-    study: Study,       # the study
-    t: pd.DataFrame,    # from `inspect_source`, with prepared_bytes
+    study: Study,  # the study
+    t: pd.DataFrame,  # from `inspect_source`, with prepared_bytes
     small: np.ndarray,  # uint8 (N, 32, 32)
-    notes: list[str],   # sentences that the audit must carry
-    bad: list[dict],    # unusable images: path, reason
-    seed: int           # of the study
+    notes: list[str],  # sentences that the audit must carry
+    bad: list[dict],  # unusable images: path, reason
+    seed: int,  # of the study
 ):
     "data/audit.json, its figure data/audit.png, and the page data/audit.html."
     report = audit(t, small, notes, bad, seed)
     figure = audit_figure(report, t, small)
-    write_json(study/"data"/"audit.json", null_for_nan(report))
-    with atomic_path(study/"data"/"audit.png") as tmp: figure.savefig(tmp, format="png", dpi=110, facecolor="white", metadata={"Software": None})
-    write_audit(study/"data"/"audit.html", report, figure)
+    write_json(study / "data" / "audit.json", null_for_nan(report))
+    with atomic_path(study / "data" / "audit.png") as tmp:
+        figure.savefig(tmp, format="png", dpi=110, facecolor="white", metadata={"Software": None})
+    write_audit(study / "data" / "audit.html", report, figure)
+
 
 def begin_data(
-    stage,          # the open stage
-    content: str,   # hash of the source's ids and files
-    ids: list[str]  # of the images that will be prepared
+    stage,  # the open stage
+    content: str,  # hash of the source's ids and files
+    ids: list[str],  # of the images that will be prepared
 ):
     "Note which images the stage makes, of which data; those that an unfinished run made of other data go. Raises `CxrError` for others."
     made = [f"{i}.png" for i in stage.record.get("making", [])]
-    if other := first_file(stage.path/"images", set(made)):
-        raise CxrError(f"{other} is there, and the record of this stage does not name it.\n"
-                       f"Nothing was changed. Move it out of {stage.path/'images'}, where only prepared images may be.")
-    if stage.record.get("content") != content: remove_files(stage.path/"images", made)
+    if other := first_file(stage.path / "images", set(made)):
+        raise CxrError(
+            f"{other} is there, and the record of this stage does not name it.\n"
+            f"Nothing was changed. Move it out of {stage.path / 'images'}, where only prepared images may be."
+        )
+    if stage.record.get("content") != content:
+        remove_files(stage.path / "images", made)
     stage.record |= dict(content=content, making=ids)
     stage.save()
 
 # %% ../../nbs/01_data.ipynb #62b5c765
 def prepare_training_data(
-    dataset,                # dataset["train"]: items with image (PIL) and label (0 or 1)
-    output_dir,             # where to write normal/ and pneumonia/
-    target_size: int = 512, # side, px
-    workers: int = 4        # threads
-):                          # `output_dir`
+    dataset,  # dataset["train"]: items with image (PIL) and label (0 or 1)
+    output_dir,  # where to write normal/ and pneumonia/
+    target_size: int = 512,  # side, px
+    workers: int = 4,  # threads
+):  # `output_dir`
     "Save the training images of a data set by class (guide, section 6); raises `CxrError` if the folder holds other files."
     claim(output_dir, ".prepared.json", dict(target_size=target_size))
+
     def save(k):
         sample = dataset["train"][k]
         image = prepare_image(sample["image"], target_size, "squash").convert("RGB")
-        with atomic_path(Path(output_dir)/CLASSES[sample["label"]]/f"{k:05d}.png") as tmp: image.save(tmp, "PNG", compress_level=1)
+        with atomic_path(Path(output_dir) / CLASSES[sample["label"]] / f"{k:05d}.png") as tmp:
+            image.save(tmp, "PNG", compress_level=1)
+
     map_threads(save, range(len(dataset["train"])), workers, "preparing data")
     return output_dir

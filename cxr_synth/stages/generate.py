@@ -18,261 +18,428 @@ from ..base.compute import pick_device, pick_precision
 from ..base.files import CxrError, read_json
 from ..base.records import Study, move_aside, open_stage, parse_generator
 from ..base.settings import CLASSES, GenerateConfig, PROMPTS, is_scratch
-from ..diffusion.image_writer import (ImageSetWriter, agree_on_settings, check_disk_space,
-                                              complete_set, grey_limits, process_share, quality_gate)
-from ..diffusion.sampling import (Sampler, check_settings, draw_all, even_batch_size,
-                                          find_batch_size, image_seed, load_finetuned_model,
-                                          out_of_memory, set_scheduler, set_slicing, to_image)
+from cxr_synth.diffusion.image_writer import (
+    ImageSetWriter,
+    agree_on_settings,
+    check_disk_space,
+    complete_set,
+    grey_limits,
+    process_share,
+    quality_gate,
+)
+from cxr_synth.diffusion.sampling import (
+    Sampler,
+    check_settings,
+    draw_all,
+    even_batch_size,
+    find_batch_size,
+    image_seed,
+    load_finetuned_model,
+    out_of_memory,
+    set_scheduler,
+    set_slicing,
+    to_image,
+)
 from ..images.study_images import load_images, training_rows
 from ..protocol.sets import load_metadata, unexpected_files
 
 # %% ../../nbs/04_generate.ipynb #f13271be
 def images_per_class(
-    wanted,    # {class: number}, a number per class (1200), a share of the training set ("0.5x", both classes alike), or class-matched
-    real: dict # class -> number of real training images
+    wanted,  # {class: number}, a number per class (1200), a share of the training set ("0.5x", both classes alike), or class-matched
+    real: dict,  # class -> number of real training images
 ) -> dict[str, int]:
     "How many images of each class to make; class-matched is as many as there are real ones."
-    if isinstance(wanted, dict): return {c: int(wanted[c]) for c in CLASSES}
-    if wanted == "class-matched": return {c: int(real[c]) for c in CLASSES}
-    if m := re.fullmatch(r"(\d+(?:\.\d+)?)x", str(wanted)): return {c: round(float(m[1]) * sum(real.values()) / 2) for c in CLASSES}
-    if re.fullmatch(r"\d+", str(wanted)): return {c: int(wanted) for c in CLASSES}
-    raise CxrError(f"images {wanted!r} is not possible.\nAllowed: a number per class such as 1200, a share of the training set such as 0.5x, or class-matched.")
+    if isinstance(wanted, dict):
+        return {c: int(wanted[c]) for c in CLASSES}
+    if wanted == "class-matched":
+        return {c: int(real[c]) for c in CLASSES}
+    if m := re.fullmatch(r"(\d+(?:\.\d+)?)x", str(wanted)):
+        return {c: round(float(m[1]) * sum(real.values()) / 2) for c in CLASSES}
+    if re.fullmatch(r"\d+", str(wanted)):
+        return {c: int(wanted) for c in CLASSES}
+    raise CxrError(
+        f"images {wanted!r} is not possible.\n"
+        "Allowed: a number per class such as 1200, a share of the training set such as 0.5x, or "
+        "class-matched."
+    )
 
 # %% ../../nbs/04_generate.ipynb #0963765a
 @dataclass(frozen=True)
 class SetConfig(GenerateConfig):
     "The settings of one set."
-    images: dict = None   # class -> number of images
-    seed: int = 0         # study seed
+
+    images: dict = None  # class -> number of images
+    seed: int = 0  # study seed
     base_model: str = ""  # what was fine-tuned
-    def runtimes(self): return {k: v for k, v in super().runtimes().items() if k != "shard"}
+
+    def runtimes(self):
+        return {k: v for k, v in super().runtimes().items() if k != "shard"}
 
 # %% ../../nbs/04_generate.ipynb #529d3201
 def trained_record(
-    study: Study, # after train
-    name: str     # generator, such as real010-rep0
+    study: Study,  # after train
+    name: str,  # generator, such as real010-rep0
 ) -> dict:
     "What training noted about a generator; raises `CxrError` if it has not been trained, or not to the end."
     path = study.record_path(f"models/{name}")
-    if not path.exists(): raise CxrError(f"{study/f'models/{name}'} is missing: this generator has not been trained.\nRun: cxr-synth train {study.root}")
+    if not path.exists():
+        raise CxrError(
+            f"{study / f'models/{name}'} is missing: this generator has not been trained.\n"
+            f"Run: cxr-synth train {study.root}"
+        )
     record = read_json(path)
-    if record["status"] != "complete": raise CxrError(f"{study/f'models/{name}'} is not finished: its training was stopped.\nThe same command goes on: cxr-synth train {study.root}")
+    if record["status"] != "complete":
+        raise CxrError(
+            f"{study / f'models/{name}'} is not finished: its training was stopped.\n"
+            f"The same command goes on: cxr-synth train {study.root}"
+        )
     return record
 
+
 def model_of(
-    study: Study,    # after train
-    name: str,       # generator, such as real010-rep0
-    cls: str,        # class
-    base: bool=False # the base, before fine-tuning
-) -> tuple: # source and revision for `load_finetuned_model`, and what of the study it is made from
+    study: Study,  # after train
+    name: str,  # generator, such as real010-rep0
+    cls: str,  # class
+    base: bool = False,  # the base, before fine-tuning
+) -> tuple:  # source and revision for `load_finetuned_model`, and what of the study it is made from
     "The model that draws one class, and the inputs to record."
-    folder, trained = study/f"models/{name}", trained_record(study, name)
+    folder, trained = study / f"models/{name}", trained_record(study, name)
     how, own = trained["settings"], is_scratch(trained["settings"]["base"])
     part = "joint" if how["joint"] else cls
-    if base and own: return folder/"base", None, [f"models/{name}/base"]
-    if base: return trained["runtime"]["base"], (read_json(seen)["revision"] if (seen := folder/part/"provenance.json").exists() else how["revision"]), []
-    return folder/part, None, [f"models/{name}/{p}" for p in (part, *["base"] * (own and how["method"] == "lora"))]
+    if base and own:
+        return folder / "base", None, [f"models/{name}/base"]
+    if base:
+        return (
+            trained["runtime"]["base"],
+            (
+                read_json(seen)["revision"]
+                if (seen := folder / part / "provenance.json").exists()
+                else how["revision"]
+            ),
+            [],
+        )
+    return (
+        folder / part,
+        None,
+        [f"models/{name}/{p}" for p in (part, *["base"] * (own and how["method"] == "lora"))],
+    )
 
 # %% ../../nbs/04_generate.ipynb #3c9d2459
 def check_folder(
-    study: Study,      # the study
-    out: str,          # of the set, such as synthetic/real100-rep0
-    redo: bool = False # move a folder without a record aside
+    study: Study,  # the study
+    out: str,  # of the set, such as synthetic/real100-rep0
+    redo: bool = False,  # move a folder without a record aside
 ):
     "Raise `CxrError` if the folder holds images that the stage did not make."
     record = read_json(path) if (path := study.record_path(out)).exists() else None
-    found = unexpected_files(study/out, ImageSetWriter(study/out, record["settings"]["images"]).names() if record else [])
-    if found and redo and not record: move_aside(study, out)
-    elif found: raise CxrError(f"{study/out} holds {len(found)} images that do not belong to the set, such as {found[0]}.\nMove them away: a set is made by the generate stage alone.")
+    found = unexpected_files(
+        study / out,
+        ImageSetWriter(study / out, record["settings"]["images"]).names() if record else [],
+    )
+    if found and redo and not record:
+        move_aside(study, out)
+    elif found:
+        raise CxrError(
+            f"{study / out} holds {len(found)} images that do not belong to the set, such as "
+            f"{found[0]}.\n"
+            "Move them away: a set is made by the generate stage alone."
+        )
 
 # %% ../../nbs/04_generate.ipynb #de317f66
 def open_set(
-    study: Study,        # the study
-    out: str,            # of the set
-    cfg: SetConfig,      # settings
-    inputs: list[str],   # models
-    redo: bool,          # move a set with other settings aside
-    rank: int = 0,       # of this process
-    patience: float = 600 # seconds to wait for the first process to move the old set aside
+    study: Study,  # the study
+    out: str,  # of the set
+    cfg: SetConfig,  # settings
+    inputs: list[str],  # models
+    redo: bool,  # move a set with other settings aside
+    rank: int = 0,  # of this process
+    patience: float = 600,  # seconds to wait for the first process to move the old set aside
 ):
     "`open_stage` for a stage of several processes: only the first moves things aside, the others wait for it."
     for wait in [0.2] * int(5 * patience) * bool(redo and rank):
         record = read_json(path) if (path := study.record_path(out)).exists() else {}
-        if record.get("settings") == json.loads(json.dumps(cfg.settings())) and all(record["inputs"].get(i) == study.digest(i) for i in inputs): break
+        if record.get("settings") == json.loads(json.dumps(cfg.settings())) and all(
+            record["inputs"].get(i) == study.digest(i) for i in inputs
+        ):
+            break
         time.sleep(wait)
     return open_stage(study, "generate", out, cfg, inputs, redo and rank == 0)
 
 # %% ../../nbs/04_generate.ipynb #d363d435
-RECORDED_CHOICES = ("batch_size", "slicing", "threads", "precision", "device")  # what the bytes of a set's images depend on, beside its settings
+RECORDED_CHOICES = (
+    "batch_size",
+    "slicing",
+    "threads",
+    "precision",
+    "device",
+)  # what the bytes of a set's images depend on, beside its settings
+
 
 def recorded_choices(
-    stage # from `open_set`
-) -> dict: # `RECORDED_CHOICES`; empty for a set that was never begun
+    stage,  # from `open_set`
+) -> dict:  # `RECORDED_CHOICES`; empty for a set that was never begun
     "What images of this set depend on, as far as it is settled: by a process at work, or by the record."
-    path = stage.path/".parts/settled.json"
-    return read_json(path) if path.exists() else {k: stage.record[k] for k in RECORDED_CHOICES if "precision" in stage.record}
+    path = stage.path / ".parts/settled.json"
+    return (
+        read_json(path)
+        if path.exists()
+        else {k: stage.record[k] for k in RECORDED_CHOICES if "precision" in stage.record}
+    )
+
 
 def prepare_process(
-    stage,               # from `open_set`
-    pipe,                # from `load_finetuned_model`
-    cfg: SetConfig,      # settings, with the precision chosen
-    resolution: int      # at which it draws, px
-) -> dict:               # `RECORDED_CHOICES`
+    stage,  # from `open_set`
+    pipe,  # from `load_finetuned_model`
+    cfg: SetConfig,  # settings, with the precision chosen
+    resolution: int,  # at which it draws, px
+) -> dict:  # `RECORDED_CHOICES`
     "Settle what images depend on with the other processes, and put it in force."
     known = recorded_choices(stage)
     if not known:
         b, slicing = find_batch_size(pipe, resolution, cfg)
-        known = dict(batch_size=cfg.batch_size or even_batch_size(max(cfg.images.values()), b), slicing=slicing, threads=cfg.threads or torch.get_num_threads(),
-                     precision=cfg.mixed_precision, device=pipe.device.type)
+        known = dict(
+            batch_size=cfg.batch_size or even_batch_size(max(cfg.images.values()), b),
+            slicing=slicing,
+            threads=cfg.threads or torch.get_num_threads(),
+            precision=cfg.mixed_precision,
+            device=pipe.device.type,
+        )
     settled = agree_on_settings(stage.path, known)
     torch.set_num_threads(settled["threads"])
     set_slicing(pipe, settled["slicing"])
-    if settled["device"] != pipe.device.type: print(f"{stage.out} was begun on {settled['device']} and goes on on {pipe.device.type}: the same noise, but not the same last bits.", flush=True)
+    if settled["device"] != pipe.device.type:
+        print(
+            (
+                f"{stage.out} was begun on {settled['device']} and goes on on {pipe.device.type}: the "
+                "same noise, but not the same last bits."
+            ),
+            flush=True,
+        )
     return settled
 
 # %% ../../nbs/04_generate.ipynb #3d293625
 def metadata_line(
-    cls: str,        # class
-    k: int,          # number of the image
-    seed: int,       # its own
+    cls: str,  # class
+    k: int,  # number of the image
+    seed: int,  # its own
     cfg: SetConfig,  # settings
-    pipe,            # the scheduler in use
-    generator: str   # its name
+    pipe,  # the scheduler in use
+    generator: str,  # its name
 ) -> dict:
     "An image's line of metadata, all but the SHA-256."
-    return dict(file_name=f"{cls}/{k:06d}.png", label=CLASSES.index(cls), class_name=cls, prompt=PROMPTS[cls], negative_prompt=cfg.negative_prompt, seed=seed,
-                steps=cfg.num_inference_steps, guidance_scale=cfg.guidance_scale, scheduler=type(pipe.scheduler).__name__, base_model=cfg.base_model, generator=generator)
+    return dict(
+        file_name=f"{cls}/{k:06d}.png",
+        label=CLASSES.index(cls),
+        class_name=cls,
+        prompt=PROMPTS[cls],
+        negative_prompt=cfg.negative_prompt,
+        seed=seed,
+        steps=cfg.num_inference_steps,
+        guidance_scale=cfg.guidance_scale,
+        scheduler=type(pipe.scheduler).__name__,
+        base_model=cfg.base_model,
+        generator=generator,
+    )
 
 # %% ../../nbs/04_generate.ipynb #b1a98939
 def start_device(
-    cfg: GenerateConfig # settings
+    cfg: GenerateConfig,  # settings
 ) -> str:
     "The device to draw on; of several GPUs, the one that torchrun gives to this process."
     device = pick_device(cfg.device)
-    if device == "cuda" and "LOCAL_RANK" in os.environ: torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     return device
 
+
 def load_model(
-    model: tuple,   # from `model_of`
-    device: str,    # to draw on
-    cfg: SetConfig  # settings, with the precision chosen
+    model: tuple,  # from `model_of`
+    device: str,  # to draw on
+    cfg: SetConfig,  # settings, with the precision chosen
 ):
     "A model as the settings want it."
     pipe = load_finetuned_model(model[0], device, cfg.mixed_precision, model[1])
     set_scheduler(pipe, cfg.scheduler)
-    if cfg.compile: pipe.unet.compile_repeated_blocks()
+    if cfg.compile:
+        pipe.unet.compile_repeated_blocks()
     return pipe
 
 # %% ../../nbs/04_generate.ipynb #33638a94
 def generate_class(
-    stage,               # from `open_set`
-    table: ImageSetWriter,    # of this process
-    cls: str,            # class
-    pipe,                # from `load_model`
-    cfg: SetConfig,      # settings, with the precision chosen
-    resolution: int,     # of the study, px
-    limits: dict         # from `grey_limits`
+    stage,  # from `open_set`
+    table: ImageSetWriter,  # of this process
+    cls: str,  # class
+    pipe,  # from `load_model`
+    cfg: SetConfig,  # settings, with the precision chosen
+    resolution: int,  # of the study, px
+    limits: dict,  # from `grey_limits`
 ):
     "Make this process's missing images of one class; when memory runs out, say how to go on with smaller calls."
-    generator, size, mine = stage.path.name, cfg.resolution or resolution, range(table.share[0], table.counts[cls], table.share[1])
+    generator = stage.path.name
+    size = cfg.resolution or resolution
+    mine = range(table.share[0], table.counts[cls], table.share[1])
     how = prepare_process(stage, pipe, cfg, size)
     seeds = {k: image_seed(cfg.seed, generator, cls, k) for k in table.missing(cls)}
+
     def put(k, pixels):
         image = to_image(pixels, resolution)
-        table.put(image, metadata_line(cls, k, seeds[k], cfg, pipe, generator) | dict(reason=quality_gate(pixels, image, limits)))
+        table.put(
+            image,
+            metadata_line(cls, k, seeds[k], cfg, pipe, generator)
+            | dict(reason=quality_gate(pixels, image, limits)),
+        )
 
-    try: draw_all(Sampler(pipe, PROMPTS[cls], size, cfg, how["batch_size"]), seeds, put, f"{generator} {cls}", len(mine))
+    try:
+        draw_all(
+            Sampler(pipe, PROMPTS[cls], size, cfg, how["batch_size"]),
+            seeds,
+            put,
+            f"{generator} {cls}",
+            len(mine),
+        )
     except (RuntimeError, MemoryError) as e:
-        if not out_of_memory(e): raise
-        raise CxrError(f"out of memory with {how['batch_size']} images per call.\nFree memory and repeat the command to go on, or start anew with smaller calls:\n"
-                       f"cxr-synth generate {stage.study.root} --generate.batch-size {max(1, how['batch_size']//2)} --redo") from e
+        if not out_of_memory(e):
+            raise
+        raise CxrError(
+            f"out of memory with {how['batch_size']} images per call.\nFree memory and repeat the command to go on, or start anew with smaller calls:\n"
+            f"cxr-synth generate {stage.study.root} --generate.batch-size {max(1, how['batch_size'] // 2)} --redo"
+        ) from e
 
 # %% ../../nbs/04_generate.ipynb #28291a37
 def draw_set(
-    study: Study,        # with data and models
-    stage,               # from `open_set`
-    table: ImageSetWriter,    # of this process
-    cfg: SetConfig,      # settings
-    models: dict,        # class -> from `model_of`
-    rows                 # the generator's real training images
+    study: Study,  # with data and models
+    stage,  # from `open_set`
+    table: ImageSetWriter,  # of this process
+    cfg: SetConfig,  # settings
+    models: dict,  # class -> from `model_of`
+    rows,  # the generator's real training images
 ):
     "Make this process's missing images, class by class."
     device, resolution = start_device(cfg), study.records()["data"]["settings"]["resolution"]
     todo = {c: len(table.missing(c)) for c in CLASSES}
-    if not any(todo.values()): return
+    if not any(todo.values()):
+        return
     check_disk_space(stage.path, sum(todo.values()), resolution)
-    few = rows.image_id.sort_values().iloc[::max(1, len(rows)//500)]
+    few = rows.image_id.sort_values().iloc[:: max(1, len(rows) // 500)]
     limits = grey_limits(load_images(study, few))
-    cfg = replace(cfg, mixed_precision=recorded_choices(stage).get("precision") or pick_precision(device, cfg.mixed_precision))
-    for cls in [c for c in CLASSES if todo[c]]: generate_class(stage, table, cls, load_model(models[cls], device, cfg), cfg, resolution, limits)
+    cfg = replace(
+        cfg,
+        mixed_precision=recorded_choices(stage).get("precision")
+        or pick_precision(device, cfg.mixed_precision),
+    )
+    for cls in [c for c in CLASSES if todo[c]]:
+        generate_class(
+            stage, table, cls, load_model(models[cls], device, cfg), cfg, resolution, limits
+        )
 
 # %% ../../nbs/04_generate.ipynb #b1848e7d
 def generate_set(
-    study: Study,        # with data and models
-    entry: dict,         # one of the plan's generators: name, images
-    cfg: GenerateConfig, # settings
-    seed: int = 0,       # study seed
+    study: Study,  # with data and models
+    entry: dict,  # one of the plan's generators: name, images
+    cfg: GenerateConfig,  # settings
+    seed: int = 0,  # study seed
     redo: bool = False,  # move images with other settings aside
-    base: bool = False   # draw GENERATOR-base, before fine-tuning
-) -> bool: # is the set complete?
+    base: bool = False,  # draw GENERATOR-base, before fine-tuning
+) -> bool:  # is the set complete?
     "Generate the synthetic set of one generator; with several processes, this one's share of it."
     check_settings(cfg)
     name, share = entry["name"] + "-base" * base, process_share(cfg.shard)
     out, rows = f"synthetic/{name}", training_rows(study, *parse_generator(entry["name"]))
     counts = images_per_class(entry["images"], dict(rows.class_name.value_counts()))
     models = {c: model_of(study, entry["name"], c, base) for c in CLASSES}
-    cfg = SetConfig(**cfg.settings() | cfg.runtimes(), images=counts, seed=seed, base_model=trained_record(study, entry["name"])["settings"]["base"])
+    cfg = SetConfig(
+        **cfg.settings() | cfg.runtimes(),
+        images=counts,
+        seed=seed,
+        base_model=trained_record(study, entry["name"])["settings"]["base"],
+    )
     check_folder(study, out, redo and share[0] == 0)
-    stage = open_set(study, out, cfg, sorted({i for m in models.values() for i in m[2]}), redo, share[0])
+    stage = open_set(
+        study, out, cfg, sorted({i for m in models.values() for i in m[2]}), redo, share[0]
+    )
     table = ImageSetWriter(stage.path, counts, share)
-    if stage.done and not table.lacking(): return True
+    if stage.done and not table.lacking():
+        return True
     draw_set(study, stage, table, cfg, models, rows)
     return finish_set(stage, table)
 
 # %% ../../nbs/04_generate.ipynb #a48f2a58
 def finish_set(
-    stage,           # from `open_set`
-    table: ImageSetWriter # of this process
-) -> bool:           # is the set complete?
+    stage,  # from `open_set`
+    table: ImageSetWriter,  # of this process
+) -> bool:  # is the set complete?
     "Complete a set if every image is there, and its record; otherwise say what is missing."
     how, absent = recorded_choices(stage), complete_set(table)
     if not absent:
-        stage.record = read_json(stage.study.record_path(stage.out)) | stage.record | how      # another process may have noted more
-        stage.finish(images=table.counts, resolution=stage.study.records()["data"]["settings"]["resolution"])
+        stage.record = (
+            read_json(stage.study.record_path(stage.out)) | stage.record | how
+        )  # another process may have noted more
+        stage.finish(
+            images=table.counts, resolution=stage.study.records()["data"]["settings"]["resolution"]
+        )
         return True
-    if table.share[1] == 1: raise CxrError(f"{stage.path}: {absent} images are missing or were changed while the set was made.\nRepeat the command to make them again.")
-    print(f"{stage.path.name}: this process's share ({table.share[0] + 1} of {table.share[1]}) is done; {absent} images are still to come from the others.", flush=True)
+    if table.share[1] == 1:
+        raise CxrError(
+            f"{stage.path}: {absent} images are missing or were changed while the set was made.\n"
+            "Repeat the command to make them again."
+        )
+    print(
+        (
+            f"{stage.path.name}: this process's share ({table.share[0] + 1} of {table.share[1]}) is "
+            f"done; {absent} images are still to come from the others."
+        ),
+        flush=True,
+    )
     return False
 
 # %% ../../nbs/04_generate.ipynb #d9ac5809
 def stage_generate(
-    study: Study,        # with data, plan and models
-    plan: dict,          # from `load_plan`
-    cfg: GenerateConfig, # settings
+    study: Study,  # with data, plan and models
+    plan: dict,  # from `load_plan`
+    cfg: GenerateConfig,  # settings
     redo: bool = False,  # move images with other settings aside
-    card=None            # called with study and name once a set is complete and has no README.md; writes it
+    card=None,  # called with study and name once a set is complete and has no README.md; writes it
 ):
     "Generate the images of every generator of the plan; with `cfg.before`, also those of the base before fine-tuning."
     jobs = [(g, False) for g in plan["generators"]]
     for i, g in enumerate(plan["generators"] if cfg.before else []):
-        if i == 0 or (study/f"models/{g['name']}/base").exists(): jobs.append((g, True))   # a pretrained base is the same for all
+        if i == 0 or (study / f"models/{g['name']}/base").exists():
+            jobs.append((g, True))  # a pretrained base is the same for all
     for g, base in jobs:
-        done, name = generate_set(study, g, cfg, plan["seed"], redo, base), g["name"] + "-base" * base
-        if done and card and not (study/f"synthetic/{name}/README.md").exists(): card(study, name)
+        done = generate_set(study, g, cfg, plan["seed"], redo, base)
+        name = g["name"] + "-base" * base
+        if done and card and not (study / f"synthetic/{name}/README.md").exists():
+            card(study, name)
 
 # %% ../../nbs/04_generate.ipynb #76dd6132
 def regenerate_image(
-    study: Study,   # with models and synthetic images
-    generator: str, # its name
-    file_name: str, # such as pneumonia/000003.png
-    device="auto"   # auto, cuda, mps or cpu
+    study: Study,  # with models and synthetic images
+    generator: str,  # its name
+    file_name: str,  # such as pneumonia/000003.png
+    device="auto",  # auto, cuda, mps or cpu
 ) -> Image.Image:
     "Draw one image of a set again from its line of metadata; the same bytes on the machine and device that made it."
     line = next((m for m in load_metadata(study, generator) if m["file_name"] == file_name), None)
-    if line is None: raise CxrError(f"{generator} has no image {file_name!r}.\nAllowed: a file_name of {study/'synthetic'/generator/'metadata.jsonl'}.")
-    record, resolution = read_json(study.record_path(f"synthetic/{generator}")), study.records()["data"]["settings"]["resolution"]
+    if line is None:
+        raise CxrError(
+            f"{generator} has no image {file_name!r}.\n"
+            f"Allowed: a file_name of {study / 'synthetic' / generator / 'metadata.jsonl'}."
+        )
+    record = read_json(study.record_path(f"synthetic/{generator}"))
+    resolution = study.records()["data"]["settings"]["resolution"]
     cfg = SetConfig(**record["settings"] | dict(mixed_precision=record["precision"]))
-    pipe = load_model(model_of(study, generator.removesuffix("-base"), line["class_name"], generator.endswith("-base")), pick_device(device), cfg)
+    pipe = load_model(
+        model_of(
+            study, generator.removesuffix("-base"), line["class_name"], generator.endswith("-base")
+        ),
+        pick_device(device),
+        cfg,
+    )
     torch.set_num_threads(record["threads"])
     set_slicing(pipe, record["slicing"])
-    return to_image(Sampler(pipe, line["prompt"], cfg.resolution or resolution, cfg, record["batch_size"])([line["seed"]])[0], resolution)
+    return to_image(
+        Sampler(pipe, line["prompt"], cfg.resolution or resolution, cfg, record["batch_size"])(
+            [line["seed"]]
+        )[0],
+        resolution,
+    )

@@ -21,21 +21,36 @@ from ..classify.recipes import class_gap
 from ..images.known_generators import KNOWN_GENERATORS
 from ..images.study_images import FRACTIONS, assert_disjoint, split_rows, training_rows
 from ..protocol.arms import ARMS, QUESTIONS, SYNTHETIC_ARMS, parse_arm
-from ..protocol.plan import (DOSE_ARMS, TIERS, load_plan, margin, plan_contrast, plan_runs,
-                                     plan_seal, secondary_contrasts, tier_cells)
+from cxr_synth.protocol.plan import (
+    DOSE_ARMS,
+    TIERS,
+    load_plan,
+    margin,
+    plan_contrast,
+    plan_runs,
+    plan_seal,
+    secondary_contrasts,
+    tier_cells,
+)
 from ..stats.auc import cluster_error, fold_auc
 from ..stats.power import ASSUMED_SD, planned_detectable
 
 # %% ../../nbs/02_plan.ipynb #ea2effee
 def read_real(
-    material: FeatureStore, # features of the real images
-    fraction: float,    # share of the real training patients, below 1
-    replicates: int,    # how many
-    C: float = 0        # 0: by cross-validation, once
-) -> dict:              # auroc (mean), n_real, se: patient error of a difference between two such classifiers (0-1)
+    material: FeatureStore,  # features of the real images
+    fraction: float,  # share of the real training patients, below 1
+    replicates: int,  # how many
+    C: float = 0,  # 0: by cross-validation, once
+) -> (
+    dict
+):  # auroc (mean), n_real, se: patient error of a difference between two such classifiers (0-1)
     "How good `real` is at a fraction, judged on the internal patients."
     held = split_rows(material.study, "internal")
-    y, x, pulls, aucs, sizes = held.label.to_numpy(), material.unaltered(held, "internal"), [], [], []
+    y = held.label.to_numpy()
+    x = material.unaltered(held, "internal")
+    pulls = []
+    aucs = []
+    sizes = []
     for k in range(max(2, replicates)):
         rows = training_rows(material.study, fraction, k)
         assert_disjoint(rows, held)
@@ -43,199 +58,376 @@ def read_real(
         C = C or choose_C(f, rows.label, rows.patient_id, seed_for(material.seed, "C", fraction))
         p = predict_probe(fit_probe(f, rows.label, balanced_weights(rows.label, len(rows)), C), x)
         auc, pull = fold_auc(y == 1, p, np.zeros(len(y)))
-        aucs, pulls, sizes = [*aucs, auc], [*pulls, pull], [*sizes, len(rows)]
+        aucs = [*aucs, auc]
+        pulls = [*pulls, pull]
+        sizes = [*sizes, len(rows)]
     errors = [cluster_error(a - pulls[0], held.patient_id) for a in pulls[1:]]
-    return dict(fraction=fraction, auroc=float(np.mean(aucs)), n_real=round(float(np.mean(sizes))), se=float(np.mean(errors)))
+    return dict(
+        fraction=fraction,
+        auroc=float(np.mean(aucs)),
+        n_real=round(float(np.mean(sizes))),
+        se=float(np.mean(errors)),
+    )
 
 # %% ../../nbs/02_plan.ipynb #477c0f91
 def headroom(
-    readings: list[dict], # from `read_real`, one per fraction
-    patients: int,        # internal ones in the smaller class
-    cells: dict           # fraction -> (replicates, seeds); others are weighed with 5 x 6
+    readings: list[dict],  # from `read_real`, one per fraction
+    patients: int,  # internal ones in the smaller class
+    cells: dict,  # fraction -> (replicates, seeds); others are weighed with 5 x 6
 ) -> list[dict]:
     "What could be gained at each fraction, beside what could be seen."
     best = max(readings, key=lambda r: r["fraction"], default=None)
     rows = []
     for r in readings:
-        room, seen = 100 * (best["auroc"] - r["auroc"]), planned_detectable(100 * r["se"], patients, *cells.get(r["fraction"], (5, 6)))
-        rows.append(dict(fraction=r["fraction"], auroc=round(r["auroc"], 4), n_real=r["n_real"], headroom_pp=round(room, 2), patient_se_pp=round(100 * r["se"], 3),
-                         detectable_pp=round(seen, 2), enough=bool(room >= 2 * seen)))
+        room = 100 * (best["auroc"] - r["auroc"])
+        seen = planned_detectable(100 * r["se"], patients, *cells.get(r["fraction"], (5, 6)))
+        rows.append(
+            dict(
+                fraction=r["fraction"],
+                auroc=round(r["auroc"], 4),
+                n_real=r["n_real"],
+                headroom_pp=round(room, 2),
+                patient_se_pp=round(100 * r["se"], 3),
+                detectable_pp=round(seen, 2),
+                enough=bool(room >= 2 * seen),
+            )
+        )
     return rows
 
 # %% ../../nbs/02_plan.ipynb #09d6e206
 def choose_primary(
-    rows: list[dict],     # from `headroom`
-    allowed: list[float]  # fractions of the tier
+    rows: list[dict],  # from `headroom`
+    allowed: list[float],  # fractions of the tier
 ) -> tuple[float, dict]:  # the primary fraction; can (bool) and sentence
     "The largest fraction whose headroom is at least twice the detectable difference; else the tier's, with a warning."
     good = [r for r in rows if r["enough"]]
     fit = [r for r in good if r["fraction"] in allowed]
-    at = max(fit, key=lambda r: r["fraction"])["fraction"] if fit else .1 if .1 in allowed else allowed[0]
+    at = (
+        max(fit, key=lambda r: r["fraction"])["fraction"]
+        if fit
+        else 0.1
+        if 0.1 in allowed
+        else allowed[0]
+    )
     row = next((r for r in rows if r["fraction"] == at), None)
-    if row is None: return at, dict(can=False, sentence="There are too few internal patients to weigh what this study can detect.")
+    if row is None:
+        return at, dict(
+            can=False,
+            sentence="There are too few internal patients to weigh what this study can detect.",
+        )
     said = f"At {100 * at:g} % the headroom is {row['headroom_pp']:.2f} points of AUROC and a difference of {row['detectable_pp']:.2f} is detectable."
-    if fit: return at, dict(can=True, sentence=said)
-    instead = f"A primary fraction of {100 * max(r['fraction'] for r in good):g} % would, with 5 replicates x 6 seeds (--tier full)." if good else "More patients, or more replicates, would."
-    return at, dict(can=False, sentence=f"{said} A headroom of twice that is needed: this study cannot answer. {instead}")
+    if fit:
+        return at, dict(can=True, sentence=said)
+    instead = (
+        (
+            f"A primary fraction of {100 * max(r['fraction'] for r in good):g} % would, with 5 "
+            "replicates x 6 seeds (--tier full)."
+        )
+        if good
+        else "More patients, or more replicates, would."
+    )
+    return at, dict(
+        can=False,
+        sentence=f"{said} A headroom of twice that is needed: this study cannot answer. {instead}",
+    )
 
 # %% ../../nbs/02_plan.ipynb #2cb5722b
 def pool_sizes(
-    study: Study, # data is done
-    pool: int     # most synthetic images in `mixed`
-) -> dict:        # mixed, full: images, both classes together
+    study: Study,  # data is done
+    pool: int,  # most synthetic images in `mixed`
+) -> dict:  # mixed, full: images, both classes together
     "Sizes of the two pools; raises `CxrError` for a pool too small."
     counts = training_rows(study, 1.0, 0).label.value_counts()
     each = int(min(pool // 2, counts.get(0, 0), counts.get(1, 0)))
-    if each < 2: raise CxrError(f"a pool of {pool} synthetic images leaves {each} per class.\nAllowed: a pool of 4 or more, and real training images of both classes.")
+    if each < 2:
+        raise CxrError(
+            f"a pool of {pool} synthetic images leaves {each} per class.\n"
+            "Allowed: a pool of 4 or more, and real training images of both classes."
+        )
     return dict(mixed=2 * each, full=2 * (int(counts.sum()) // 2))
 
 # %% ../../nbs/02_plan.ipynb #f997f196
 def images_needed(
-    study: Study,    # data is done
-    arms: list[str], # of the cell
-    fraction: float, # of the cell
+    study: Study,  # data is done
+    arms: list[str],  # of the cell
+    fraction: float,  # of the cell
     replicate: int,  # which
-    sizes: dict      # from `pool_sizes`
-) -> dict:           # class -> images
+    sizes: dict,  # from `pool_sizes`
+) -> dict:  # class -> images
     "How many distinct images the arms of a cell want from one generator."
     parsed = [parse_arm(a) for a in arms]
-    each = max([p or sizes["full" if base == "mixed_full_pool" else "mixed"] for base, _, p in parsed if base in SYNTHETIC_ARMS and base != "rebalanced"], default=0) // 2
-    gap = class_gap(training_rows(study, fraction, replicate)) if any(base == "rebalanced" for base, *_ in parsed) else dict.fromkeys(CLASSES, 0)
+    each = (
+        max(
+            [
+                p or sizes["full" if base == "mixed_full_pool" else "mixed"]
+                for base, _, p in parsed
+                if base in SYNTHETIC_ARMS and base != "rebalanced"
+            ],
+            default=0,
+        )
+        // 2
+    )
+    gap = (
+        class_gap(training_rows(study, fraction, replicate))
+        if any(base == "rebalanced" for base, *_ in parsed)
+        else dict.fromkeys(CLASSES, 0)
+    )
     return {c: max(each, gap[c]) for c in CLASSES}
 
 # %% ../../nbs/02_plan.ipynb #7b3a95a2
 def planned_generators(
-    study: Study,     # data is done
-    cells: list[dict],# from `tier_cells`
-    sizes: dict,      # from `pool_sizes`
-    oracles: int      # generators of the whole half
-) -> list[dict]:      # name, fraction, replicate, n_real, images per class
+    study: Study,  # data is done
+    cells: list[dict],  # from `tier_cells`
+    sizes: dict,  # from `pool_sizes`
+    oracles: int,  # generators of the whole half
+) -> list[dict]:  # name, fraction, replicate, n_real, images per class
     "The generators to make, and how many images of each."
     want = {}
     for c in cells:
         own = [a for a in c["arms"] if parse_arm(a)[0] != "oracle"]
         for k in range(c["replicates"]):
-            if any(parse_arm(a)[0] in (*SYNTHETIC_ARMS, "roundtrip") for a in own): want[c["fraction"], k] = images_needed(study, own, c["fraction"], k, sizes)
+            if any(parse_arm(a)[0] in (*SYNTHETIC_ARMS, "roundtrip") for a in own):
+                want[c["fraction"], k] = images_needed(study, own, c["fraction"], k, sizes)
             if len(own) < len(c["arms"]) and k < oracles:
-                old, more = want.get((.5, k), {}), images_needed(study, ["mixed", *(a for a in c["arms"] if a.startswith("oracle"))], .5, k, sizes)
-                want[.5, k] = {x: max(old.get(x, 0), more[x]) for x in CLASSES}
-    return [dict(name=generator_name(f, k), fraction=f, replicate=k, n_real=len(training_rows(study, f, k)), images=n) for (f, k), n in want.items()]
+                old = want.get((0.5, k), {})
+                more = images_needed(
+                    study,
+                    ["mixed", *(a for a in c["arms"] if a.startswith("oracle"))],
+                    0.5,
+                    k,
+                    sizes,
+                )
+                want[0.5, k] = {x: max(old.get(x, 0), more[x]) for x in CLASSES}
+    return [
+        dict(
+            name=generator_name(f, k),
+            fraction=f,
+            replicate=k,
+            n_real=len(training_rows(study, f, k)),
+            images=n,
+        )
+        for (f, k), n in want.items()
+    ]
 
 # %% ../../nbs/02_plan.ipynb #d8732423
-COSTS = dict(gpu_train=0.35, gpu_image=1.5 / 3600, cpu_train=0.055, cpu_image=0.02 / 3600,  # hours: one class's model, one image
-             finetune=0.29, probe=1.5 / 3600, feature=0.012 / 3600)                         # hours: one run, one run, features of one image
+COSTS = dict(
+    gpu_train=0.35,
+    gpu_image=1.5 / 3600,
+    cpu_train=0.055,
+    cpu_image=0.02 / 3600,  # hours: one class's model, one image
+    finetune=0.29,
+    probe=1.5 / 3600,
+    feature=0.012 / 3600,
+)  # hours: one run, one run, features of one image
+
 
 def plan_cost(
-    plan: dict,     # with cells and generators
-    preset: str,    # of the study
-    images: int     # real images
-) -> dict:          # gpu_hours, pc_hours, gigabytes, generators, images, runs
+    plan: dict,  # with cells and generators
+    preset: str,  # of the study
+    images: int,  # real images
+) -> dict:  # gpu_hours, pc_hours, gigabytes, generators, images, runs
     "Hours and gigabytes of a plan, roughly."
-    train, exp, res = resolve("train", preset), resolve("experiments", preset), resolve("data", preset).resolution
-    small, n_gen, runs = is_scratch(train.base), len(plan["generators"]) * (not plan["builtin"]), len(plan_runs(plan))
+    train = resolve("train", preset)
+    exp = resolve("experiments", preset)
+    res = resolve("data", preset).resolution
+    small = is_scratch(train.base)
+    n_gen = len(plan["generators"]) * (not plan["builtin"])
+    runs = len(plan_runs(plan))
     made, c = sum(sum(g["images"].values()) for g in plan["generators"]), COSTS
-    making = 2 * n_gen * c["cpu_train" if small else "gpu_train"] * (res / 64 if small else 1) + made * c["cpu_image" if small else "gpu_image"]
-    judging = runs * c[exp.method] + (images * exp.views + made) * c["feature"] * (exp.method == "probe")
-    model = .02 if small else .4 if train.method == "lora" else 5.2
-    return dict(gpu_hours=0 if small else round(making, 2), pc_hours=round(judging + making * small, 2),
-                gigabytes=round(2 * n_gen * model + made * res**2 * .6e-9 + runs * images * 1e-7, 2), generators=len(plan["generators"]), images=made, runs=runs)
+    making = (
+        2 * n_gen * c["cpu_train" if small else "gpu_train"] * (res / 64 if small else 1)
+        + made * c["cpu_image" if small else "gpu_image"]
+    )
+    judging = runs * c[exp.method] + (images * exp.views + made) * c["feature"] * (
+        exp.method == "probe"
+    )
+    model = 0.02 if small else 0.4 if train.method == "lora" else 5.2
+    return dict(
+        gpu_hours=0 if small else round(making, 2),
+        pc_hours=round(judging + making * small, 2),
+        gigabytes=round(2 * n_gen * model + made * res**2 * 0.6e-9 + runs * images * 1e-7, 2),
+        generators=len(plan["generators"]),
+        images=made,
+        runs=runs,
+    )
 
 # %% ../../nbs/02_plan.ipynb #8c82f601
 def guess_text(
-    cfg: PlanConfig # my_guess, because
-) -> tuple[str, float|None]: # "+1.5, because ..."; the number
+    cfg: PlanConfig,  # my_guess, because
+) -> tuple[str, float | None]:  # "+1.5, because ..."; the number
     "The user's guess, to be sealed with the plan; raises `CxrError` if it is no number."
-    if not cfg.my_guess: return cfg.because, None
-    try: value = float(cfg.my_guess.replace(",", "."))
-    except ValueError as e: raise CxrError(f"--my-guess {cfg.my_guess!r} is no number.\nExpected the gain in percentage points of AUROC, such as --my-guess +1.5 --because \"more data helps\".") from e
+    if not cfg.my_guess:
+        return cfg.because, None
+    try:
+        value = float(cfg.my_guess.replace(",", "."))
+    except ValueError as e:
+        raise CxrError(
+            f'--my-guess {cfg.my_guess!r} is no number.\nExpected the gain in percentage points of AUROC, such as --my-guess +1.5 --because "more data helps".'
+        ) from e
     return f"{value:+g}" + (f", because {cfg.because}" if cfg.because else ""), value
 
 # %% ../../nbs/02_plan.ipynb #b473475b
 def read_feasible(
-    study: Study,    # data is done
-    cfg: PlanConfig, # network, size, seed
-    replicates: int  # how many
-) -> list[dict]:     # of each fraction that has enough patients
+    study: Study,  # data is done
+    cfg: PlanConfig,  # network, size, seed
+    replicates: int,  # how many
+) -> list[dict]:  # of each fraction that has enough patients
     "Read `real` on internal at every feasible fraction below 100 %."
     held = split_rows(study, "internal")
-    if held.groupby("label").patient_id.nunique().reindex([0, 1], fill_value=0).min() < 2: return []
+    if held.groupby("label").patient_id.nunique().reindex([0, 1], fill_value=0).min() < 2:
+        return []
     preset = study.info()["preset"]
     views = resolve("experiments", preset).views
-    material = FeatureStore(study, ExperimentsConfig(network=cfg.network, size=cfg.size, views=views), cfg.seed, "cpu")
-    return [read_real(material, f, replicates) for f in FRACTIONS if is_feasible(study, f, replicates)]
+    material = FeatureStore(
+        study, ExperimentsConfig(network=cfg.network, size=cfg.size, views=views), cfg.seed, "cpu"
+    )
+    return [
+        read_real(material, f, replicates) for f in FRACTIONS if is_feasible(study, f, replicates)
+    ]
 
 # %% ../../nbs/02_plan.ipynb #2ff29d63
 def is_feasible(
-    study: Study,    # data is done
-    fraction: float, # share of the training patients
-    replicates: int  # how many
+    study: Study,  # data is done
+    fraction: float,  # share of the training patients
+    replicates: int,  # how many
 ) -> bool:
     "Whether every replicate of a fraction has two patients of each class."
-    try: return all(len(training_rows(study, fraction, k)) for k in range(max(2, replicates)))
-    except CxrError: return False
+    try:
+        return all(len(training_rows(study, fraction, k)) for k in range(max(2, replicates)))
+    except CxrError:
+        return False
 
 # %% ../../nbs/02_plan.ipynb #cd007d30
 def make_plan(
-    study: Study,   # data is done
-    cfg: PlanConfig # tier, pool, seed, guess, ...
-) -> dict:          # the plan, not yet sealed
+    study: Study,  # data is done
+    cfg: PlanConfig,  # tier, pool, seed, guess, ...
+) -> dict:  # the plan, not yet sealed
     "Everything that must be decided before a result exists."
-    tier, (text, value), sizes = TIERS[one_of(cfg.tier, TIERS, "tier")], guess_text(cfg), pool_sizes(study, cfg.pool)
+    tier, (text, value), sizes = (
+        TIERS[one_of(cfg.tier, TIERS, "tier")],
+        guess_text(cfg),
+        pool_sizes(study, cfg.pool),
+    )
     extra = cfg.arms.replace(",", " ").split()
-    for a in extra: parse_arm(a)
-    if cfg.builtin: one_of(cfg.builtin, KNOWN_GENERATORS, "built-in generator")
+    for a in extra:
+        parse_arm(a)
+    if cfg.builtin:
+        one_of(cfg.builtin, KNOWN_GENERATORS, "built-in generator")
     rows = measure_headroom(study, cfg, tier)
     primary, answer = choose_primary(rows, tier["primary"])
     room = next((r["headroom_pp"] for r in rows if r["fraction"] == primary), None)
     even = not any(class_gap(training_rows(study, 1.0, 0)).values())
-    cells = tier_cells(cfg.tier, primary, extra, (*["roundtrip"] * bool(cfg.builtin), *["rebalanced"] * even))
-    arms = list(dict.fromkeys(a for a in [*ARMS, *DOSE_ARMS, *extra] if any(a in c["arms"] for c in cells)))
-    plan = dict(tier=cfg.tier, seed=cfg.seed, arms=arms, questions={a: QUESTIONS[parse_arm(a)[0]] for a in arms}, cells=cells, pools=sizes, builtin=cfg.builtin,
-                generators=planned_generators(study, cells, sizes, tier["oracles"]), primary=plan_contrast(primary, "internal"),
-                secondary=secondary_contrasts(cells, primary, bool(len(split_rows(study, "test")))), **margin(room), headroom=rows, answer=answer, assumed=ASSUMED_SD, guess=text, guess_pp=value)
-    return plan | dict(cost=plan_cost(plan, study.info()["preset"], len(training_rows(study, 1.0, 0))))
+    cells = tier_cells(
+        cfg.tier, primary, extra, (*["roundtrip"] * bool(cfg.builtin), *["rebalanced"] * even)
+    )
+    arms = list(
+        dict.fromkeys(a for a in [*ARMS, *DOSE_ARMS, *extra] if any(a in c["arms"] for c in cells))
+    )
+    plan = dict(
+        tier=cfg.tier,
+        seed=cfg.seed,
+        arms=arms,
+        questions={a: QUESTIONS[parse_arm(a)[0]] for a in arms},
+        cells=cells,
+        pools=sizes,
+        builtin=cfg.builtin,
+        generators=planned_generators(study, cells, sizes, tier["oracles"]),
+        primary=plan_contrast(primary, "internal"),
+        secondary=secondary_contrasts(cells, primary, bool(len(split_rows(study, "test")))),
+        **margin(room),
+        headroom=rows,
+        answer=answer,
+        assumed=ASSUMED_SD,
+        guess=text,
+        guess_pp=value,
+    )
+    return plan | dict(
+        cost=plan_cost(plan, study.info()["preset"], len(training_rows(study, 1.0, 0)))
+    )
 
 # %% ../../nbs/02_plan.ipynb #c87f036b
 def measure_headroom(
-    study: Study,    # data is done
-    cfg: PlanConfig, # network, size, seed, tier
-    tier: dict       # one of `TIERS`
-) -> list[dict]:     # from `headroom`
+    study: Study,  # data is done
+    cfg: PlanConfig,  # network, size, seed, tier
+    tier: dict,  # one of `TIERS`
+) -> list[dict]:  # from `headroom`
     "Headroom and detectable difference at every feasible fraction."
-    patients = split_rows(study, "internal").groupby("label").patient_id.nunique().reindex([0, 1], fill_value=0)
-    size = {c[0]: c[1:3] if cfg.tier == "pilot" else (5, 6) for c in tier["cells"] if c[0] in tier["primary"]}
-    return headroom(read_feasible(study, cfg, size[tier["primary"][0]][0]), int(patients.min()), size)
+    patients = (
+        split_rows(study, "internal")
+        .groupby("label")
+        .patient_id.nunique()
+        .reindex([0, 1], fill_value=0)
+    )
+    size = {
+        c[0]: c[1:3] if cfg.tier == "pilot" else (5, 6)
+        for c in tier["cells"]
+        if c[0] in tier["primary"]
+    }
+    return headroom(
+        read_feasible(study, cfg, size[tier["primary"][0]][0]), int(patients.min()), size
+    )
 
 # %% ../../nbs/02_plan.ipynb #613c91ba
 def stage_plan(
-    study: Study,       # the study; data is done
-    cfg: PlanConfig = PlanConfig(), # settings
-    redo: bool = False  # move an old plan with other settings aside
+    study: Study,  # the study; data is done
+    cfg: PlanConfig = PlanConfig(),  # settings
+    redo: bool = False,  # move an old plan with other settings aside
 ):
     "Write plan.json, sealed."
-    if not redo and (study/"plan.json").exists() and any(study.root.glob("runs/*/*/run.json")): load_plan(study)
-    stage = open_stage(study, "plan", "plan.json", cfg, ["data/manifest.csv", "data/fractions.csv"], redo)
-    if stage.done and stage.path.exists(): return
+    if not redo and (study / "plan.json").exists() and any(study.root.glob("runs/*/*/run.json")):
+        load_plan(study)
+    stage = open_stage(
+        study, "plan", "plan.json", cfg, ["data/manifest.csv", "data/fractions.csv"], redo
+    )
+    if stage.done and stage.path.exists():
+        return
     plan = make_plan(study, cfg)
     write_json(stage.path, plan | dict(sealed=now(), sha256=plan_seal(plan)))
     stage.finish(plan_sha256=plan_seal(plan))
 
 # %% ../../nbs/02_plan.ipynb #71db7020
 def plan_summary(
-    plan: dict # from `load_plan`
-) -> pd.DataFrame: # one row per generator
+    plan: dict,  # from `load_plan`
+) -> pd.DataFrame:  # one row per generator
     "What a plan wants made: generators to train, images to make, classifiers to fit."
     runs = {c["fraction"]: c["seeds"] * len(c["arms"]) for c in plan["cells"]}
-    return pd.DataFrame([dict(generator=g["name"], real_images=g["n_real"], **g["images"], runs=runs.get(g["fraction"], 0)) for g in plan["generators"]])
+    return pd.DataFrame(
+        [
+            dict(
+                generator=g["name"],
+                real_images=g["n_real"],
+                **g["images"],
+                runs=runs.get(g["fraction"], 0),
+            )
+            for g in plan["generators"]
+        ]
+    )
 
 # %% ../../nbs/02_plan.ipynb #6703edab
 def plan_text(
-    plan: dict # from `load_plan`
-) -> str:      # a few lines
+    plan: dict,  # from `load_plan`
+) -> str:  # a few lines
     "A plan in words: question, answer that is possible, cost."
     c, p = plan["cost"], plan["primary"]
-    cells = "; ".join(f"{x['fraction']:.0%}: {len(x['arms'])} arms x {x['replicates']} replicates x {x['seeds']} seeds" for x in plan["cells"])
-    return "\n".join([f"{plan['tier']}: {c['runs']} classifiers ({cells}).",
-                      f"Primary: {p['arm']} minus {p['control']} at {p['fraction']:.0%} on {p['split']}; margin {plan['margin_pp']:g} points of AUROC.", plan["answer"]["sentence"],
-                      f"{c['generators']} generators, {c['images']:,} images; about {c['gpu_hours']:g} GPU hours, {c['pc_hours']:g} PC hours, {c['gigabytes']:g} GB.",
-                      f"Guess: {plan['guess'] or 'none'}. Sealed: {plan['sha256'][:12]}"])
+    cells = "; ".join(
+        (
+            f"{x['fraction']:.0%}: {len(x['arms'])} arms x {x['replicates']} replicates x "
+            f"{x['seeds']} seeds"
+        )
+        for x in plan["cells"]
+    )
+    return "\n".join(
+        [
+            f"{plan['tier']}: {c['runs']} classifiers ({cells}).",
+            (
+                f"Primary: {p['arm']} minus {p['control']} at {p['fraction']:.0%} on {p['split']}; "
+                f"margin {plan['margin_pp']:g} points of AUROC."
+            ),
+            plan["answer"]["sentence"],
+            (
+                f"{c['generators']} generators, {c['images']:,} images; about {c['gpu_hours']:g} GPU "
+                f"hours, {c['pc_hours']:g} PC hours, {c['gigabytes']:g} GB."
+            ),
+            f"Guess: {plan['guess'] or 'none'}. Sealed: {plan['sha256'][:12]}",
+        ]
+    )

@@ -16,95 +16,177 @@ from ..base.settings import CLASSES, QualityConfig, is_scratch
 from ..images.networks import BACKBONES
 from ..quality.copies import plot_copies, plot_pairs
 from ..quality.figures import comparison_grid, plot_bars, plot_map, save_quality_figure
-from ..quality.measure import (RealReference, SyntheticSet, copy_facts, copy_row, distance_rows,
-                                       label_rows, load_synthetic_set, low_n_warning, score_rows,
-                                       search_copies, similarity_rows)
+from cxr_synth.quality.measure import (
+    RealReference,
+    SyntheticSet,
+    copy_facts,
+    copy_row,
+    distance_rows,
+    label_rows,
+    load_synthetic_set,
+    low_n_warning,
+    score_rows,
+    search_copies,
+    similarity_rows,
+)
 
 # %% ../../nbs/05_quality.ipynb #e8e40588
 def synthetic_sets(
-    study: Study # the study
+    study: Study,  # the study
 ) -> list[str]:  # names of generators, sorted; raises `CxrError` when there is none
     "The generators whose synthetic set is there."
-    found = sorted(p.parent.name for p in (study/"synthetic").glob("*/metadata.jsonl") if ".redo" not in p.parent.name)
-    if not found: raise CxrError(f"{study/'synthetic'} holds no synthetic set.\nMake one first: {study.writer('synthetic')}.")
+    found = sorted(
+        p.parent.name
+        for p in (study / "synthetic").glob("*/metadata.jsonl")
+        if ".redo" not in p.parent.name
+    )
+    if not found:
+        raise CxrError(
+            f"{study / 'synthetic'} holds no synthetic set.\n"
+            f"Make one first: {study.writer('synthetic')}."
+        )
     return found
 
 # %% ../../nbs/05_quality.ipynb #f9fc0498
 def save_figures(
-    suite: RealReference,      # real images
-    pile: SyntheticSet,        # synthetic ones
-    nearest,           # nearest seen image of each synthetic one
+    suite: RealReference,  # real images
+    pile: SyntheticSet,  # synthetic ones
+    nearest,  # nearest seen image of each synthetic one
     rows: list[dict],  # of this generator
-    before: list[dict] # of its base
+    before: list[dict],  # of its base
 ):
     "quality/figures/GENERATOR-grid.png, and in GENERATOR/: distances and map."
-    folder, t = suite.study/"quality/figures", suite.train
+    folder, t = suite.study / "quality/figures", suite.train
+
     def figure(size, cells, path, draw):
         fig = Figure(figsize=size, layout="constrained")
         draw(fig.subplots(*cells))
-        save_quality_figure(fig, folder/path)
-    figure((8, 6.4), (1, 1), f"{pile.name}-grid.png", lambda ax: comparison_grid(
-        (suite.images[t], suite.label[t]), (pile.images, pile.labels), ax, nearest=nearest).set_title(f"{pile.name}: drawn by lot", fontsize=9))
+        save_quality_figure(fig, folder / path)
+
+    figure(
+        (8, 6.4),
+        (1, 1),
+        f"{pile.name}-grid.png",
+        lambda ax: comparison_grid(
+            (suite.images[t], suite.label[t]), (pile.images, pile.labels), ax, nearest=nearest
+        ).set_title(f"{pile.name}: drawn by lot", fontsize=9),
+    )
     note = "; the base was itself trained on X-rays" if before and is_scratch(pile.base) else ""
-    figure((7.5, 2.8), (1, 3), f"{pile.name}/distances.png", lambda ax: plot_bars(rows, before, ax, note))
-    figure((4.4, 3.6), (1, 1), f"{pile.name}/map.png", lambda ax: plot_map((suite.x[t], suite.label[t]), (pile.x, pile.labels), ax))
+    figure(
+        (7.5, 2.8),
+        (1, 3),
+        f"{pile.name}/distances.png",
+        lambda ax: plot_bars(rows, before, ax, note),
+    )
+    figure(
+        (4.4, 3.6),
+        (1, 1),
+        f"{pile.name}/map.png",
+        lambda ax: plot_map((suite.x[t], suite.label[t]), (pile.x, pile.labels), ax),
+    )
 
 # %% ../../nbs/05_quality.ipynb #ff9471bd
 def save_copies(
-    suite: RealReference, # real images
-    pile: SyntheticSet,   # synthetic ones
-    reports: dict # from `search_copies`
+    suite: RealReference,  # real images
+    pile: SyntheticSet,  # synthetic ones
+    reports: dict,  # from `search_copies`
 ):
     "quality/figures/GENERATOR/: copies, and pairs of each class; quality/GENERATOR-copies.csv."
-    folder, there, flagged = suite.study/"quality/figures"/pile.name, {c: r for c, r in reports.items() if r}, []
+    folder = suite.study / "quality/figures" / pile.name
+    there = {c: r for c, r in reports.items() if r}
+    flagged = []
     fig = Figure(figsize=(7, 2.6 * max(1, len(there))), layout="constrained")
     for ax, (c, r) in zip(np.ravel(fig.subplots(max(1, len(there)), 1)), there.items()):
         plot_copies(r, ax, c)
         mine, seen = pile.labels == CLASSES.index(c), suite.images[~suite.unseen(pile.name)]
-        save_quality_figure(plot_pairs(r, pile.images[mine], seen, Figure(figsize=(11, 4.8))), folder/f"pairs-{c}.png")
+        save_quality_figure(
+            plot_pairs(r, pile.images[mine], seen, Figure(figsize=(11, 4.8))),
+            folder / f"pairs-{c}.png",
+        )
         why = f"closer to a training image than {1 - r.rate:.0%} of unseen real images"
-        flagged += [dict(file_name=np.array(pile.files)[mine][i], reason=why, by="copy report") for i in np.sort(r.flagged)]
-    if there: save_quality_figure(fig, folder/"copies.png")
-    write_csv(suite.study/f"quality/{pile.name}-copies.csv", ["file_name", "reason", "by"], flagged)
+        flagged += [
+            dict(file_name=np.array(pile.files)[mine][i], reason=why, by="copy report")
+            for i in np.sort(r.flagged)
+        ]
+    if there:
+        save_quality_figure(fig, folder / "copies.png")
+    write_csv(
+        suite.study / f"quality/{pile.name}-copies.csv", ["file_name", "reason", "by"], flagged
+    )
 
 # %% ../../nbs/05_quality.ipynb #39892785
 def measure_generator(
     suite: RealReference,  # real images
-    generator: str # its name
-) -> dict:         # facts for the record of the stage
+    generator: str,  # its name
+) -> dict:  # facts for the record of the stage
     "Write quality/GENERATOR.json, GENERATOR-copies.csv and the figures of one generator."
     study, pile = suite.study, load_synthetic_set(suite.study, generator, suite.eye)
     (rows, other), (reports, nearest) = distance_rows(suite, pile), search_copies(suite, pile)
     rows += similarity_rows(suite, pile) + score_rows(suite, pile) + label_rows(suite, pile)
-    rows += [copy_row(c, r, int((pile.labels == k).sum()), suite.eye.about) for k, (c, r) in enumerate(reports.items())]
-    rows = [r | dict(unused_files=0) for r in rows]   # a set with files that its metadata does not name was refused
-    base = study/f"quality/{generator}-base.json"
+    rows += [
+        copy_row(c, r, int((pile.labels == k).sum()), suite.eye.about)
+        for k, (c, r) in enumerate(reports.items())
+    ]
+    rows = [
+        r | dict(unused_files=0) for r in rows
+    ]  # a set with files that its metadata does not name was refused
+    base = study / f"quality/{generator}-base.json"
     save_figures(suite, pile, nearest, rows, read_json(base) if base.exists() else [])
     save_copies(suite, pile, reports)
-    write_json(study/f"quality/{generator}.json", rows)
+    write_json(study / f"quality/{generator}.json", rows)
     n = min(r["n_real"] for r in rows if r["metric"] in ("fd", "fid"))
     doubles = int((suite.pool.duplicate_group.fillna("") != "")[~suite.unseen(generator)].sum())
-    return dict(other_class=other, warning=low_n_warning(n, BACKBONES[suite.cfg.extractor].dim), copies={c: copy_facts(r, doubles) for c, r in reports.items()})
+    return dict(
+        other_class=other,
+        warning=low_n_warning(n, BACKBONES[suite.cfg.extractor].dim),
+        copies={c: copy_facts(r, doubles) for c, r in reports.items()},
+    )
 
 # %% ../../nbs/05_quality.ipynb #81eb8959
 def stage_quality(
-    study: Study,        # the study; data and generate are done
-    cfg: QualityConfig = QualityConfig(), # settings
-    redo: bool = False   # move an old output with other settings aside
+    study: Study,  # the study; data and generate are done
+    cfg: QualityConfig = QualityConfig(),  # settings
+    redo: bool = False,  # move an old output with other settings aside
 ):
     "Measure every synthetic set of the study: quality/GENERATOR.json, GENERATOR-copies.csv and figures."
     names = synthetic_sets(study)
-    stage = open_stage(study, "quality", "quality", cfg, ["data/manifest.csv", "data/images", *(f"synthetic/{g}" for g in names)], redo)
-    if stage.done: return
+    stage = open_stage(
+        study,
+        "quality",
+        "quality",
+        cfg,
+        ["data/manifest.csv", "data/images", *(f"synthetic/{g}" for g in names)],
+        redo,
+    )
+    if stage.done:
+        return
     suite, facts = RealReference(study, cfg, stage.compute_on(cfg.device)), {}
-    for g in sorted(names, key=lambda g: (not g.endswith("-base"), g)): facts[g] = measure_generator(suite, g)
+    for g in sorted(names, key=lambda g: (not g.endswith("-base"), g)):
+        facts[g] = measure_generator(suite, g)
     stage.finish(generators={g: facts[g] for g in names})
+
 
 def quality_table(
     study: Study,  # with a finished quality stage
-    columns=("generator", "class_name", "metric", "reference", "n_synthetic", "value", "floor_low", "floor_high", "verdict") # which ones
-) -> pd.DataFrame: # one row a number
+    columns=(
+        "generator",
+        "class_name",
+        "metric",
+        "reference",
+        "n_synthetic",
+        "value",
+        "floor_low",
+        "floor_high",
+        "verdict",
+    ),  # which ones
+) -> pd.DataFrame:  # one row a number
     "Every number of the stage."
-    files = sorted(p for p in (study/"quality").glob("*.json") if p.name != "stage.json")
-    if not files: raise CxrError(f"{study/'quality'} holds no results.\nRun the stage first: {study.writer('quality')}.")
-    return pd.DataFrame([dict(generator=p.stem) | r for p in files for r in read_json(p)])[[*columns]]
+    files = sorted(p for p in (study / "quality").glob("*.json") if p.name != "stage.json")
+    if not files:
+        raise CxrError(
+            f"{study / 'quality'} holds no results.\n"
+            f"Run the stage first: {study.writer('quality')}."
+        )
+    return pd.DataFrame([dict(generator=p.stem) | r for p in files for r in read_json(p)])[
+        [*columns]
+    ]

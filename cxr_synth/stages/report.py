@@ -19,63 +19,88 @@ from ..ship.set_card import card_text
 
 # %% ../../nbs/07_report.ipynb #3d940d26
 def assert_fresh(
-    study: Study # the study
+    study: Study,  # the study
 ):
     "Raise `CxrError` if a stage that the report rests on is stale."
     stale = [s for s in stale_stages(study) if not s.startswith("report:")]
     if stale:
         found = "; ".join(stale[:3]) + ("; ..." if len(stale) > 3 else "")
-        raise CxrError(f"the report would rest on stages that are out of date:\n  {found}\nPut the old input back, or run those stages again, with --redo where they refuse.")
+        raise CxrError(
+            "the report would rest on stages that are out of date:\n"
+            f"  {found}\n"
+            "Put the old input back, or run those stages again, with --redo where they refuse."
+        )
+
 
 def unfinished(
-    study: Study # the study
+    study: Study,  # the study
 ) -> list[str]:
     "Stages that have begun and not finished, in words."
-    return [f"the stage {r['stage']} has not finished ({out})" for out, r in study.records().items() if r["stage"] != "report" and r["status"] != "complete"]
+    return [
+        f"the stage {r['stage']} has not finished ({out})"
+        for out, r in study.records().items()
+        if r["stage"] != "report" and r["status"] != "complete"
+    ]
 
 # %% ../../nbs/07_report.ipynb #74cb789a
 def write_texts(
     ev: Evidence,  # the study
-    analysis: dict # from `analyse`
+    analysis: dict,  # from `analyse`
 ):
     "Cards, results table and talking points under report/."
-    study, plan, split = ev.study, ev.plan, ev.splits[-1]
-    write_text(study/"report/model-card.md", classifier_card(study, analysis, plan))
-    write_text(study/"report/talking-points.md", talking_points(study, analysis, plan))
-    rows, note = study_rows(ev, split), f"{split}, threshold 0.5 | † vs real images of the same fraction | no stars: the words are in index.html"
-    write_text(study/"report/results-table.txt", results_table(rows, note=note) + "\n")
-    write_text(study/"report/results-table.md", results_table(rows, True, note) + "\n")
+    study = ev.study
+    plan = ev.plan
+    split = ev.splits[-1]
+    write_text(study / "report/model-card.md", classifier_card(study, analysis, plan))
+    write_text(study / "report/talking-points.md", talking_points(study, analysis, plan))
+    rows = study_rows(ev, split)
+    note = f"{split}, threshold 0.5 | † vs real images of the same fraction | no stars: the words are in index.html"
+    write_text(study / "report/results-table.txt", results_table(rows, note=note) + "\n")
+    write_text(study / "report/results-table.md", results_table(rows, True, note) + "\n")
     name = generator_name(plan["primary"]["fraction"], 0)
-    if (study/f"synthetic/{name}/metadata.jsonl").is_file(): write_text(study/"report/data-card.md", card_text(study, name))
+    if (study / f"synthetic/{name}/metadata.jsonl").is_file():
+        write_text(study / "report/data-card.md", card_text(study, name))
 
 # %% ../../nbs/07_report.ipynb #e900b96a
 def stage_report(
-    study: Study,        # the study; it may be unfinished
-    cfg: ReportConfig = ReportConfig(), # settings
-    redo: bool = False   # keep the old report aside instead of replacing it
+    study: Study,  # the study; it may be unfinished
+    cfg: ReportConfig = ReportConfig(),  # settings
+    redo: bool = False,  # keep the old report aside instead of replacing it
 ):
     "Write analysis.json and report/: page, figures, cards, tables and talking points."
     ev = Evidence(study)
     assert_fresh(study)
-    inputs = ["data/manifest.csv", "plan.json", "runs"] + [n for n in ("results.csv", "opened.json", "quality") if (study/n).exists()]
-    if redo and (study/"report").exists(): move_aside(study, "report")
-    known = study.record_path("report").exists()      # then the files that are there are an older report's
+    inputs = ["data/manifest.csv", "plan.json", "runs"] + [
+        n for n in ("results.csv", "opened.json", "quality") if (study / n).exists()
+    ]
+    if redo and (study / "report").exists():
+        move_aside(study, "report")
+    known = study.record_path(
+        "report"
+    ).exists()  # then the files that are there are an older report's
     stage = open_stage(study, "report", "report", cfg, inputs, adopt=known)
-    if not known and (study/"analysis.json").exists(): move_aside(study, "analysis.json")
+    if not known and (study / "analysis.json").exists():
+        move_aside(study, "analysis.json")
     analysis = analyse(study, cfg.draws, ev)
     analysis["unfinished"] = unfinished(study)
-    write_json(study/"analysis.json", null_for_nan(analysis))
-    write_text(study/"report/index.html", report_page(study, analysis, draw_figures(ev, analysis, cfg.poster), stage.record["started"]))
+    write_json(study / "analysis.json", null_for_nan(analysis))
+    write_text(
+        study / "report/index.html",
+        report_page(
+            study, analysis, draw_figures(ev, analysis, cfg.poster), stage.record["started"]
+        ),
+    )
     write_texts(ev, analysis)
     stage.finish(word=analysis["verdict"]["word"], contrasts=len(analysis["contrasts"]))
 
 # %% ../../nbs/07_report.ipynb #a1aeb237
 def cli_compare(
-    folders: list[str], # study folders, two or more
-    cfg: ReportConfig = ReportConfig() # settings of reports that are not there yet
-) -> str: # what to print
+    folders: list[str],  # study folders, two or more
+    cfg: ReportConfig = ReportConfig(),  # settings of reports that are not there yet
+) -> str:  # what to print
     "Compare studies, after making the reports that are missing."
     studies = [Study(f) for f in folders]
     for s in studies:
-        if not (s/"analysis.json").is_file(): stage_report(s, cfg)
-    return f"Comparison: {compare_studies(studies, studies[0]/'report'/'compare.html')}"
+        if not (s / "analysis.json").is_file():
+            stage_report(s, cfg)
+    return f"Comparison: {compare_studies(studies, studies[0] / 'report' / 'compare.html')}"

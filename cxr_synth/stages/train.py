@@ -16,99 +16,204 @@ from ..base.files import CxrError, digest_json, one_of, read_csv, remove_files, 
 from ..base.loop import Mirror, checkpoint_files
 from ..base.records import Study, open_stage, parse_generator
 from ..base.settings import CLASSES, PROMPTS, TrainConfig, is_scratch
-from ..diffusion.dreambooth import (TRAINING, TrainingTask, fine_tune, make_class_images,
-                                            model_key, print_preflight, read_prompts, resolve_precision,
-                                            train_base)
+from cxr_synth.diffusion.dreambooth import (
+    TRAINING,
+    TrainingTask,
+    fine_tune,
+    make_class_images,
+    model_key,
+    print_preflight,
+    read_prompts,
+    resolve_precision,
+    train_base,
+)
 from ..diffusion.pipelines import save_pipeline
 from ..images.study_images import load_images, training_rows, val_rows
 from ..protocol.dataset import dataset_card
 
 # %% ../../nbs/03_train.ipynb #923831bd
 def study_images(
-    study: Study,    # with data
-    rows,            # of the manifest
-    cfg: TrainConfig,# whose prompts count
-    default: bool=False # take the class's prompt where the table of prompts has none
-) -> tuple: # images (N, S, S) uint8, different prompts, (N,) number of each image's
+    study: Study,  # with data
+    rows,  # of the manifest
+    cfg: TrainConfig,  # whose prompts count
+    default: bool = False,  # take the class's prompt where the table of prompts has none
+) -> tuple:  # images (N, S, S) uint8, different prompts, (N,) number of each image's
     "Images of some rows with their prompts: of the table if there is one, else of the class."
     images, labels = load_images(study, rows.image_id), rows.label.to_numpy().astype(int)
-    if not cfg.prompts: return images, list(PROMPTS.values()), labels
-    parts = [read_prompts(cfg.prompts, [i], PROMPTS[CLASSES[l]] if default else "")[0][0] for i, l in zip(rows.image_id, labels)]
+    if not cfg.prompts:
+        return images, list(PROMPTS.values()), labels
+    parts = [
+        read_prompts(cfg.prompts, [i], PROMPTS[CLASSES[l]] if default else "")[0][0]
+        for i, l in zip(rows.image_id, labels)
+    ]
     different = sorted(set(parts))
     return images, different, np.array([different.index(p) for p in parts])
 
 # %% ../../nbs/03_train.ipynb #3c3efda6
 class StudyTasks:
     "What the models of one generator are to learn: the images of its patients, and nothing of others but a look at val."
-    def __init__(self, study: Study, name: str, cfg: TrainConfig): # name of the generator
-        self.study, self.cfg, part = study, cfg, parse_generator(name)
+
+    def __init__(self, study: Study, name: str, cfg: TrainConfig):  # name of the generator
+        self.study = study
+        self.cfg = cfg
+        part = parse_generator(name)
         rows, val = training_rows(study, *part), val_rows(study, *part)
         self.images, self.prompts, self.which = study_images(study, rows, cfg)
-        self.labels, self.val_labels = rows.label.to_numpy().astype(int), val.label.to_numpy().astype(int)
+        self.labels = rows.label.to_numpy().astype(int)
+        self.val_labels = val.label.to_numpy().astype(int)
         self.val = study_images(study, val, cfg, default=True) if len(val) else None
         self.facts = dict(n_real=len(rows), n_patients=int(rows.patient_id.nunique()))
-    def models(self) -> dict: # name -> label, None for both
+
+    def models(self) -> dict:  # name -> label, None for both
         return {"joint": None} if self.cfg.joint else {c: label for label, c in enumerate(CLASSES)}
+
     def both(self) -> TrainingTask:
         "For a base from scratch."
-        return TrainingTask(self.images, self.prompts, self.which, heldout=self.val, previews=list(PROMPTS.values()))
-    def task(self, pipe, label: int|None) -> TrainingTask:
+        return TrainingTask(
+            self.images, self.prompts, self.which, heldout=self.val, previews=list(PROMPTS.values())
+        )
+
+    def task(self, pipe, label: int | None) -> TrainingTask:
         "For one model; the base is at hand to draw class images."
-        keep, keep_val = (np.ones(len(l), bool) if label is None else l == label for l in (self.labels, self.val_labels))
+        keep, keep_val = (
+            np.ones(len(l), bool) if label is None else l == label
+            for l in (self.labels, self.val_labels)
+        )
         heldout = (self.val[0][keep_val], self.val[1], self.val[2][keep_val]) if self.val else None
-        return TrainingTask(self.images[keep], self.prompts, self.which[keep], self.prior(pipe, label), heldout, list(PROMPTS.values()) if label is None else [PROMPTS[CLASSES[label]]])
-    def prior(self, pipe, label: int|None):
+        return TrainingTask(
+            self.images[keep],
+            self.prompts,
+            self.which[keep],
+            self.prior(pipe, label),
+            heldout,
+            list(PROMPTS.values()) if label is None else [PROMPTS[CLASSES[label]]],
+        )
+
+    def prior(self, pipe, label: int | None):
         cfg, kind = self.cfg, one_of(self.cfg.prior, ("other", "generated"), "prior")
-        if not cfg.prior_loss_weight: return None
-        if kind == "other" and label is None: raise CxrError("a joint model has no other class for a prior.\nUse --train.prior generated, or --train.prior-loss-weight 0.")
-        if kind == "other": return self.images[self.labels != label], PROMPTS[CLASSES[1 - label]]
-        folder = self.study/"cache/class_images"/digest_json([model_key(pipe), cfg.class_prompt, cfg.mixed_precision, self.images.shape[-1]])[:16]
-        return make_class_images(pipe.to(pick_device(cfg.device)), folder, cfg.class_prompt, cfg.num_class_images, self.images.shape[-1], precision=cfg.mixed_precision), cfg.class_prompt
+        if not cfg.prior_loss_weight:
+            return None
+        if kind == "other" and label is None:
+            raise CxrError(
+                "a joint model has no other class for a prior.\n"
+                "Use --train.prior generated, or --train.prior-loss-weight 0."
+            )
+        if kind == "other":
+            return self.images[self.labels != label], PROMPTS[CLASSES[1 - label]]
+        folder = (
+            self.study
+            / "cache/class_images"
+            / digest_json(
+                [model_key(pipe), cfg.class_prompt, cfg.mixed_precision, self.images.shape[-1]]
+            )[:16]
+        )
+        return make_class_images(
+            pipe.to(pick_device(cfg.device)),
+            folder,
+            cfg.class_prompt,
+            cfg.num_class_images,
+            self.images.shape[-1],
+            precision=cfg.mixed_precision,
+        ), cfg.class_prompt
 
 # %% ../../nbs/03_train.ipynb #0ba440da
 def train_generator(
-    study: Study,     # with data
-    name: str,        # such as real010-rep0
-    cfg: TrainConfig, # settings
-    seed: int = 0,    # study seed
-    redo: bool=False  # move a generator with other settings aside
+    study: Study,  # with data
+    name: str,  # such as real010-rep0
+    cfg: TrainConfig,  # settings
+    seed: int = 0,  # study seed
+    redo: bool = False,  # move a generator with other settings aside
 ):
     "Train one generator: the base (CPU presets only), then DreamBooth per class or for both."
-    stage = open_stage(study, "train", f"models/{name}", cfg, ["data/manifest.csv", "data/fractions.csv", "data/images"], redo)
-    if stage.done: return
-    cfg = dataclasses.replace(cfg, mixed_precision=stage.record.setdefault("precision", resolve_precision(cfg)[1].mixed_precision))  # another one on another machine would be another model
+    stage = open_stage(
+        study,
+        "train",
+        f"models/{name}",
+        cfg,
+        ["data/manifest.csv", "data/fractions.csv", "data/images"],
+        redo,
+    )
+    if stage.done:
+        return
+    cfg = dataclasses.replace(
+        cfg,
+        mixed_precision=stage.record.setdefault(
+            "precision", resolve_precision(cfg)[1].mixed_precision
+        ),
+    )  # another one on another machine would be another model
     stage.compute_on(cfg.device)
-    tasks, work, shots, base = StudyTasks(study, name, cfg), stage.path/"checkpoints", stage.path/"previews", cfg.base
-    mirror = Mirror(Path(cfg.mirror)/study.root.name, study.root, cfg.mirror_gb) if cfg.mirror else None
+    tasks = StudyTasks(study, name, cfg)
+    work = stage.path / "checkpoints"
+    shots = stage.path / "previews"
+    base = cfg.base
+    mirror = (
+        Mirror(Path(cfg.mirror) / study.root.name, study.root, cfg.mirror_gb)
+        if cfg.mirror
+        else None
+    )
     if is_scratch(cfg.base):
-        base = str(stage.path/"base")
-        if not Path(base).exists(): save_pipeline(train_base(tasks.both(), work, cfg, seed_for(seed, name, "base"), f"{name} base", shots/"base", mirror), base)
+        base = str(stage.path / "base")
+        if not Path(base).exists():
+            save_pipeline(
+                train_base(
+                    tasks.both(),
+                    work,
+                    cfg,
+                    seed_for(seed, name, "base"),
+                    f"{name} base",
+                    shots / "base",
+                    mirror,
+                ),
+                base,
+            )
     for model, label in tasks.models().items():
-        if (stage.path/model/"provenance.json").exists(): continue
-        fine_tune(base, lambda pipe: tasks.task(pipe, label), stage.path/model, work/f"{model}.pt", cfg, seed_for(seed, name, model), f"{name} {model}",
-                  previews=shots/model, cache=study/"cache/latents", mirror=mirror, views=cfg.max_views, card=dataset_card(study))
-    if not (stage.path/"train.csv").exists(): collect_logs(stage.path)
-    remove_files(work, [f for stem in ("vae", "base", *tasks.models()) for f in checkpoint_files(stem)] +
-                 [f"tokenizer/{name}" for name in ("vocab.json", "merges.txt", "tokenizer_config.json")])
-    for model in tasks.models(): remove_files(stage.path/model, [TRAINING])
+        if (stage.path / model / "provenance.json").exists():
+            continue
+        fine_tune(
+            base,
+            lambda pipe: tasks.task(pipe, label),
+            stage.path / model,
+            work / f"{model}.pt",
+            cfg,
+            seed_for(seed, name, model),
+            f"{name} {model}",
+            previews=shots / model,
+            cache=study / "cache/latents",
+            mirror=mirror,
+            views=cfg.max_views,
+            card=dataset_card(study),
+        )
+    if not (stage.path / "train.csv").exists():
+        collect_logs(stage.path)
+    remove_files(
+        work,
+        [f for stem in ("vae", "base", *tasks.models()) for f in checkpoint_files(stem)]
+        + [f"tokenizer/{name}" for name in ("vocab.json", "merges.txt", "tokenizer_config.json")],
+    )
+    for model in tasks.models():
+        remove_files(stage.path / model, [TRAINING])
     stage.finish(**tasks.facts)
 
 # %% ../../nbs/03_train.ipynb #536a2c4c
 def collect_logs(
-    folder # of one generator
+    folder,  # of one generator
 ):
     "Join the parts' logs into train.csv: step, part, then named values."
     rows, columns = [], {"step": 0, "part": 0}
-    for p in sorted((Path(folder)/"checkpoints").glob("*.csv")): rows += [r | dict(part=p.stem) for r in read_csv(p)]
-    for r in rows: columns |= r
-    write_csv(Path(folder)/"train.csv", list(columns), rows)
+    for p in sorted((Path(folder) / "checkpoints").glob("*.csv")):
+        rows += [r | dict(part=p.stem) for r in read_csv(p)]
+    for r in rows:
+        columns |= r
+    write_csv(Path(folder) / "train.csv", list(columns), rows)
+
 
 def stage_train(
-    study: Study,     # with data and plan
-    plan: dict,       # from `load_plan`
-    cfg: TrainConfig, # settings
-    redo: bool=False  # move generators with other settings aside
+    study: Study,  # with data and plan
+    plan: dict,  # from `load_plan`
+    cfg: TrainConfig,  # settings
+    redo: bool = False,  # move generators with other settings aside
 ):
     "Train every generator of the plan."
     print_preflight(cfg, study.records()["data"]["settings"]["resolution"], study.root)
-    for g in plan["generators"]: train_generator(study, g["name"], cfg, plan["seed"], redo)
+    for g in plan["generators"]:
+        train_generator(study, g["name"], cfg, plan["seed"], redo)

@@ -18,176 +18,237 @@ from ..base.files import CxrError
 
 # %% ../../nbs/stats/auc.ipynb #18543fb0
 def two_classes(
-    labels, # 0 or 1, or bool (N,)
-    scores  # (N,)
-):          # labels as bool, scores as float64
+    labels,  # 0 or 1, or bool (N,)
+    scores,  # (N,)
+):  # labels as bool, scores as float64
     "Labels and scores that can be ranked; raises `CxrError` for a missing class and for scores that are not finite."
     y, s = np.asarray(labels), np.asarray(scores, np.float64)
     if y.shape != s.shape or y.ndim != 1:
-        raise CxrError(f"cannot rank {s.shape} scores with {y.shape} labels.\n"
-                       "Expected one score and one label for each image.")
+        raise CxrError(
+            f"cannot rank {s.shape} scores with {y.shape} labels.\n"
+            "Expected one score and one label for each image."
+        )
     if set(np.unique(y).tolist()) != {0, 1}:
-        raise CxrError(f"cannot rank {len(y)} images whose labels are {np.unique(y).tolist()[:5]}.\n"
-                       "Expected images of both classes, 0 and 1.")
+        raise CxrError(
+            f"cannot rank {len(y)} images whose labels are {np.unique(y).tolist()[:5]}.\n"
+            "Expected images of both classes, 0 and 1."
+        )
     if not np.isfinite(s).all():
-        raise CxrError(f"cannot rank: {int((~np.isfinite(s)).sum())} of {len(s)} scores are not finite.\n"
-                       "A model that has diverged gives such scores; lower its learning rate.")
+        raise CxrError(
+            f"cannot rank: {int((~np.isfinite(s)).sum())} of {len(s)} scores are not finite.\n"
+            "A model that has diverged gives such scores; lower its learning rate."
+        )
     return y.astype(bool), s
 
 # %% ../../nbs/stats/auc.ipynb #68518134
 def auroc(
-    labels, # 0 or 1, or bool (N,), both present
-    scores, # (N,), finite; higher should mean 1
-    weights=None # how often each image counts (N,), 0 or more; None: once
-) -> float: # 0 to 1; raises `CxrError`, see `two_classes`
+    labels,  # 0 or 1, or bool (N,), both present
+    scores,  # (N,), finite; higher should mean 1
+    weights=None,  # how often each image counts (N,), 0 or more; None: once
+) -> float:  # 0 to 1; raises `CxrError`, see `two_classes`
     "Chance that a positive scores above a negative; ties count half."
     y, s = two_classes(labels, scores)
-    if weights is not None: return weighted_auroc(y, s, np.asarray(weights, np.float64))
+    if weights is not None:
+        return weighted_auroc(y, s, np.asarray(weights, np.float64))
     n, m = int(y.sum()), int((~y).sum())
     return float((rankdata(s)[y].sum() - n * (n + 1) / 2) / (n * m))
 
+
 def weighted_auroc(
-    y: np.ndarray, # bool (N,)
-    s: np.ndarray, # (N,)
-    w: np.ndarray  # (N,)
+    y: np.ndarray,  # bool (N,)
+    s: np.ndarray,  # (N,)
+    w: np.ndarray,  # (N,)
 ) -> float:
     "`auroc` where an image counts as often as its weight says, from sums along the distinct scores."
     if w.shape != s.shape or not (w >= 0).all() or not (w[y].sum() and w[~y].sum()):
-        raise CxrError("cannot weight the images of both classes.\n"
-                       "Expected one weight for each image, 0 or more, and some weight on either class.")
+        raise CxrError(
+            "cannot weight the images of both classes.\n"
+            "Expected one weight for each image, 0 or more, and some weight on either class."
+        )
     where = np.unique(s, return_inverse=True)[1]
     positive, negative = (np.bincount(where, w * side) for side in (y, ~y))
-    below = negative.cumsum() - negative                   # weight of the negatives with a lower score
+    below = negative.cumsum() - negative  # weight of the negatives with a lower score
     return float((positive * (below + negative / 2)).sum() / (positive.sum() * negative.sum()))
 
 # %% ../../nbs/stats/auc.ipynb #4e87506a
 def placements(
-    labels, # 0 or 1, or bool (N,), both present
-    scores  # (N,), finite
-):          # (N,), 0 to 1; raises `CxrError`, see `two_classes`
+    labels,  # 0 or 1, or bool (N,), both present
+    scores,  # (N,), finite
+):  # (N,), 0 to 1; raises `CxrError`, see `two_classes`
     "For each image, the share of the other class that it is ranked rightly against; a tie counts half."
     y, s = two_classes(labels, scores)
     own = np.zeros(len(y))
-    for c in (False, True): own[y == c] = rankdata(s[y == c])
-    beaten = rankdata(s) - own                             # images of the other class with a lower score
+    for c in (False, True):
+        own[y == c] = rankdata(s[y == c])
+    beaten = rankdata(s) - own  # images of the other class with a lower score
     return np.where(y, beaten / (~y).sum(), 1 - beaten / y.sum())
 
 # %% ../../nbs/stats/auc.ipynb #a9c1290e
 def operating_points(
-    labels, # 0 or 1, or bool (N,), both present
-    scores  # (N,), finite
-):          # thresholds, falling; sensitivity and specificity at each; raises `CxrError`, see `two_classes`
+    labels,  # 0 or 1, or bool (N,), both present
+    scores,  # (N,), finite
+):  # thresholds, falling; sensitivity and specificity at each; raises `CxrError`, see `two_classes`
     "What every threshold that can matter gives."
     y, s = two_classes(labels, scores)
-    cuts, where = np.unique(-s, return_inverse=True)       # rising, so that the scores fall
+    cuts, where = np.unique(-s, return_inverse=True)  # rising, so that the scores fall
     positive, negative = (np.bincount(where, side).cumsum() for side in (y, ~y))
     return -cuts, positive / positive[-1], 1 - negative / negative[-1]
 
+
 def youden_threshold(
-    labels, # 0 or 1, or bool (N,), both present
-    scores  # (N,), finite
-) -> float: # one of the scores, always finite; of equally good ones the one nearest 0.5, then the lower
+    labels,  # 0 or 1, or bool (N,), both present
+    scores,  # (N,), finite
+) -> (
+    float
+):  # one of the scores, always finite; of equally good ones the one nearest 0.5, then the lower
     "The threshold with the greatest sensitivity + specificity (Youden, 1950), so the best balanced accuracy."
     cuts, sensitivity, specificity = operating_points(labels, scores)
     gain = sensitivity + specificity
     best = cuts[gain >= gain.max() - 1e-12]
     return float(min(best, key=lambda cut: (abs(cut - 0.5), cut)))
 
+
 def sensitivity_threshold(
-    labels, # 0 or 1, or bool (N,), both present
-    scores, # (N,), finite
-    least: float = 0.95 # sensitivity that must be reached, 0 to 1
-) -> float: # one of the scores, always finite
+    labels,  # 0 or 1, or bool (N,), both present
+    scores,  # (N,), finite
+    least: float = 0.95,  # sensitivity that must be reached, 0 to 1
+) -> float:  # one of the scores, always finite
     "The highest threshold that still finds this share of the positives."
     cuts, sensitivity, _ = operating_points(labels, scores)
     return float(cuts[np.argmax(sensitivity >= least)])
 
 # %% ../../nbs/stats/auc.ipynb #f1f54637
 def fold_auc(
-    y: np.ndarray,     # class, bool
-    score: np.ndarray, # from `held_out`
-    fold: np.ndarray   # fold of each image
-) -> tuple[float, np.ndarray]: # AUC over the pairs within folds; how much each image pulls it from its mean, (N,)
+    y: np.ndarray,  # class, bool
+    score: np.ndarray,  # from `held_out`
+    fold: np.ndarray,  # fold of each image
+) -> tuple[
+    float, np.ndarray
+]:  # AUC over the pairs within folds; how much each image pulls it from its mean, (N,)
     "Area under the ROC curve, and each image's influence on it."
     n = [(fold == k, (y & (fold == k)).sum(), (~y & (fold == k)).sum()) for k in np.unique(fold)]
-    auc, pull, pairs = 0., np.zeros(len(y)), sum(a*b for _, a, b in n)
+    auc = 0.0
+    pull = np.zeros(len(y))
+    pairs = sum(a * b for _, a, b in n)
     for m, a, b in n:
-        if not a*b: continue
-        v, w = placements(y[m], score[m]), a*b/pairs
+        if not a * b:
+            continue
+        v, w = placements(y[m], score[m]), a * b / pairs
         own = auroc(y[m], score[m])
-        auc += w*own
-        pull[m] = w*(v - own)/np.where(y[m], a, b)
+        auc += w * own
+        pull[m] = w * (v - own) / np.where(y[m], a, b)
     return float(auc), pull
 
+
 def cluster_error(
-    pull: np.ndarray, # influence of each image
-    group             # patient of each image
+    pull: np.ndarray,  # influence of each image
+    group,  # patient of each image
 ) -> float:
     "Standard error of a sum of influences, patients being independent and images of a patient not."
     s = pd.Series(pull).groupby(np.asarray(group)).sum()
-    return float(np.sqrt(len(s)/(len(s) - 1)*(s**2).sum()))
+    return float(np.sqrt(len(s) / (len(s) - 1) * (s**2).sum()))
 
 # %% ../../nbs/stats/auc.ipynb #7f846a2e
-SCORES = ("auroc", "auprc", "accuracy", "balanced_accuracy", "sensitivity", "specificity", "f1", "mcc", "brier")
+SCORES = (
+    "auroc",
+    "auprc",
+    "accuracy",
+    "balanced_accuracy",
+    "sensitivity",
+    "specificity",
+    "f1",
+    "mcc",
+    "brier",
+)
+
 
 def score(
-    labels,               # 0 or 1 (N,), both present
-    probs,                # P(pneumonia) (N,)
-    threshold: float = .5 # at and above it the answer is "pneumonia"
-) -> dict:                # a float for each of `SCORES`, 0 to 1 (mcc -1 to 1); raises `CxrError` for one class or no probabilities
+    labels,  # 0 or 1 (N,), both present
+    probs,  # P(pneumonia) (N,)
+    threshold: float = 0.5,  # at and above it the answer is "pneumonia"
+) -> dict:  # a float for each of `SCORES`, 0 to 1 (mcc -1 to 1); raises `CxrError` for one class or no probabilities
     "How good probabilities are: ranking, decisions at a threshold, calibration."
     y, p = np.asarray(labels), np.asarray(probs)
-    if len({*y.tolist()}) < 2: raise CxrError(f"cannot score {len(y)} images that lack one of the labels 0 and 1.\nUse a split that holds both classes.")
-    if not ((p >= 0) & (p <= 1)).all(): raise CxrError("cannot score: some values are no probabilities.\nExpected numbers from 0 to 1 without gaps.")
+    if len({*y.tolist()}) < 2:
+        raise CxrError(
+            f"cannot score {len(y)} images that lack one of the labels 0 and 1.\n"
+            "Use a split that holds both classes."
+        )
+    if not ((p >= 0) & (p <= 1)).all():
+        raise CxrError(
+            "cannot score: some values are no probabilities.\n"
+            "Expected numbers from 0 to 1 without gaps."
+        )
     hit, m = (p >= threshold).astype(int), metrics
-    found = dict(auroc=auroc(y, p), auprc=m.average_precision_score(y, p), accuracy=m.accuracy_score(y, hit),
-                 balanced_accuracy=m.balanced_accuracy_score(y, hit), sensitivity=m.recall_score(y, hit),
-                 specificity=m.recall_score(y, hit, pos_label=0), f1=m.f1_score(y, hit, zero_division=0),
-                 mcc=m.matthews_corrcoef(y, hit), brier=m.brier_score_loss(y, p))
+    found = dict(
+        auroc=auroc(y, p),
+        auprc=m.average_precision_score(y, p),
+        accuracy=m.accuracy_score(y, hit),
+        balanced_accuracy=m.balanced_accuracy_score(y, hit),
+        sensitivity=m.recall_score(y, hit),
+        specificity=m.recall_score(y, hit, pos_label=0),
+        f1=m.f1_score(y, hit, zero_division=0),
+        mcc=m.matthews_corrcoef(y, hit),
+        brier=m.brier_score_loss(y, p),
+    )
     return {k: float(v) for k, v in found.items()}
 
 # %% ../../nbs/stats/auc.ipynb #6a7b817b
 THRESHOLD_RULES = {"0.5": "0.5", "youden": "val, Youden", "sens95": "val, sensitivity 95 %"}
 
+
 def three_thresholds(
-    label, # (n,) 0 or 1, of val
-    prob   # (n,) P(pneumonia)
-) -> dict: # rule -> threshold; an image is called sick from there on
+    label,  # (n,) 0 or 1, of val
+    prob,  # (n,) P(pneumonia)
+) -> dict:  # rule -> threshold; an image is called sick from there on
     "The three thresholds of one run."
-    return {"0.5": 0.5, "youden": youden_threshold(label, prob), "sens95": sensitivity_threshold(label, prob, 0.95)}
+    return {
+        "0.5": 0.5,
+        "youden": youden_threshold(label, prob),
+        "sens95": sensitivity_threshold(label, prob, 0.95),
+    }
 
 # %% ../../nbs/stats/auc.ipynb #e5f3e3a2
 def weighted_ap(
     label,  # (n,) 0 or 1; the AUPRC is that of 1
-    prob,   # (n,) scores
-    weights # (n, draws) how often each image counts
-): # (draws,)
+    prob,  # (n,) scores
+    weights,  # (n, draws) how often each image counts
+):  # (draws,)
     "Average precision under many weightings at once: the mean precision at the images of class 1."
+
     def falling(side):  # scores from the highest on (negated, so that they rise), and their weights
         i = np.flatnonzero(label == side)
         i = i[np.argsort(-prob[i], kind="stable")]
         return -prob[i], weights[i]
+
     (p, w), (q, v) = falling(1), falling(0)
-    hits = w.cumsum(0)[np.searchsorted(p, p, "right") - 1]                               # ties are one step
+    hits = w.cumsum(0)[np.searchsorted(p, p, "right") - 1]  # ties are one step
     alarms = np.concatenate([np.zeros_like(v[:1]), v.cumsum(0)])[np.searchsorted(q, p, "right")]
     return (w * hits / np.maximum(hits + alarms, 1e-12)).sum(0) / np.maximum(w.sum(0), 1e-12)
 
 # %% ../../nbs/stats/auc.ipynb #37fd94bc
 def delong(
-    labels,     # (n,) 0 or 1
-    first,      # (n,) scores
-    second      # (n,) scores of the same images
-) -> dict:      # difference (first - second, 0-1), se, p (two-sided)
+    labels,  # (n,) 0 or 1
+    first,  # (n,) scores
+    second,  # (n,) scores of the same images
+) -> dict:  # difference (first - second, 0-1), se, p (two-sided)
     "Paired test of two AUROCs (DeLong, DeLong and Clarke-Pearson, 1988)."
     better = placements(labels, first) - placements(labels, second)
     d = [better[labels == c] for c in (1, 0)]
     difference, se = float(d[0].mean()), float(np.sqrt(sum(x.var(ddof=1) / len(x) for x in d)))
-    return dict(difference=difference, se=se, p=float(2 * stats.norm.sf(abs(difference / se))) if se else 1.0)
+    return dict(
+        difference=difference,
+        se=se,
+        p=float(2 * stats.norm.sf(abs(difference / se))) if se else 1.0,
+    )
+
 
 def mcnemar(
-    right_first, # (n,) bool: the first is right
-    right_second # (n,) bool: the second is right
-) -> dict:       # only_first, only_second (images), p (exact, two-sided)
+    right_first,  # (n,) bool: the first is right
+    right_second,  # (n,) bool: the second is right
+) -> dict:  # only_first, only_second (images), p (exact, two-sided)
     "Paired test of two error rates: the images that only one gets right, against a coin (McNemar, 1947)."
     a, b = int((right_first & ~right_second).sum()), int((right_second & ~right_first).sum())
-    return dict(only_first=a, only_second=b, p=float(stats.binomtest(a, a + b).pvalue) if a + b else 1.0)
+    return dict(
+        only_first=a, only_second=b, p=float(stats.binomtest(a, a + b).pvalue) if a + b else 1.0
+    )

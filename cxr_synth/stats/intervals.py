@@ -20,47 +20,64 @@ from ..base.files import CxrError
 # %% ../../nbs/stats/intervals.ipynb #62a4eaab
 class RankedPairs:
     "All pairs of a sick and a healthy image of one split, grouped by patient; raises `CxrError` below two patients a class."
-    def __init__(self,
-        labels,   # (n,) 0 or 1
-        patients  # (n,) patient ids; a cluster is a patient within a class
+
+    def __init__(
+        self,
+        labels,  # (n,) 0 or 1
+        patients,  # (n,) patient ids; a cluster is a patient within a class
     ):
         labels, patients = np.asarray(labels), np.asarray(patients)
         self.sides = [self.group(labels, patients, label) for label in (1, 0)]
-        self.sizes = [len(counts) for _, _, counts in self.sides]   # patients: sick, healthy
+        self.sizes = [len(counts) for _, _, counts in self.sides]  # patients: sick, healthy
         self.total = len(self.sides[0][0]) * len(self.sides[1][0])  # pairs of images
         if min(self.sizes) < 2:
-            raise CxrError(f"found {self.sizes[1]} normal and {self.sizes[0]} pneumonia patients.\nAn interval over patients needs at least 2 of each class.")
+            raise CxrError(
+                f"found {self.sizes[1]} normal and {self.sizes[0]} pneumonia patients.\n"
+                "An interval over patients needs at least 2 of each class."
+            )
+
     @staticmethod
     def group(labels, patients, label):
         "Images of one class sorted by patient: indices, where each patient starts, images per patient."
         idx = np.flatnonzero(labels == label)
         idx = idx[np.argsort(patients[idx], kind="stable")]
         return idx, *np.unique(patients[idx], return_index=True, return_counts=True)[1:]
+
     def wins(self, probs):
         "Mean over runs (R, n) of won pairs by sick and healthy patient (P, N); a tie is half a win. And each run's AUROC (R,)."
         (i, si, _), (j, sj, _) = self.sides
         doubled, aurocs = np.zeros((len(i), len(j)), np.int32), []
         for p in probs:
             above, least = p[i][:, None] > p[j], p[i][:, None] >= p[j]
-            doubled += above; doubled += least
+            doubled += above
+            doubled += least
             aurocs.append((np.count_nonzero(above) + np.count_nonzero(least)) / (2 * self.total))
-        return np.add.reduceat(np.add.reduceat(doubled, si, axis=0), sj, axis=1) / (2 * len(probs)), np.array(aurocs)
+        return np.add.reduceat(np.add.reduceat(doubled, si, axis=0), sj, axis=1) / (
+            2 * len(probs)
+        ), np.array(aurocs)
+
     def counts(self, draws, seed, chunk=500):
         "How often each patient is drawn, in chunks of resamples: sick (chunk, P) and healthy (chunk, N)."
         rng = np.random.default_rng(seed)
         for n in [chunk] * (draws // chunk) + [draws % chunk] * (draws % chunk > 0):
             yield [bootstrap_counts(rng, n, size) for size in self.sizes]
+
     def resample(self, wins, draws, seed):
         "Value of `wins` in each of `draws` resamples of patients, (draws,)."
         m = [counts for _, _, counts in self.sides]
-        return np.concatenate([((a @ wins) * b).sum(1) / ((a @ m[0]) * (b @ m[1])) for a, b in self.counts(draws, seed)])
+        return np.concatenate(
+            [
+                ((a @ wins) * b).sum(1) / ((a @ m[0]) * (b @ m[1]))
+                for a, b in self.counts(draws, seed)
+            ]
+        )
 
 # %% ../../nbs/stats/intervals.ipynb #7fc16e38
 def bootstrap_counts(
-    rng,       # numpy Generator
-    draws: int,# number of resamples
-    size: int  # number of patients
-): # float (draws, size)
+    rng,  # numpy Generator
+    draws: int,  # number of resamples
+    size: int,  # number of patients
+):  # float (draws, size)
     "How often each patient occurs when `size` patients are drawn with replacement."
     idx = rng.integers(size, size=(draws, size)) + size * np.arange(draws)[:, None]
     return np.bincount(idx.ravel(), minlength=draws * size).reshape(draws, size).astype(float)
@@ -69,96 +86,160 @@ def bootstrap_counts(
 @dataclass(eq=False)
 class RunScores:
     "What K replicates x S seeds of one arm say about the n images of one split."
+
     image_ids: np.ndarray  # (n,) sorted
-    patients: np.ndarray   # (n,)
-    labels: np.ndarray     # (n,) 0 or 1
-    probs: np.ndarray      # (K, S, n) P(pneumonia)
-    runs: list             # K x S pairs (replicate, seed), in the order of `probs`
+    patients: np.ndarray  # (n,)
+    labels: np.ndarray  # (n,) 0 or 1
+    probs: np.ndarray  # (K, S, n) P(pneumonia)
+    runs: list  # K x S pairs (replicate, seed), in the order of `probs`
+
     @cached_property
-    def pairs(self): return RankedPairs(self.labels, self.patients)
+    def pairs(self):
+        return RankedPairs(self.labels, self.patients)
+
     @cached_property
-    def won(self): return self.pairs.wins(self.probs.reshape(-1, len(self.labels)))  # counted once, however many contrasts ask
+    def won(self):
+        return self.pairs.wins(
+            self.probs.reshape(-1, len(self.labels))
+        )  # counted once, however many contrasts ask
+
     @property
-    def aurocs(self): return self.won[1].reshape(self.probs.shape[:2])              # (K, S)
+    def aurocs(self):
+        return self.won[1].reshape(self.probs.shape[:2])  # (K, S)
 
 # %% ../../nbs/stats/intervals.ipynb #db55538c
 def assert_paired(
-    a: RunScores, # arm
-    b: RunScores  # control
+    a: RunScores,  # arm
+    b: RunScores,  # control
 ):
     "Raise `CxrError` unless both hold the same images, labels, patients and runs."
     for name in ("image_ids", "labels", "patients"):
         if not np.array_equal(getattr(a, name), getattr(b, name)):
-            raise CxrError(f"the two arms differ in {name}: they cannot be paired.\nMake their predictions again from one data folder: cxr-synth experiments STUDY --redo")
-    if a.runs != b.runs: raise CxrError(f"the two arms have other (replicate, seed) pairs:\n{a.runs[:6]}\n{b.runs[:6]}\nFinish the experiments first: cxr-synth experiments STUDY")
+            raise CxrError(
+                f"the two arms differ in {name}: they cannot be paired.\n"
+                "Make their predictions again from one data folder: cxr-synth experiments STUDY "
+                "--redo"
+            )
+    if a.runs != b.runs:
+        raise CxrError(
+            "the two arms have other (replicate, seed) pairs:\n"
+            f"{a.runs[:6]}\n"
+            f"{b.runs[:6]}\n"
+            "Finish the experiments first: cxr-synth experiments STUDY"
+        )
 
 # %% ../../nbs/stats/intervals.ipynb #c3f5f514
 def run_parts(
-    d # (K, S) differences, pp
-) -> tuple[dict, float|None]: # {factor: (variance of the mean, degrees of freedom)} and the residual's variance
+    d,  # (K, S) differences, pp
+) -> tuple[
+    dict, float | None
+]:  # {factor: (variance of the mean, degrees of freedom)} and the residual's variance
     "Variance of the mean of `d` from replicates and from seeds; a factor of one level is absent."
     K, S = d.shape
-    parts = {name: (tiny_to_zero(m.var(ddof=1) / len(m)), len(m) - 1)
-             for name, m in (("replicates", d.mean(1)), ("seeds", d.mean(0))) if len(m) > 1}
+    parts = {
+        name: (tiny_to_zero(m.var(ddof=1) / len(m)), len(m) - 1)
+        for name, m in (("replicates", d.mean(1)), ("seeds", d.mean(0)))
+        if len(m) > 1
+    }
     rest = d - d.mean(1, keepdims=True) - d.mean(0) + d.mean()
-    return parts, tiny_to_zero((rest**2).sum() / ((K - 1) * (S - 1)) / (K * S)) if min(K, S) > 1 else None
+    return parts, tiny_to_zero((rest**2).sum() / ((K - 1) * (S - 1)) / (K * S)) if min(
+        K, S
+    ) > 1 else None
 
-def tiny_to_zero(v): return 0.0 if v < 1e-18 else float(v)   # equal floats leave rounding dust of about 1e-30
+
+def tiny_to_zero(v):
+    return 0.0 if v < 1e-18 else float(v)  # equal floats leave rounding dust of about 1e-30
 
 # %% ../../nbs/stats/intervals.ipynb #3461d970
 def t_interval(
-    theta: float, # estimate
-    parts: dict   # {factor: (variance of the estimate, degrees of freedom)}
-) -> dict:        # estimate, se, df, low, high (95 %), low90, high90, p (two-sided), better = P(better)
+    theta: float,  # estimate
+    parts: dict,  # {factor: (variance of the estimate, degrees of freedom)}
+) -> dict:  # estimate, se, df, low, high (95 %), low90, high90, p (two-sided), better = P(better)
     "Interval of a sum of independent variances; without any variance it is the point itself."
     theta, var = float(theta), sum(v for v, _ in parts.values())
     if var == 0:
-        return dict(estimate=theta, se=0.0, df=None, low=theta, high=theta, low90=theta, high90=theta,
-                    p=float(theta == 0), better=float(np.sign(theta) + 1) / 2)
+        return dict(
+            estimate=theta,
+            se=0.0,
+            df=None,
+            low=theta,
+            high=theta,
+            low90=theta,
+            high90=theta,
+            p=float(theta == 0),
+            better=float(np.sign(theta) + 1) / 2,
+        )
     se, df = var**0.5, var**2 / sum(v**2 / f for v, f in parts.values())
     half, half90 = (float(stats.t.ppf(q, df)) * se for q in (0.975, 0.95))
-    return dict(estimate=theta, se=se, df=df, low=theta - half, high=theta + half, low90=theta - half90, high90=theta + half90,
-                p=float(2 * stats.t.sf(abs(theta / se), df)), better=float(stats.t.cdf(theta / se, df)))
+    return dict(
+        estimate=theta,
+        se=se,
+        df=df,
+        low=theta - half,
+        high=theta + half,
+        low90=theta - half90,
+        high90=theta + half90,
+        p=float(2 * stats.t.sf(abs(theta / se), df)),
+        better=float(stats.t.cdf(theta / se, df)),
+    )
 
 # %% ../../nbs/stats/intervals.ipynb #f2480081
 def summarise(
-    d,              # (K, S) differences of the runs, pp
-    patients: float,# variance of their mean over patient draws, pp squared
-    df: int         # patients of the smaller class - 1
-) -> dict: # as `t_interval`, in pp; and replicates, seeds, variance (rows), zero (factors without variance), dropped (of one level)
+    d,  # (K, S) differences of the runs, pp
+    patients: float,  # variance of their mean over patient draws, pp squared
+    df: int,  # patients of the smaller class - 1
+) -> dict:  # as `t_interval`, in pp; and replicates, seeds, variance (rows), zero (factors without variance), dropped (of one level)
     "Interval of the mean of `d` from the three variances (analysis plan, section 2)."
     (K, S), (runs, residual) = d.shape, run_parts(d)
     parts = dict(patients=(tiny_to_zero(patients), df)) | runs
     rows = [dict(factor=f, df=n, variance=v, sd=v**0.5) for f, (v, n) in parts.items()]
-    if residual is not None: rows.append(dict(factor="residual (part of both, not added)", df=(K - 1) * (S - 1), variance=residual, sd=residual**0.5))
-    return t_interval(d.mean(), parts) | dict(replicates=K, seeds=S, variance=rows,
-        zero=[f for f, (v, _) in parts.items() if v == 0], dropped=[f for f in ("replicates", "seeds") if f not in parts])
+    if residual is not None:
+        rows.append(
+            dict(
+                factor="residual (part of both, not added)",
+                df=(K - 1) * (S - 1),
+                variance=residual,
+                sd=residual**0.5,
+            )
+        )
+    return t_interval(d.mean(), parts) | dict(
+        replicates=K,
+        seeds=S,
+        variance=rows,
+        zero=[f for f, (v, _) in parts.items() if v == 0],
+        dropped=[f for f in ("replicates", "seeds") if f not in parts],
+    )
+
 
 def auroc_difference(
-    arm: RunScores,        # what is tried
-    control: RunScores,    # what it is compared with
+    arm: RunScores,  # what is tried
+    control: RunScores,  # what it is compared with
     draws: int = 5000,  # patient-cluster bootstrap draws
-    seed: int = 0       # of the draws
-) -> dict: # as `summarise`; and patients, images
+    seed: int = 0,  # of the draws
+) -> dict:  # as `summarise`; and patients, images
     "AUROC(arm) - AUROC(control) with its interval; raises `CxrError` if they cannot be paired."
     assert_paired(arm, control)
     wins, pairs = arm.won[0] - control.won[0], arm.pairs
     patients = (100 * pairs.resample(wins, draws, seed)).var(ddof=1)
-    return summarise(100 * (arm.aurocs - control.aurocs), patients, min(pairs.sizes) - 1) | dict(patients=sum(pairs.sizes), images=len(arm.labels))
+    return summarise(100 * (arm.aurocs - control.aurocs), patients, min(pairs.sizes) - 1) | dict(
+        patients=sum(pairs.sizes), images=len(arm.labels)
+    )
 
 # %% ../../nbs/stats/intervals.ipynb #8bfcca41
 def crossed_interval(
-    arm: RunScores,       # what is tried
-    control: RunScores,   # what it is compared with
-    draws: int = 1000, # resamples of patients, replicates and seeds
-    seed: int = 0      # of the draws
-) -> dict: # low, high (pp)
+    arm: RunScores,  # what is tried
+    control: RunScores,  # what it is compared with
+    draws: int = 1000,  # resamples of patients, replicates and seeds
+    seed: int = 0,  # of the draws
+) -> dict:  # low, high (pp)
     "Percentile interval of the crossed bootstrap."
     assert_paired(arm, control)
     (K, S, n), rng, total = arm.probs.shape, np.random.default_rng(seed_for(seed, "crossed")), 0
     rep, sd = (bootstrap_counts(rng, draws, size) / size for size in (K, S))
     for k, s in np.ndindex(K, S):
-        wins = arm.pairs.wins(arm.probs[k, s][None])[0] - arm.pairs.wins(control.probs[k, s][None])[0]
+        wins = (
+            arm.pairs.wins(arm.probs[k, s][None])[0] - arm.pairs.wins(control.probs[k, s][None])[0]
+        )
         total = total + rep[:, k] * sd[:, s] * arm.pairs.resample(wins, draws, seed)
     low, high = np.percentile(100 * total, [2.5, 97.5])
     return dict(low=float(low), high=float(high))
@@ -166,39 +247,52 @@ def crossed_interval(
 # %% ../../nbs/stats/intervals.ipynb #64297158
 WORDS = ("improves", "worsens", "no meaningful difference", "inconclusive")
 
+
 def interval_word(
-    iv: dict,            # from `auroc_difference`, pp
-    margin: float,       # pp
-    p_holm: float = None # p adjusted for its family; above 0.05 rules out "improves" and "worsens"
-) -> str: # one of `WORDS`
+    iv: dict,  # from `auroc_difference`, pp
+    margin: float,  # pp
+    p_holm: float = None,  # p adjusted for its family; above 0.05 rules out "improves" and "worsens"
+) -> str:  # one of `WORDS`
     "The verdict on one interval (analysis plan, section 2)."
     clear = p_holm is None or p_holm <= 0.05
-    if iv["replicates"] == 2: return "inconclusive"
-    if clear and iv["low"] > 0: return "improves"
-    if clear and iv["high"] < 0: return "worsens"
+    if iv["replicates"] == 2:
+        return "inconclusive"
+    if clear and iv["low"] > 0:
+        return "improves"
+    if clear and iv["high"] < 0:
+        return "worsens"
     return "no meaningful difference" if inside(iv, margin) else "inconclusive"
 
-def inside(iv, margin): return bool(-margin < iv["low90"] and iv["high90"] < margin)   # the 90 % interval within the margin
+
+def inside(iv, margin):
+    return bool(
+        -margin < iv["low90"] and iv["high90"] < margin
+    )  # the 90 % interval within the margin
 
 # %% ../../nbs/stats/intervals.ipynb #dcafc358
 def remarks(
-    iv: dict,     # from `auroc_difference`, pp
-    word: str,    # from `interval_word`
-    margin: float # pp
+    iv: dict,  # from `auroc_difference`, pp
+    word: str,  # from `interval_word`
+    margin: float,  # pp
 ) -> list[str]:
     "What must be said beside the word."
     out = ["by less than the margin"] if word in WORDS[:2] and inside(iv, margin) else []
-    if iv["replicates"] == 1: out.append("for this one synthetic set")
-    if iv["replicates"] == 2: out.append("two replicates allow no stronger word")
-    if iv["seeds"] == 1: out.append("for this one classifier seed")
+    if iv["replicates"] == 1:
+        out.append("for this one synthetic set")
+    if iv["replicates"] == 2:
+        out.append("two replicates allow no stronger word")
+    if iv["seeds"] == 1:
+        out.append("for this one classifier seed")
     return out + zero_remark(iv)
 
-def zero_remark(iv): return [f"zero variance of {', '.join(iv['zero'])}"] if iv["zero"] else []
+
+def zero_remark(iv):
+    return [f"zero variance of {', '.join(iv['zero'])}"] if iv["zero"] else []
 
 # %% ../../nbs/stats/intervals.ipynb #24318061
 def holm(
-    ps # p values; None for a contrast not yet measured
-) -> list: # adjusted p values, None where it was None
+    ps,  # p values; None for a contrast not yet measured
+) -> list:  # adjusted p values, None where it was None
     "Holm's step-down adjustment (1979)."
     p = np.array([1.0 if x is None else x for x in ps])
     order, out = np.argsort(p, kind="stable"), np.empty(len(p))

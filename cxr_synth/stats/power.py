@@ -10,28 +10,37 @@ import numpy as np
 from scipy import stats
 
 # %% ../../nbs/stats/power.ipynb #78fece08
-ASSUMED_SD = dict(generator_sd_pp=0.5, seed_sd_pp=0.1)  # of a difference between replicates, and between seeds
+ASSUMED_SD = dict(
+    generator_sd_pp=0.5, seed_sd_pp=0.1
+)  # of a difference between replicates, and between seeds
+
 
 def planned_detectable(
-    se: float,      # patient error of a difference, percentage points
+    se: float,  # patient error of a difference, percentage points
     patients: int,  # in the smaller class
-    replicates: int,# K
-    seeds: int      # S
-) -> float:         # percentage points
+    replicates: int,  # K
+    seeds: int,  # S
+) -> float:  # percentage points
     "The true difference that a study finds with 80 % power at the two-sided 5 % level (analysis plan, section 2)."
-    parts = [(se**2, patients - 1), (ASSUMED_SD["generator_sd_pp"]**2 / replicates, replicates - 1), (ASSUMED_SD["seed_sd_pp"]**2 / seeds, seeds - 1)]
+    parts = [
+        (se**2, patients - 1),
+        (ASSUMED_SD["generator_sd_pp"] ** 2 / replicates, replicates - 1),
+        (ASSUMED_SD["seed_sd_pp"] ** 2 / seeds, seeds - 1),
+    ]
     total = sum(v for v, _ in parts)
-    df = total**2 / sum(v**2 / max(d, .5) for v, d in parts)
-    return float((stats.t.ppf(.975, df) + stats.t.ppf(.8, df)) * total**.5)
+    df = total**2 / sum(v**2 / max(d, 0.5) for v, d in parts)
+    return float((stats.t.ppf(0.975, df) + stats.t.ppf(0.8, df)) * total**0.5)
 
 # %% ../../nbs/stats/power.ipynb #4bd235c5
 def detectable_difference(
-    parts: dict # {factor: (variance of the mean, degrees of freedom)}
-) -> float|None: # same unit as the root of the variance
+    parts: dict,  # {factor: (variance of the mean, degrees of freedom)}
+) -> float | None:  # same unit as the root of the variance
     "The difference found with 80 % power at two-sided 5 %; None without variance."
     var = sum(v for v, _ in parts.values())
-    if var == 0: return None
+    if var == 0:
+        return None
     df = var**2 / sum(v**2 / f for v, f in parts.values())
     return float((stats.t.ppf(0.975, df) + stats.t.ppf(0.8, df)) * np.sqrt(var))
 
-STUDY_SIZES = ((3, 4), (5, 6), (10, 6), (10, 10))   # replicates, seeds
+
+STUDY_SIZES = ((3, 4), (5, 6), (10, 6), (10, 10))  # replicates, seeds

@@ -15,35 +15,56 @@ from scipy import stats
 from ..base.compute import seed_for
 
 # %% ../../nbs/stats/simulate.ipynb #5cd53165
-def separation_for(auroc): return np.sqrt(2) * stats.norm.ppf(auroc)   # distance of the two classes' scores for a true AUROC
+def separation_for(auroc):
+    return np.sqrt(2) * stats.norm.ppf(
+        auroc
+    )  # distance of the two classes' scores for a true AUROC
+
 
 def make_patients(
-    per_class: int, # patients of each class
-    rng,            # numpy Generator
-    start: int = 0  # number of the first patient
-): # patients (n,), labels (n,)
+    per_class: int,  # patients of each class
+    rng,  # numpy Generator
+    start: int = 0,  # number of the first patient
+):  # patients (n,), labels (n,)
     "One entry per image: patient and label; one to three images a patient."
-    rows = [(f"p{start + p:04d}", label) for label in (0, 1) for p in range(label * per_class, (label + 1) * per_class)
-            for _ in range(rng.integers(1, 4))]
+    rows = [
+        (f"p{start + p:04d}", label)
+        for label in (0, 1)
+        for p in range(label * per_class, (label + 1) * per_class)
+        for _ in range(rng.integers(1, 4))
+    ]
     return np.array([r[0] for r in rows]), np.array([r[1] for r in rows])
 
 # %% ../../nbs/stats/simulate.ipynb #01487008
 def simulate(
-    patients, labels, # (n,) from `make_patients`
-    aurocs: dict,     # {arm: true AUROC}
-    K: int, S: int,   # replicates, seeds
-    rng,              # numpy Generator
-    sd_rep: float = 0.0, sd_seed: float = 0.0, # standard deviation of the effects, in units of mu, on all arms but `real`
-    share=(0.3, 0.6, 0.07) # parts of a score's variance: patient, image, image within the arm; the rest is noise of one run
-) -> dict:            # {arm: probabilities (K, S, n)}
+    patients,
+    labels,  # (n,) from `make_patients`
+    aurocs: dict,  # {arm: true AUROC}
+    K: int,
+    S: int,  # replicates, seeds
+    rng,  # numpy Generator
+    sd_rep: float = 0.0,
+    sd_seed: float = 0.0,  # standard deviation of the effects, in units of mu, on all arms but `real`
+    share=(
+        0.3,
+        0.6,
+        0.07,
+    ),  # parts of a score's variance: patient, image, image within the arm; the rest is noise of one run
+) -> dict:  # {arm: probabilities (K, S, n)}
     "Probabilities of made-up runs whose true AUROC is known."
     _, who = np.unique(patients, return_inverse=True)
-    common = np.sqrt(share[0]) * rng.normal(size=who.max() + 1)[who] + np.sqrt(share[1]) * rng.normal(size=len(labels))
+    common = np.sqrt(share[0]) * rng.normal(size=who.max() + 1)[who] + np.sqrt(
+        share[1]
+    ) * rng.normal(size=len(labels))
     out = {}
     for arm, auroc in aurocs.items():
         on = float(not arm.startswith("real"))
-        mu = separation_for(auroc) + on * (sd_rep * rng.normal(size=(K, 1, 1)) + sd_seed * rng.normal(size=(1, S, 1)))
-        own = np.sqrt(share[2]) * rng.normal(size=len(labels)) + np.sqrt(1 - sum(share)) * rng.normal(size=(K, S, len(labels)))
+        mu = separation_for(auroc) + on * (
+            sd_rep * rng.normal(size=(K, 1, 1)) + sd_seed * rng.normal(size=(1, S, 1))
+        )
+        own = np.sqrt(share[2]) * rng.normal(size=len(labels)) + np.sqrt(
+            1 - sum(share)
+        ) * rng.normal(size=(K, S, len(labels)))
         out[arm] = 1 / (1 + np.exp(-1.6 * (common + own + labels * mu - mu / 2)))
     return out
 
@@ -51,37 +72,56 @@ def simulate(
 @dataclass(frozen=True)
 class Scenario:
     "A kind of study: its size, and how large each source of chance really is, in pp."
+
     replicates: int
     seeds: int
-    sd_rep: float      # of one replicate
-    sd_seed: float     # of one seed
-    se_patients: float # of the mean over patients
-    patients: int      # in the smaller class
-    def __str__(self): return f"{self.replicates}x{self.seeds}; {self.sd_rep:g} / {self.sd_seed:g} / {self.se_patients:g}"
+    sd_rep: float  # of one replicate
+    sd_seed: float  # of one seed
+    se_patients: float  # of the mean over patients
+    patients: int  # in the smaller class
 
-SCENARIOS = (Scenario(3, 10, 0, 0, 0.53, 203), Scenario(3, 10, 0.5, 0.5, 0.54, 203), Scenario(3, 10, 1.0, 0.5, 0.55, 203),
-             Scenario(3, 10, 0.5, 0.5, 0.15, 518), Scenario(3, 10, 0.5, 0.1, 0.10, 518), Scenario(5, 6, 0.5, 0.1, 0.10, 518))
+    def __str__(self):
+        return f"{self.replicates}x{self.seeds}; {self.sd_rep:g} / {self.sd_seed:g} / {self.se_patients:g}"
+
+
+SCENARIOS = (
+    Scenario(3, 10, 0, 0, 0.53, 203),
+    Scenario(3, 10, 0.5, 0.5, 0.54, 203),
+    Scenario(3, 10, 1.0, 0.5, 0.55, 203),
+    Scenario(3, 10, 0.5, 0.5, 0.15, 518),
+    Scenario(3, 10, 0.5, 0.1, 0.10, 518),
+    Scenario(5, 6, 0.5, 0.1, 0.10, 518),
+)
 TOO_SMALL = Scenario(2, 10, 0.5, 0.1, 0.10, 518)  # two replicates: why they never get a word
 
 # %% ../../nbs/stats/simulate.ipynb #92e09f8b
 def linear_studies(
-    sc: Scenario, # kind of study
-    n: int,       # how many
-    rng           # numpy Generator
-): # replicate effects (n, K), seed effects (n, S), patient error (n,), its estimated variance (n,)
+    sc: Scenario,  # kind of study
+    n: int,  # how many
+    rng,  # numpy Generator
+):  # replicate effects (n, K), seed effects (n, S), patient error (n,), its estimated variance (n,)
     "Studies whose true difference is 0, by the linear model."
     df = sc.patients - 1
-    return (sc.sd_rep * rng.normal(size=(n, sc.replicates)), sc.sd_seed * rng.normal(size=(n, sc.seeds)),
-            sc.se_patients * rng.normal(size=n), sc.se_patients**2 * rng.chisquare(df, n) / df)
+    return (
+        sc.sd_rep * rng.normal(size=(n, sc.replicates)),
+        sc.sd_seed * rng.normal(size=(n, sc.seeds)),
+        sc.se_patients * rng.normal(size=n),
+        sc.se_patients**2 * rng.chisquare(df, n) / df,
+    )
+
 
 def linear_t(
-    sc: Scenario, # kind of study
-    studies       # from `linear_studies`
-): # low (n,), high (n,)
+    sc: Scenario,  # kind of study
+    studies,  # from `linear_studies`
+):  # low (n,), high (n,)
     "The interval of `t_interval`, for many studies at once."
     rep, seed, error, v_p = studies
-    v = np.stack([v_p, rep.var(axis=1, ddof=1) / sc.replicates, seed.var(axis=1, ddof=1) / sc.seeds])
-    df = v.sum(0)**2 / (v**2 / np.array([[sc.patients - 1], [sc.replicates - 1], [sc.seeds - 1]])).sum(0)
+    v = np.stack(
+        [v_p, rep.var(axis=1, ddof=1) / sc.replicates, seed.var(axis=1, ddof=1) / sc.seeds]
+    )
+    df = v.sum(0) ** 2 / (
+        v**2 / np.array([[sc.patients - 1], [sc.replicates - 1], [sc.seeds - 1]])
+    ).sum(0)
     mid, half = error + rep.mean(1) + seed.mean(1), stats.t.ppf(0.975, df) * np.sqrt(v.sum(0))
     return mid - half, mid + half
 
@@ -92,32 +132,47 @@ def linear_patients(sc, studies):
     mid, half = error + rep.mean(1) + seed.mean(1), 1.96 * np.sqrt(v_p)
     return mid - half, mid + half
 
+
 def linear_crossed(
-    sc: Scenario,     # kind of study
-    studies,          # from `linear_studies`
-    rng,              # numpy Generator
-    draws: int = 1000 # resamples a study
-): # low (n,), high (n,)
+    sc: Scenario,  # kind of study
+    studies,  # from `linear_studies`
+    rng,  # numpy Generator
+    draws: int = 1000,  # resamples a study
+):  # low (n,), high (n,)
     "Percentile interval of the crossed bootstrap: patients, replicates and seeds drawn together."
-    mean_of = lambda x: np.take_along_axis(x, rng.integers(x.shape[1], size=(len(x), draws * x.shape[1])), 1).reshape(len(x), draws, -1).mean(2)
+    mean_of = lambda x: (
+        np.take_along_axis(x, rng.integers(x.shape[1], size=(len(x), draws * x.shape[1])), 1)
+        .reshape(len(x), draws, -1)
+        .mean(2)
+    )
     out = []
     for at in range(0, len(studies[2]), 100):
-        rep, seed, error, v_p = (x[at:at + 100] for x in studies)
-        means = (error[:, None] + np.sqrt(v_p)[:, None] * rng.normal(size=(len(error), draws))) + mean_of(rep) + mean_of(seed)
+        rep, seed, error, v_p = (x[at : at + 100] for x in studies)
+        means = (
+            (error[:, None] + np.sqrt(v_p)[:, None] * rng.normal(size=(len(error), draws)))
+            + mean_of(rep)
+            + mean_of(seed)
+        )
         out.append(np.percentile(means, [2.5, 97.5], axis=1))
     return np.concatenate(out, axis=1)
 
 # %% ../../nbs/stats/simulate.ipynb #2f5c9f68
-INTERVAL_METHODS = {"t, three sources": lambda sc, st, rng: linear_t(sc, st), "crossed bootstrap": linear_crossed, "patients only": lambda sc, st, rng: linear_patients(sc, st)}
+INTERVAL_METHODS = {
+    "t, three sources": lambda sc, st, rng: linear_t(sc, st),
+    "crossed bootstrap": linear_crossed,
+    "patients only": lambda sc, st, rng: linear_patients(sc, st),
+}
+
 
 def linear_coverage(
-    sc: Scenario,   # kind of study
-    n: int,         # how many studies
-    methods=INTERVAL_METHODS,# {name: function of scenario, studies and rng that gives low and high}
-    seed: int = 0   # of everything
-) -> dict: # {method: (coverage, rate of false "improves")}, in %
+    sc: Scenario,  # kind of study
+    n: int,  # how many studies
+    methods=INTERVAL_METHODS,  # {name: function of scenario, studies and rng that gives low and high}
+    seed: int = 0,  # of everything
+) -> dict:  # {method: (coverage, rate of false "improves")}, in %
     "How often intervals hold the truth, and how often they lie above it."
-    studies, out = linear_studies(sc, n, np.random.default_rng(seed_for(seed, "linear", str(sc)))), {}
+    studies = linear_studies(sc, n, np.random.default_rng(seed_for(seed, "linear", str(sc))))
+    out = {}
     for name, f in methods.items():
         low, high = f(sc, studies, np.random.default_rng(seed_for(seed, name)))
         out[name] = 100 * float(((low <= 0) & (high >= 0)).mean()), 100 * float((low > 0).mean())
