@@ -16,8 +16,7 @@ from ..base.compute import seed_for
 from ..base.files import CxrError, digest_file, digest_folder, digest_json, one_of
 from ..base.records import Study, generator_name
 from ..base.settings import CLASSES, ExperimentsConfig
-from .augment import ALTERATIONS, augment
-from .probe import AUGMENT_VERSION
+from .augment import ALTERATIONS, AUGMENT_VERSION, augment
 from ..diffusion.lora import lora_base
 from ..diffusion.pipelines import load_pipeline, round_trip
 from ..images.features import extract_features, features_key
