@@ -106,8 +106,18 @@ def test_empty_folder(tmp_path):
 
 
 def test_folder_without_class_folders(tmp_path):
-    Image.new("L", (8, 8)).save(tmp_path / "some.png")
-    refused("run", tmp_path / "s", "--data", tmp_path, says=[tmp_path, "NORMAL"])
+    (tmp_path / "set").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "set/some.png")
+    refused("run", tmp_path / "s", "--data", tmp_path / "set", says=[tmp_path / "set", "NORMAL"])
+
+
+def test_study_within_its_own_source(tmp_path):
+    (tmp_path / "set").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "set/some.png")
+    refused(
+        "run", tmp_path / "set/s", "--data", tmp_path / "set", says=["one lies in the other"]
+    )
+    assert [p.name for p in (tmp_path / "set").iterdir()] == ["some.png"]
 
 
 def test_one_class_only(tmp_path):
