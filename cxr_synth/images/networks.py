@@ -384,6 +384,7 @@ BACKBONES = {
 
 # %% ../../nbs/images/networks.ipynb #fedb98d0
 @functools.cache
+@torch.inference_mode(False)  # whoever loads it first, its weights are ordinary tensors
 def load_backbone(
     name: str,  # one of `BACKBONES`
     device: str,  # cuda, mps or cpu
