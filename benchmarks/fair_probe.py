@@ -9,13 +9,13 @@ from cxr_synth.stages.data import stage_data
 from cxr_synth.classify.recipes import RunContext
 from cxr_synth.stages.classify import open_test, precompute_shared, stage_experiments
 from cxr_synth.images.known_generators import known_images, write_class_images
-from cxr_synth.protocol.plan import load_plan, plan_runs
+from cxr_synth.protocol.plan import load_plan
 from cxr_synth.stages.plan import plan_text, stage_plan
 
 
 def stand_ins(study, plan):
     "A synthetic set for every generator of the plan."
-    for g in plan["generators"]:
+    for g in plan.generators:
         folder = study / "synthetic" / g["name"]
         lines = [
             line
@@ -51,18 +51,18 @@ def main():
     plan = load_plan(study)
     print(plan_text(plan))
     if not all(
-        (study / f"synthetic/{g['name']}/metadata.jsonl").exists() for g in plan["generators"]
+        (study / f"synthetic/{g['name']}/metadata.jsonl").exists() for g in plan.generators
     ):
         timed("stand-ins", lambda: stand_ins(study, plan))
-    arms = " ".join(x for x in plan["arms"] if x != "roundtrip")
+    arms = " ".join(x for x in plan.arms if x != "roundtrip")
     cfg = ExperimentsConfig(
         size=a.size, views=a.views, executor=a.executor, workers=a.workers, only=arms
     )
-    todo = [r for r in plan_runs(plan) if r.arm != "roundtrip"]
+    todo = [r for r in plan.runs() if r.arm != "roundtrip"]
     timed(
         (
             f"features of {a.views} views and "
-            f"{sum(sum(g['images'].values()) for g in plan['generators']):,} synthetic images, C "
+            f"{sum(sum(g['images'].values()) for g in plan.generators):,} synthetic images, C "
             "(expected: at most 900)"
         ),
         lambda: precompute_shared(RunContext(str(study.root), plan, cfg, "cpu"), todo),

@@ -19,6 +19,7 @@ from cxr_synth.base.compute import autocast, pick_precision
 from cxr_synth.base.records import Study, open_stage
 from cxr_synth.base.settings import DataConfig, GenerateConfig, PROMPTS, TrainConfig
 from cxr_synth.stages.data import stage_data
+from cxr_synth.protocol.plan import Plan, PlannedGenerator
 from cxr_synth.stages.generate import stage_generate
 from cxr_synth.diffusion.sampling import (
     Sampler,
@@ -48,9 +49,8 @@ def make_study(root):
 
 
 def plan(n):
-    return dict(
-        seed=0, generators=[dict(name=NAME, images=dict(normal=n // 2, pneumonia=n - n // 2))]
-    )
+    images = {"normal": n // 2, "pneumonia": n - n // 2}
+    return Plan(generators=(PlannedGenerator(NAME, images=images),))
 
 
 def timed(f, *args):
@@ -60,7 +60,7 @@ def timed(f, *args):
 
 
 def whole_stage(study, n, cfg):
-    stage_generate(study, plan(n), cfg, redo=True)
+    stage_generate(study, cfg, True, plan(n), card=None)
     (study / f"synthetic/{NAME}").rename(study / f"synthetic/used{time.time_ns()}")
 
 
@@ -133,7 +133,16 @@ def compare(study, n, rounds):
 def processes(study, n=64):
     import subprocess
 
-    code = "import json, sys; from cxr_synth.core import *; from cxr_synth.generate import stage_generate; stage_generate(Study(sys.argv[1]), json.loads(sys.argv[2]), GenerateConfig(batch_size=8, threads=1, device='cpu'))"
+    code = (
+        "import json, sys\n"
+        "from cxr_synth.base.records import Study\n"
+        "from cxr_synth.base.settings import GenerateConfig\n"
+        "from cxr_synth.protocol.plan import Plan\n"
+        "from cxr_synth.stages.generate import stage_generate\n"
+        "plan = Plan.from_json(json.loads(sys.argv[2]))\n"
+        "cfg = GenerateConfig(batch_size=8, threads=1, device='cpu')\n"
+        "stage_generate(Study(sys.argv[1]), cfg, False, plan, None)"
+    )
     import json
 
     found = []
@@ -154,7 +163,7 @@ def processes(study, n=64):
         )
         seconds = timed(
             lambda: subprocess.run(
-                [sys.executable, *launcher, "-c", code, study.root, json.dumps(plan(n))],
+                [sys.executable, *launcher, "-c", code, study.root, json.dumps(plan(n).to_json())],
                 check=True,
                 stdout=subprocess.DEVNULL,
             )
@@ -180,7 +189,7 @@ if __name__ == "__main__":
         if sys.argv[1:] == ["processes"]:
             processes(study)
         elif sys.argv[1:] == ["thousand"]:
-            seconds = timed(stage_generate, study, plan(1000), GenerateConfig())
+            seconds = timed(stage_generate, study, GenerateConfig(), False, plan(1000), None)
             import resource
 
             print(

@@ -13,7 +13,7 @@ shards.PLAN["generators"][0]["images"] = dict(normal=50, pneumonia=50)
 with tempfile.TemporaryDirectory() as root:
     study = shards.untrained_study(Path(root) / "study")
     moment = random.Random(int(sys.argv[1]) if len(sys.argv) > 1 else 0)
-    stage_generate(study, shards.PLAN, GenerateConfig(**shards.CFG))
+    stage_generate(study, GenerateConfig(**shards.CFG), plan=shards.PLAN, card=None)
     calm = shards.bytes_of(study)
     shards.clear(study)
     for i in range(10):
@@ -26,7 +26,7 @@ with tempfile.TemporaryDirectory() as root:
             ),
             flush=True,
         )
-    stage_generate(study, shards.PLAN, GenerateConfig(**shards.CFG))
+    stage_generate(study, GenerateConfig(**shards.CFG), plan=shards.PLAN, card=None)
     end = shards.bytes_of(study)
     print(
         "the same files with the same bytes"

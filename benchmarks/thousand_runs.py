@@ -47,7 +47,7 @@ def build(root, arms, patients):
                 n_real=400,
                 n_synthetic=400,
                 status="done",
-                plan_sha256=plan["sha256"],
+                plan_sha256=plan.sha256,
             )
             results.append(
                 row

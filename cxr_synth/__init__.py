@@ -1,16 +1,50 @@
 "Do synthetic chest X-rays improve a pneumonia classifier, and by how much?"
 __version__ = "0.0.1"
 
-_home = dict(  # public name -> the module that holds it, imported when the name is first used: `import cxr_synth` itself loads nothing
-    CxrError="core", Study="core", prepare_training_data="data", train_dreambooth="dreambooth", generate_class_images="dreambooth", load_finetuned_model="generate",
-    generate_synthetic_dataset="generate", calculate_fid="quality", create_comparison_grid="quality", analyze_and_print_results="analysis",
-    ChestXrayDataset="guide", get_transforms="guide", PneumoniaClassifier="guide", count_parameters="training", train_classifier="guide", run_all_experiments="guide")
-__all__ = list(_home)
+from importlib import import_module as _import_module
+
+_HOME = {  # public name -> the module that holds it; imported when the name is first used
+    # a study from Python
+    "CxrError": "base.files",
+    "Study": "base.records",
+    "run": "stages.run",
+    "run_stage": "stages.run",
+    # the stages, in their order
+    "stage_data": "stages.data",
+    "stage_plan": "stages.plan",
+    "stage_train": "stages.train",
+    "stage_generate": "stages.generate",
+    "stage_quality": "stages.quality",
+    "stage_experiments": "stages.classify",
+    "open_test": "stages.classify",
+    "stage_report": "stages.report",
+    "stage_guide": "guide",
+    # the guide's own names, with its arguments
+    "prepare_training_data": "stages.data",
+    "train_dreambooth": "diffusion.command",
+    "generate_class_images": "diffusion.dreambooth",
+    "load_finetuned_model": "diffusion.sampling",
+    "generate_synthetic_dataset": "diffusion.sampling",
+    "calculate_fid": "quality.folders",
+    "create_comparison_grid": "quality.folders",
+    "ChestXrayDataset": "guide",
+    "get_transforms": "guide",
+    "PneumoniaClassifier": "guide",
+    "count_parameters": "classify.finetune",
+    "train_classifier": "guide",
+    "run_all_experiments": "guide",
+    "analyze_and_print_results": "report.guide_table",
+}
+__all__ = list(_HOME)
+
 
 def __getattr__(name):
-    if name not in _home: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-    globals()[name] = found = getattr(import_module(f"{__name__}.{_home[name]}"), name)
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(_import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = found
     return found
 
-def __dir__(): return sorted({*globals(), *_home})
+
+def __dir__():
+    return sorted(__all__)

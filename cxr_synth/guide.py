@@ -539,7 +539,7 @@ def stage_guide(
             f"seeds repeated: {seeds}.\nEach seed once; the same training twice is no evidence."
         )
     plan = read_json(study / "plan.json")
-    name = max(plan["generators"], key=lambda g: (g["fraction"], -g["replicate"]))["name"]
+    name = max(plan.generators, key=lambda g: (g.fraction, -g.replicate)).name
     stage = open_stage(
         study, "guide", "guide", cfg, ["data/manifest.csv", f"synthetic/{name}"], redo
     )

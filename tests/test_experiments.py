@@ -14,7 +14,7 @@ from cxr_synth.classify.recipes import RunContext, training_recipe
 from cxr_synth.protocol.schema import PREDICTION_COLUMNS
 from cxr_synth.stages.classify import open_test, stage_experiments
 from cxr_synth.images.known_generators import stage_known_generator
-from cxr_synth.protocol.plan import load_plan, plan_runs
+from cxr_synth.protocol.plan import load_plan
 from cxr_synth.stages.plan import stage_plan
 from cxr_synth.classify.finetune import weighted_rows
 
@@ -29,7 +29,7 @@ def serial(tmp_path_factory):
     stage_data(study, DataConfig(patients=120, resolution=32))
     stage_plan(study, PlanConfig(pool=12, size=32, builtin="truth"))
     stage_known_generator(study, load_plan(study))
-    for g in load_plan(study)["generators"]:
+    for g in load_plan(study).generators:
         write_csv(study / f"quality/{g['name']}-copies.csv", ["file_name", "reason", "by"], [])
     shutil.copytree(study.root, study.root.with_name("before"))
     stage_experiments(study, ExperimentsConfig(**SETTINGS))
@@ -51,7 +51,7 @@ def test_executors_agree(serial, copy, executor):
         pytest.importorskip("distributed")
     stage_experiments(copy, ExperimentsConfig(**SETTINGS, executor=executor, workers=2))
     assert (copy / "results.csv").read_bytes() == (serial / "results.csv").read_bytes()
-    for r in plan_runs(load_plan(copy)):
+    for r in load_plan(copy).runs():
         assert (copy / r.folder / "predictions.csv").read_bytes() == (
             serial / r.folder / "predictions.csv"
         ).read_bytes()
@@ -79,7 +79,7 @@ def kill_after(runs, study, flags):
 def test_killed_and_started_again(serial, copy):
     command = kill_after(12, copy, FLAGS)
     before = {f: f.stat().st_mtime_ns for f in copy.root.glob("runs/*/*/run.json")}
-    assert 12 <= len(before) < len(plan_runs(load_plan(copy)))
+    assert 12 <= len(before) < len(load_plan(copy).runs())
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     assert {f: f.stat().st_mtime_ns for f in before} == before  # none done twice,
     assert (copy / "results.csv").read_bytes() == (serial / "results.csv").read_bytes()  # none lost
@@ -102,7 +102,7 @@ def test_all_arms_are_fine_tuned(copy):
     flags = " ".join(f"--experiments.{k.replace('_', '-')} {v}" for k, v in TUNE.items()).split()
     kill_after(20, copy, flags)
     stage_experiments(copy, ExperimentsConfig(**TUNE, executor="processes", workers=2))
-    rows, runs = read_csv(copy / "results.csv"), plan_runs(load_plan(copy))
+    rows, runs = read_csv(copy / "results.csv"), load_plan(copy).runs()
     assert [r["status"] for r in rows] == ["done"] * len(runs)
     assert {r["optimizer_steps"] for r in rows if r["arm"] != "real_short"} == {"6"}
     assert {r["optimizer_steps"] for r in rows if r["arm"] == "real_short"} < {
@@ -132,7 +132,7 @@ def test_another_program_finds_the_same(serial):
         for r in read_csv(serial / "results.csv")
     }
     for run in [
-        r for r in plan_runs(plan) if r.arm in ("real", "mixed", "rebalanced") and r.seed == 0
+        r for r in plan.runs() if r.arm in ("real", "mixed", "rebalanced") and r.seed == 0
     ]:
         x, y, w = weighted_rows(
             training_recipe(run, shop)[0][0],

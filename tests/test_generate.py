@@ -14,11 +14,12 @@ from cxr_synth.images.study_images import load_synthetic
 from cxr_synth.stages.generate import regenerate_image, stage_generate
 from cxr_synth.diffusion.lora import add_lora, save_lora
 from cxr_synth.diffusion.pipelines import fuse, load_pipeline
+from cxr_synth.protocol.plan import Plan, PlannedGenerator
 from cxr_synth.ship.pack import pack, unpack
 from cxr_synth.ship.set_card import write_card
 from test_generate_shards import CFG, NAME, bytes_of, clear, untrained_study
 
-FEW = dict(seed=0, generators=[dict(name=NAME, images=dict(normal=3, pneumonia=3))])
+FEW = Plan(generators=(PlannedGenerator(NAME, images={"normal": 3, "pneumonia": 3}),))
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def study(tmp_path_factory):
 
 def run(study, plan=FEW, **cfg):
     clear(study)
-    stage_generate(study, plan, GenerateConfig(**CFG | cfg))
+    stage_generate(study, GenerateConfig(**CFG | cfg), plan=plan, card=None)
     return load_synthetic(study, NAME)[0]
 
 
@@ -57,9 +58,9 @@ def test_out_of_memory_later(study, monkeypatch):
 
     monkeypatch.setattr(generate.Painter, "__call__", fails)
     with pytest.raises(CxrError, match="--generate.batch-size 1 --redo"):
-        stage_generate(study, FEW, GenerateConfig(**CFG))
+        stage_generate(study, GenerateConfig(**CFG), plan=FEW, card=None)
     assert len(list((study / "synthetic" / NAME).rglob("*.png"))) == 2  # what was finished stays
-    stage_generate(study, FEW, GenerateConfig(**CFG))
+    stage_generate(study, GenerateConfig(**CFG), plan=FEW, card=None)
     assert len(load_synthetic(study, NAME)[0]) == 6
 
 
@@ -71,7 +72,7 @@ def test_full_disk_is_named_before_the_first_image(study, monkeypatch):
         lambda p: namedtuple("Usage", "total used free")(10**9, 10**9, 1000),
     )
     with pytest.raises(CxrError, match="6 images need up to"):
-        stage_generate(study, FEW, GenerateConfig(**CFG))
+        stage_generate(study, GenerateConfig(**CFG), plan=FEW, card=None)
     assert not list((study / "synthetic" / NAME).rglob("*.png"))
 
 
@@ -81,9 +82,9 @@ def test_images_without_a_record_are_not_touched(study):
     path.parent.mkdir(parents=True)
     path.write_bytes(b"mine")
     with pytest.raises(CxrError, match="do not belong to the set"):
-        stage_generate(study, FEW, GenerateConfig(**CFG))
+        stage_generate(study, GenerateConfig(**CFG), plan=FEW, card=None)
     assert path.read_bytes() == b"mine"
-    stage_generate(study, FEW, GenerateConfig(**CFG), redo=True)
+    stage_generate(study, GenerateConfig(**CFG), plan=FEW, card=None, redo=True)
     assert b"mine" in {
         p.read_bytes() for p in (study / "synthetic").rglob("*.redo*/normal/000000.png")
     }
@@ -110,7 +111,7 @@ def test_other_bytes_than_the_metadata_says(study):
     (folder / "metadata.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
     (folder / lines[1]["file_name"]).unlink()
     with pytest.raises(CxrError, match="normal/000001.png came out with other bytes"):
-        stage_generate(study, FEW, GenerateConfig(**CFG))
+        stage_generate(study, GenerateConfig(**CFG), plan=FEW, card=None)
 
 
 @pytest.fixture
@@ -193,7 +194,7 @@ def test_half_copied_model_is_refused(study, other_models):
 
 def test_a_share_is_no_setting_of_the_set(study):
     clear(study)
-    stage_generate(study, FEW, GenerateConfig(**CFG, shard="2/2"))
+    stage_generate(study, GenerateConfig(**CFG, shard="2/2"), plan=FEW, card=None)
     assert resolve("generate", recorded=study.recorded("generate")).shard == ""
 
 
@@ -207,8 +208,8 @@ def test_killed_between_the_last_image_and_the_metadata(study, monkeypatch):
 
         m.setattr(generate, "complete", killed)
         with pytest.raises(KeyboardInterrupt):
-            stage_generate(study, FEW, GenerateConfig(**CFG))
-    stage_generate(study, FEW, GenerateConfig(**CFG))
+            stage_generate(study, GenerateConfig(**CFG), plan=FEW, card=None)
+    stage_generate(study, GenerateConfig(**CFG), plan=FEW, card=None)
     record = study.records()[f"synthetic/{NAME}"]
     assert (record["status"], record["batch_size"], record["threads"], record["precision"]) == (
         "complete",
@@ -227,14 +228,14 @@ def test_there_and_back(study, tmp_path):
     from datasets import load_dataset
 
     clear(study)
-    stage_generate(study, FEW, GenerateConfig(**CFG), card=write_card)
+    stage_generate(study, GenerateConfig(**CFG), plan=FEW)
     assert "Not for clinical use" in (study / "synthetic" / NAME / "README.md").read_text()
     write_json(study / "plan.json", dict(sha256="0"))
     home = Study(tmp_path / "home")
     unpack(pack(study, tmp_path / "study.zip"), home)
     assert not (home / "data/images").exists() and not (home / "models" / NAME / "normal").exists()
     stage_data(home, DataConfig(patients=120, resolution=32))
-    stage_generate(home, FEW, GenerateConfig(**CFG), card=write_card)
+    stage_generate(home, GenerateConfig(**CFG), plan=FEW)
     assert home.digest("data/images") == study.digest("data/images") and stale_stages(home) == []
     images, labels = load_synthetic(home, NAME)
     assert np.array_equal(images, load_synthetic(study, NAME)[0]) and bytes_of(home) == bytes_of(

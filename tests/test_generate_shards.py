@@ -9,19 +9,24 @@ from cxr_synth.base.settings import DataConfig, GenerateConfig, PROMPTS, TrainCo
 from cxr_synth.stages.data import stage_data
 from cxr_synth.diffusion.image_writer import ImageSetWriter
 from cxr_synth.protocol.sets import unexpected_files
+from cxr_synth.protocol.plan import Plan, PlannedGenerator
 from cxr_synth.stages.generate import stage_generate
 from cxr_synth.diffusion.small_pipeline import tiny_pipeline
 from PIL import Image
 
 NAME, N = "real100-rep0", 9
 CFG = dict(num_inference_steps=2, batch_size=2, threads=1, mixed_precision="no", device="cpu")
-PLAN = dict(seed=0, generators=[dict(name=NAME, images=dict(normal=N, pneumonia=N))])
+PLAN = Plan(generators=(PlannedGenerator(NAME, images={"normal": N, "pneumonia": N}),))
 CODE = """
 import json, sys
-from cxr_synth.core import GenerateConfig, Study
-from cxr_synth.generate import stage_generate
+from cxr_synth.base.records import Study
+from cxr_synth.base.settings import GenerateConfig
+from cxr_synth.protocol.plan import Plan
+from cxr_synth.stages.generate import stage_generate
 root, plan, cfg, redo = sys.argv[1:]
-stage_generate(Study(root), json.loads(plan), GenerateConfig(**json.loads(cfg)), redo == "redo")
+plan = Plan.from_json(json.loads(plan))
+cfg = GenerateConfig(**json.loads(cfg))
+stage_generate(Study(root), cfg, redo == "redo", plan, card=None)
 """
 
 
@@ -56,7 +61,7 @@ def command(study, cfg=(), redo="", processes=1):
             CODE,
         ]
     )
-    return [*run, str(study.root), json.dumps(PLAN), json.dumps(CFG | dict(cfg)), redo]
+    return [*run, str(study.root), json.dumps(PLAN.to_json()), json.dumps(CFG | dict(cfg)), redo]
 
 
 def bytes_of(study):
@@ -98,7 +103,7 @@ def study(tmp_path_factory):
 @pytest.fixture(scope="module")
 def calm(study):
     "The set of one undisturbed process."
-    stage_generate(study, PLAN, GenerateConfig(**CFG))
+    stage_generate(study, GenerateConfig(**CFG), plan=PLAN, card=None)
     return bytes_of(study)
 
 
@@ -122,7 +127,7 @@ def test_torchrun_two_processes(study, calm):
 def test_shares_do_not_overlap(study, calm):
     "The second of two makes its images and no other; the first finds what is left, and completes the set."
     clear(study)
-    stage_generate(study, PLAN, GenerateConfig(**CFG, shard="2/2"))
+    stage_generate(study, GenerateConfig(**CFG, shard="2/2"), plan=PLAN, card=None)
     folder = study / "synthetic" / NAME
     assert not (folder / "metadata.jsonl").exists()
     assert {p.stem for p in folder.glob("normal/*.png")} == {f"{k:06d}" for k in range(1, N, 2)}
@@ -133,7 +138,7 @@ def test_shares_do_not_overlap(study, calm):
         for line in p.read_text().splitlines()
     )
     assert set(noted.values()) == {1}
-    stage_generate(study, PLAN, GenerateConfig(**CFG, shard="1/2"))
+    stage_generate(study, GenerateConfig(**CFG, shard="1/2"), plan=PLAN, card=None)
     assert bytes_of(study) == calm
     assert {p: p.stat().st_mtime_ns for p in times} == times
 
@@ -144,7 +149,7 @@ def test_killed_twice(study, calm):
     for processes, more in ((1, 1), (2, random.randint(1, 3))):
         kill_after(study, more, processes)
     (study / "synthetic" / NAME / "normal/000000.png").write_bytes(b"damaged")
-    stage_generate(study, PLAN, GenerateConfig(**CFG))
+    stage_generate(study, GenerateConfig(**CFG), plan=PLAN, card=None)
     assert bytes_of(study) == calm
 
 
@@ -180,7 +185,7 @@ def test_lines_cut_by_a_kill_do_not_count(study, tmp_path):
 def test_set_completed_by_a_forgotten_process(study, calm):
     "Processes that outlived their launcher finish the set under the hands of a new one, which has then nothing to do."
     clear(study)
-    stage_generate(study, PLAN, GenerateConfig(**CFG))
-    table = ImageSetWriter(study / "synthetic" / NAME, PLAN["generators"][0]["images"])
+    stage_generate(study, GenerateConfig(**CFG), plan=PLAN, card=None)
+    table = ImageSetWriter(study / "synthetic" / NAME, PLAN.generators[0].images)
     table.put(Image.new("L", (32, 32)), dict(file_name="normal/000000.png"))
     assert bytes_of(study) == calm

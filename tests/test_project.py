@@ -137,7 +137,7 @@ def test_import_loads_no_heavy_library():
 @pytest.mark.parametrize("name", cxr_synth.__all__)
 def test_public_name_is_found(name):
     assert getattr(cxr_synth, name) is getattr(
-        import_module(f"cxr_synth.{cxr_synth._home[name]}"), name
+        import_module(f"cxr_synth.{cxr_synth._HOME[name]}"), name
     )
     assert name in dir(cxr_synth)
 

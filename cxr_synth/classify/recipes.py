@@ -37,7 +37,7 @@ from cxr_synth.classify.probe import (
 )
 from ..images.study_images import assert_disjoint, split_rows, training_rows, val_rows
 from ..protocol.arms import parse_arm
-from ..protocol.plan import Run, generator_of
+from ..protocol.plan import Run
 from ..protocol.schema import PREDICTION_COLUMNS
 from ..protocol.sets import marked_images
 from ..stats.auc import score, youden_threshold
@@ -98,7 +98,7 @@ class RunContext:
         self.plan = plan
         self.cfg = cfg
         self.device = device
-        self.material = FeatureStore(self.study, cfg, plan["seed"], device)
+        self.material = FeatureStore(self.study, cfg, plan.seed, device)
         self.probe = cfg.method == "probe"
         self.training = cache(
             lambda fraction, replicate: training_rows(self.study, fraction, replicate)
@@ -117,7 +117,7 @@ class RunContext:
         if not self.probe:
             return self.material.view(0)[[self.material.at[i] for i in rows.image_id]]
         n, strong = self.cfg.views, how != "gentle"
-        pick = run_rng(run, self.plan["seed"], f"views {how} {number}").integers(
+        pick = run_rng(run, self.plan.seed, f"views {how} {number}").integers(
             strong, n + strong, size=len(rows)
         )
         views = {
@@ -130,10 +130,10 @@ class RunContext:
 
     def images(self, run: Run, size: int):
         "Synthetic images of a run: array, labels, and how many marked ones `filtered` left out."
-        name = generator_of(run, self.plan)
+        name = self.plan.generator_of(run)
         x, y, names = self.synthetic(name)
         keep = pool_indices(y, size, f"synthetic/{name}")
-        keep = keep[draw_subset(y[keep], run_rng(run, self.plan["seed"], "synthetic"))]
+        keep = keep[draw_subset(y[keep], run_rng(run, self.plan.seed, "synthetic"))]
         gone = marked_images(self.study, name) if run.base == "filtered" else ()
         left = np.array([i for i in keep if names[i] not in gone], int)
         if len(set(y[left])) < 2:
@@ -149,7 +149,7 @@ class RunContext:
         "The regularisation of a fraction and replicate, chosen once on its real images."
         if self.cfg.C:
             return self.cfg.C
-        rows, seed = self.training(fraction, replicate), seed_for(self.plan["seed"], "C", fraction)
+        rows, seed = self.training(fraction, replicate), seed_for(self.plan.seed, "C", fraction)
 
         def make():
             return np.array(
@@ -221,7 +221,7 @@ def rebalanced_stratum(
             "the classes even.\n"
             f"Make them: cxr-synth generate {shop.study.root}"
         )
-    some = np.sort(run_rng(run, shop.plan["seed"], "rebalanced").permutation(there)[:need])
+    some = np.sort(run_rng(run, shop.plan.seed, "rebalanced").permutation(there)[:need])
     return Stratum(np.concatenate([x, sx[some]]), np.concatenate([rows.label, sy[some]]), 1.0), need
 
 # %% ../../nbs/classify/recipes.ipynb #fdce70cb
@@ -232,13 +232,13 @@ def training_recipe(
     "What a run trains on."
     base, share, pool = parse_arm(run.arm)
     share = share or shop.cfg.share
-    pool = pool or shop.plan["pools"]["full" if base == "mixed_full_pool" else "mixed"]
+    pool = pool or shop.plan.pools["full" if base == "mixed_full_pool" else "mixed"]
     rows = shop.training(run.fraction, run.replicate)
     x, others = shop.real(run, rows), 2 * int(np.ceil(POOL_SHARE * (pool // 2)))
     facts = dict(n_real=len(rows), n_synthetic=0)
     if not run.synthetic:
         return [real_only_strata(run, shop, rows, x, others)], facts | dict(others=others)
-    facts |= dict(generator=generator_of(run, shop.plan), share=share, pool=pool)
+    facts |= dict(generator=shop.plan.generator_of(run), share=share, pool=pool)
     if base == "rebalanced":
         pile, n = rebalanced_stratum(run, shop, rows, x)
         return [[pile]], facts | dict(
@@ -251,7 +251,7 @@ def training_recipe(
     sx, sy, gone = shop.images(run, pool)
     facts |= dict(n_synthetic=len(sy)) | (dict(removed=gone) if base == "filtered" else {})
     if base == "permuted":
-        sy = run_rng(run, shop.plan["seed"], "permuted").permutation(sy)
+        sy = run_rng(run, shop.plan.seed, "permuted").permutation(sy)
     if base == "synthetic_only":
         return [strata_by_class(sx, sy, 1.0)], facts | dict(n_real=0, share=1.0)
     if base == "pretrain_finetune":
@@ -303,7 +303,7 @@ def fit_network(
         cfg,
         shop.device,
         shop.study / run.folder / "checkpoint.pt",
-        shop.plan["seed"],
+        shop.plan.seed,
         run.fraction,
         run.replicate,
         run.seed,
@@ -371,10 +371,10 @@ def is_explained(
     shop: RunContext,  # where
 ) -> bool:
     "Whether heat maps are made: for the first run of either arm of the primary contrast, if its network has any."
-    p = shop.plan["primary"]
+    p = shop.plan.primary
     return (
-        run.arm in (p["arm"], p["control"])
-        and (run.fraction, run.replicate, run.seed) == (p["fraction"], 0, 0)
+        run.arm in (p.arm, p.control)
+        and (run.fraction, run.replicate, run.seed) == (p.fraction, 0, 0)
         and has_maps(shop.cfg.network)
     )
 
@@ -429,5 +429,5 @@ def run_identity(
         real_fraction=run.fraction,
         replicate=run.replicate,
         seed=run.seed,
-        plan_sha256=shop.plan["sha256"],
+        plan_sha256=shop.plan.sha256,
     )

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 # %% ../../nbs/images/known_generators.ipynb #f9c44582
+from ..protocol.plan import Plan, PlannedGenerator
 from ..base.compute import progress, seed_for
 from ..base.files import CxrError, atomic_path, digest_file, one_of, write_text
 from ..base.records import Study, open_stage
@@ -103,17 +104,17 @@ def reencoded_copies(
 def known_images(
     study: Study,  # of drawn patients (`copy` works with any)
     kind: str,  # one of `KNOWN_GENERATORS`
-    entry: dict,  # one of the plan's generators: name, fraction, replicate, images
+    entry: PlannedGenerator,  # one of the plan's generators: name, fraction, replicate, images
     label: int,  # 0 or 1, as it will be filed
 ) -> np.ndarray:  # uint8 (N, R, R)
     "What a known generator draws."
-    n = entry["images"][CLASSES[label]]
+    n = entry.images[CLASSES[label]]
     if one_of(kind, KNOWN_GENERATORS, "built-in generator") in ("copy", "leaky"):
-        rows = training_rows(study, entry["fraction"], entry["replicate"])
+        rows = training_rows(study, entry.fraction, entry.replicate)
         return (reencoded_copies if kind == "copy" else new_views_of_patients)(
             study, rows[rows.label == label], n
         )
-    first = 10**6 + seed_for(entry["name"]) % 10**6 * 10**5 + label * 50_000
+    first = 10**6 + seed_for(entry.name) % 10**6 * 10**5 + label * 50_000
     return np.stack(
         [fresh_image(study, first + k, 1 - label if kind == "wrong" else label) for k in range(n)]
     )
@@ -153,22 +154,22 @@ def write_class_images(
 # %% ../../nbs/images/known_generators.ipynb #978e5538
 def stage_known_generator(
     study: Study,  # of drawn patients, with data and plan
-    plan: dict,  # with `builtin` and generators
+    plan: Plan,  # with `builtin` and generators
     redo: bool = False,  # move images made otherwise aside
 ):
     "Fill synthetic/GENERATOR/ from a known generator, in place of train and generate."
     source = study.records()["data"]["settings"]["source"]
     if source != "phantom":
         raise CxrError(
-            f"the built-in generator {plan['builtin']!r} draws phantoms, but this study is made "
+            f"the built-in generator {plan.builtin!r} draws phantoms, but this study is made "
             f"of {source}.\n"
             "Plan without --plan.builtin, or start a study with --data phantom."
         )
-    for g in progress(plan["generators"], f"generator {plan['builtin']}", unit="set"):
+    for g in progress(plan.generators, f"generator {plan.builtin}", unit="set"):
         stage = open_stage(
             study,
             "generate",
-            f"synthetic/{g['name']}",
+            f"synthetic/{g.name}",
             GenerateConfig(),
             ["data/manifest.csv", "data/fractions.csv", "plan.json"],
             redo,
@@ -180,13 +181,13 @@ def stage_known_generator(
             for label in (0, 1)
             for line in write_class_images(
                 stage.path,
-                g["name"],
+                g.name,
                 label,
-                plan["builtin"],
-                known_images(study, plan["builtin"], g, label),
+                plan.builtin,
+                known_images(study, plan.builtin, g, label),
             )
         ]
         write_text(
             stage.path / "metadata.jsonl", "".join(json.dumps(line) + "\n" for line in lines)
         )
-        stage.finish(images=g["images"], builtin=plan["builtin"])
+        stage.finish(images=g.images, builtin=plan.builtin)

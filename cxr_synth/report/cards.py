@@ -145,7 +145,7 @@ def talking_points(
             for a in (c["control"], c["arm"])
         }
         counts = f" Of 1,000 pairs of one sick and one healthy patient, {wrong[c['control']]} are ranked wrong after training on real images alone, {wrong[c['arm']]} with synthetic ones."
-    low = min(plan["cells"], key=lambda x: x["fraction"])["fraction"]
+    low = min(cell.fraction for cell in plan.cells)
     points = [
         (
             "**Why this matters**: labelled medical images are scarce and private. If made-up images "
@@ -155,7 +155,7 @@ def talking_points(
         + f"{format_percent(low)} of the real patients as the case of scarcity.",
         (
             f"**Technical innovation**: {technique(study)} The comparison was sealed before any "
-            f"result ({plan['sealed'][:10]}), and the uncertainty counts other patients, other "
+            f"result ({plan.sealed[:10]}), and the uncertainty counts other patients, other "
             "generators and other training runs."
         ),
         f"**Key finding**: {analysis['verdict']['sentence']}{counts} "
@@ -219,8 +219,8 @@ def classifier_card(
         "## What was trained",
         "",
         (
-            f"Network: {network}. Data: {card.name}. Plan sealed {plan['sealed'][:10]}, SHA-256 "
-            f"{plan['sha256'][:16]}."
+            f"Network: {network}. Data: {card.name}. Plan sealed {plan.sealed[:10]}, SHA-256 "
+            f"{plan.sha256[:16]}."
         ),
         "",
         "## Data",

@@ -10,9 +10,11 @@ __all__ = ['THRESHOLD_METRICS', 'OTHER_METRICS', 'image_values', 'run_means', 'd
            'primary_extras', 'analyse']
 
 # %% ../../nbs/report/contrasts.ipynb #22b9854f
+from dataclasses import asdict
 import numpy as np
 
 # %% ../../nbs/report/contrasts.ipynb #31d08f40
+from ..protocol.plan import Plan
 from ..base.compute import seed_for
 from ..base.files import one_of
 from ..base.records import Study
@@ -150,7 +152,7 @@ def summary_of(ev, arm, fraction, split, scores, draws):
 
 
 def draw_seed(ev, split):
-    return seed_for(ev.plan["seed"], "bootstrap", split)
+    return seed_for(ev.plan.seed, "bootstrap", split)
 
 # %% ../../nbs/report/contrasts.ipynb #a35b4afe
 def threshold_transfer(
@@ -183,12 +185,12 @@ def threshold_transfer(
 
 # %% ../../nbs/report/contrasts.ipynb #243e626e
 def contrasts(
-    plan: dict,  # plan.json
+    plan: Plan,
     arms: dict,  # {fraction: arms with at least one run}
 ) -> list[dict]:  # role (primary, secondary, estimate), arm, control, fraction, split
     "What is compared with what, in the order of the report."
-    named = [plan["primary"] | dict(role="primary")] + [
-        c | dict(role="secondary") for c in plan["secondary"]
+    named = [asdict(plan.primary) | dict(role="primary")] + [
+        asdict(c) | dict(role="secondary") for c in plan.secondary
     ]
     for c in named:
         one_of(c["metric"], ("auroc",), "metric of a contrast")
@@ -211,7 +213,7 @@ def arms_found(
     ev: Evidence,  # the study
 ) -> dict:  # {fraction: arms}, in the plan's order, then by name; arms of the guide's own protocol are not among them
     "Arms with at least one finished run, by fraction."
-    order = {a: i for i, a in enumerate(ev.plan["arms"])}
+    order = {a: i for i, a in enumerate(ev.plan.arms)}
     groups = ev.results[~ev.results.arm.str.startswith("guide")].groupby("real_fraction").arm
     return {
         float(f): sorted(set(a), key=lambda x: (order.get(x, len(order)), x)) for f, a in groups
@@ -442,15 +444,15 @@ def analyse(
     ev = ev or Evidence(study)
     rows = [r for c in contrasts(ev.plan, arms_found(ev)) if (r := measure_contrast(ev, c, draws))]
     gone = missing_runs(ev)
-    add_words(rows, ev.plan["margin_pp"], gone)
+    add_words(rows, ev.plan.margin_pp, gone)
     beside = primary_extras(ev, rows[0], draws) if rows[0]["state"] == "measured" else {}
     return dict(
         unit="differences, limits and margin in percentage points (pp); AUROC from 0 to 1",
-        plan_sha256=ev.plan["sha256"],
-        tier=ev.plan["tier"],
+        plan_sha256=ev.plan.sha256,
+        tier=ev.plan.tier,
         verdict=study_verdict(rows[0]),
         draws=draws,
-        margin_pp=ev.plan["margin_pp"],
+        margin_pp=ev.plan.margin_pp,
         test=ev.test,
         contrasts=rows,
         arms=summarise_arms(ev),

@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['REHEARSAL_PATIENTS', 'REHEARSAL_MANIFEST', 'REHEARSAL_ARMS', 'REHEARSAL_CELLS', 'REHEARSAL_TRUTH',
-           'REHEARSAL_METRICS', 'REHEARSAL_RESULTS', 'rehearse_images', 'rehearsal_contrast', 'rehearse_plan',
-           'metric_values', 'rehearse_run', 'rehearse_runs', 'rehearse_quality', 'rehearse_heat', 'rehearse_records',
-           'rehearse_opening', 'rehearse']
+           'REHEARSAL_METRICS', 'REHEARSAL_RESULTS', 'rehearse_images', 'rehearse_plan', 'metric_values',
+           'rehearse_run', 'rehearse_runs', 'rehearse_quality', 'rehearse_heat', 'rehearse_records', 'rehearse_opening',
+           'rehearse']
 
 # %% ../../nbs/report/rehearsal.ipynb #13a309c1
+from dataclasses import replace
 from pathlib import Path
 import numpy as np, pandas as pd
 from PIL import Image
 from sklearn import metrics
 
 # %% ../../nbs/report/rehearsal.ipynb #d0eca028
+from ..protocol.plan import Cell, Contrast, Plan, PlannedGenerator, load_plan
 from ..base.files import atomic_path, digest_json, read_json, write_csv, write_json
 from ..base.records import Study, generator_name, open_stage
 from cxr_synth.base.settings import (
@@ -26,7 +28,7 @@ from cxr_synth.base.settings import (
 )
 from ..classify.explain import HEAT_COLUMNS as HEAT, draw_cases
 from ..images.phantom import draw_phantom
-from ..protocol.arms import QUESTIONS, parse_arm
+from ..protocol.arms import ARMS, parse_arm
 from ..stats.simulate import make_patients, simulate
 
 # %% ../../nbs/report/rehearsal.ipynb #6d38955a
@@ -90,31 +92,27 @@ REHEARSAL_ARMS = ("real", "duplicate", "mixed", "synthetic_only", "oracle")
 REHEARSAL_CELLS = ((1.0, 1, 3), (0.1, 3, 3))  # fraction, replicates, seeds
 
 
-def rehearsal_contrast(arm, control, fraction, split):
-    return dict(arm=arm, control=control, fraction=fraction, split=split, metric="auroc")
-
-
 def rehearse_plan(
     root: Path,  # the study folder
     cells=REHEARSAL_CELLS,  # (fraction, replicates, seeds)
     arms=REHEARSAL_ARMS,  # in the order of the report
     guess: str = "+1.5, because <more> images & more variety",  # of the user
-) -> dict:  # plan.json
+) -> Plan:
     "Write plan.json, sealed, and study.json."
     f = min(c[0] for c in cells)
     family = (
-        [rehearsal_contrast("mixed", "real", f, "test")]
-        + [rehearsal_contrast("oracle", "mixed", f, "internal")] * ("oracle" in arms)
-        + [rehearsal_contrast("mixed", "real", 1.0, "test")] * (cells[0][0] == 1)
+        [Contrast("mixed", "real", f, "test")]
+        + [Contrast("oracle", "mixed", f, "internal")] * ("oracle" in arms)
+        + [Contrast("mixed", "real", 1.0, "test")] * (cells[0][0] == 1)
     )
-    plan = dict(
+    plan = Plan(
         tier="pilot",
         seed=0,
-        arms=[*arms],
-        questions={a: QUESTIONS[parse_arm(a)[0]] for a in arms},
-        cells=[dict(fraction=x, replicates=k, seeds=s) for x, k, s in cells],
-        generators=[
-            dict(
+        arms=tuple(arms),
+        questions={a: ARMS[parse_arm(a)[0]].question for a in arms},
+        cells=tuple(Cell(x, k, s, tuple(arms)) for x, k, s in cells),
+        generators=tuple(
+            PlannedGenerator(
                 name=generator_name(x, r),
                 fraction=x,
                 replicate=r,
@@ -123,16 +121,16 @@ def rehearse_plan(
             )
             for x, k, _ in cells
             for r in range(k)
-        ],
-        primary=rehearsal_contrast("mixed", "real", f, "internal"),
-        secondary=family,
+        ),
+        primary=Contrast("mixed", "real", f, "internal"),
+        secondary=tuple(family),
         margin_pp=0.5,
         margin_why="half a point, set before any result",
         guess=guess,
     )
     write_json(
         Path(root) / "plan.json",
-        plan | dict(sealed="2026-01-02T03:04:05+00:00", sha256=digest_json(plan)),
+        replace(plan, sealed="2026-01-02T03:04:05+00:00", sha256=plan.seal).to_json(),
     )
     write_json(
         Path(root) / "study.json",
@@ -143,7 +141,7 @@ def rehearse_plan(
             created="2026-01-02T03:04:05+00:00",
         ),
     )
-    return read_json(Path(root) / "plan.json")
+    return load_plan(Study(root))
 
 # %% ../../nbs/report/rehearsal.ipynb #03a48679
 REHEARSAL_TRUTH = {
@@ -238,25 +236,22 @@ def rehearse_runs(
     plan = read_json(study / "plan.json")
     rng = np.random.default_rng(seed)
     results = []
-    for c in plan["cells"]:
-        f = c["fraction"]
-        seen = rows[rows.split.isin(["val", "test"] + ["internal"] * (c["fraction"] < 1))]
+    for c in plan.cells:
+        f = c.fraction
+        seen = rows[rows.split.isin(["val", "test"] + ["internal"] * (c.fraction < 1))]
         probs = simulate(
             seen.patient_id.values,
             seen.label.values,
             truth[f],
-            c["replicates"],
-            c["seeds"],
+            c.replicates,
+            c.seeds,
             rng,
             sd_rep,
             sd_seed,
         )
         probs["duplicate"] = probs["real"]
         for arm, k, s in (
-            (a, k, s)
-            for a in plan["arms"]
-            for k in range(c["replicates"])
-            for s in range(c["seeds"])
+            (a, k, s) for a in plan.arms for k in range(c.replicates) for s in range(c.seeds)
         ):
             pool = 90 * (arm not in ("real", "duplicate"))
             row = dict(
@@ -272,7 +267,7 @@ def rehearse_runs(
                 n_synthetic=pool,
                 optimizer_steps=0,
                 status="done",
-                plan_sha256=plan["sha256"],
+                plan_sha256=plan.sha256,
             )
             results.append(rehearse_run(study, row, seen, probs[arm][k, s]))
     write_csv(study / "results.csv", REHEARSAL_RESULTS, results)

@@ -32,7 +32,7 @@ from ..base.records import Study, move_aside, open_stage
 from ..base.settings import ExperimentsConfig
 from ..classify.recipes import RunContext, make_run, run_identity, split_scores
 from ..images.study_images import split_rows
-from ..protocol.plan import Run, generator_of, load_plan, plan_runs
+from ..protocol.plan import Plan, Run, load_plan
 from ..protocol.schema import RESULT_COLUMNS
 
 # %% ../../nbs/06_classify.ipynb #817ecfda
@@ -47,7 +47,7 @@ def run_context(
     "The workshop of this process."
     import json
 
-    return RunContext(root, json.loads(plan), cfg, device)
+    return RunContext(root, Plan.from_json(json.loads(plan)), cfg, device)
 
 # %% ../../nbs/06_classify.ipynb #c50d8784
 def do_run(
@@ -145,7 +145,7 @@ def precompute_shared(
         m.view(v)
     for s in ("val", "test"):
         len(split_rows(shop.study, s)) and m.held(s)
-    for name in dict.fromkeys(generator_of(r, shop.plan) for r in todo if r.synthetic):
+    for name in dict.fromkeys(shop.plan.generator_of(r) for r in todo if r.synthetic):
         if (shop.study / "synthetic" / name).exists():
             shop.synthetic(name)
     cells = dict.fromkeys((r.fraction, r.replicate) for r in todo)
@@ -215,7 +215,13 @@ def do_runs(
     import json
 
     precompute_shared(shop, todo)
-    job = str(shop.study.root), shop.plan["sha256"], json.dumps(shop.plan), shop.cfg, shop.device
+    job = (
+        str(shop.study.root),
+        shop.plan.sha256,
+        json.dumps(shop.plan.to_json()),
+        shop.cfg,
+        shop.device,
+    )
     arms = len({r.arm for r in todo})
     with (
         open_executor("serial" if executor else shop.cfg.executor, shop.cfg.workers) as own,
@@ -257,14 +263,14 @@ def stage_experiments(
 ):
     "Do every run of the plan and write results.csv; the test columns stay empty."
     plan = load_plan(study)
-    runs = plan_runs(plan)
+    runs = plan.runs()
     wanted = chosen_runs(runs, cfg.only)
     inputs = [
         "plan.json",
         "data/manifest.csv",
         "data/fractions.csv",
         "data/images",
-        *(f"synthetic/{g['name']}" for g in plan["generators"]),
+        *(f"synthetic/{g.name}" for g in plan.generators),
     ]
     stage = open_stage(study, "experiments", "runs", cfg, inputs, redo)
     if stage.done and (study / "results.csv").exists() and not cfg.retry_failed:
@@ -301,18 +307,14 @@ def finished_runs(
 ]:  # the rows of results.csv, status done; raises `CxrError` that names what is missing
     "results.csv, if every run of the primary contrast is there and nothing was made under another plan."
     rows = read_csv(study / "results.csv") if (study / "results.csv").exists() else []
-    p = plan["primary"]
+    p = plan.primary
     have = {
         Run(r["arm"], float(r["real_fraction"]), int(r["replicate"]), int(r["seed"])): r
         for r in rows
-        if r["plan_sha256"] == plan["sha256"] and r["status"] == "done"
+        if r["plan_sha256"] == plan.sha256 and r["status"] == "done"
     }
     have = {r: row for r, row in have.items() if (study / r.folder / "test.csv").exists()}
-    need = [
-        r
-        for r in plan_runs(plan)
-        if r.fraction == p["fraction"] and r.arm in (p["arm"], p["control"])
-    ]
+    need = [r for r in plan.runs() if r.fraction == p.fraction and r.arm in (p.arm, p.control)]
     if missing := [r.folder for r in need if r not in have]:
         raise CxrError(
             f"the test stays shut: {len(missing)} of {len(need)} runs of the primary contrast are missing, such as\n  {', '.join(missing[:2])}.\n"
@@ -328,8 +330,8 @@ def log_opening(
 ) -> dict:  # content of opened.json
     "Note in opened.json that these predictions are opened; the first opening alone is not exploratory."
     path = study / "opened.json"
-    log = read_json(path) if path.exists() else dict(plan_sha256=plan["sha256"], opened=[])
-    entry = dict(plan_sha256=plan["sha256"], tests_sha256=tests)
+    log = read_json(path) if path.exists() else dict(plan_sha256=plan.sha256, opened=[])
+    entry = dict(plan_sha256=plan.sha256, tests_sha256=tests)
     if not log["opened"] or any(log["opened"][-1].get(k) != v for k, v in entry.items()):
         log["opened"].append(dict(date=now(), exploratory=bool(log["opened"])) | entry)
         write_json(path, log)
@@ -353,9 +355,7 @@ def open_test(
     log = log_opening(
         study,
         plan,
-        digest_json(
-            [digest_file(study / r.folder / "test.csv") for r in plan_runs(plan) if r in have]
-        ),
+        digest_json([digest_file(study / r.folder / "test.csv") for r in plan.runs() if r in have]),
     )
     for run, row in have.items():
         row |= split_scores(pd.read_csv(study / run.folder / "test.csv"), "test")

@@ -14,6 +14,9 @@ import torch
 from PIL import Image
 
 # %% ../../nbs/04_generate.ipynb #0f4d3c74
+from ..ship.set_card import write_card
+from ..images.known_generators import stage_known_generator
+from ..protocol.plan import Plan, PlannedGenerator, load_plan
 from ..base.compute import pick_device, pick_precision
 from ..base.files import CxrError, read_json
 from ..base.records import Study, move_aside, open_stage, parse_generator
@@ -335,7 +338,7 @@ def draw_set(
 # %% ../../nbs/04_generate.ipynb #b1848e7d
 def generate_set(
     study: Study,  # with data and models
-    entry: dict,  # one of the plan's generators: name, images
+    entry: PlannedGenerator,  # one of the plan's generators: name, images
     cfg: GenerateConfig,  # settings
     seed: int = 0,  # study seed
     redo: bool = False,  # move images with other settings aside
@@ -343,15 +346,15 @@ def generate_set(
 ) -> bool:  # is the set complete?
     "Generate the synthetic set of one generator; with several processes, this one's share of it."
     check_settings(cfg)
-    name, share = entry["name"] + "-base" * base, process_share(cfg.shard)
-    out, rows = f"synthetic/{name}", training_rows(study, *parse_generator(entry["name"]))
-    counts = images_per_class(entry["images"], dict(rows.class_name.value_counts()))
-    models = {c: model_of(study, entry["name"], c, base) for c in CLASSES}
+    name, share = entry.name + "-base" * base, process_share(cfg.shard)
+    out, rows = f"synthetic/{name}", training_rows(study, *parse_generator(entry.name))
+    counts = images_per_class(entry.images, dict(rows.class_name.value_counts()))
+    models = {c: model_of(study, entry.name, c, base) for c in CLASSES}
     cfg = SetConfig(
         **cfg.settings() | cfg.runtimes(),
         images=counts,
         seed=seed,
-        base_model=trained_record(study, entry["name"])["settings"]["base"],
+        base_model=trained_record(study, entry.name)["settings"]["base"],
     )
     check_folder(study, out, redo and share[0] == 0)
     stage = open_set(
@@ -395,19 +398,22 @@ def finish_set(
 # %% ../../nbs/04_generate.ipynb #d9ac5809
 def stage_generate(
     study: Study,  # with data, plan and models
-    plan: dict,  # from `load_plan`
     cfg: GenerateConfig,  # settings
     redo: bool = False,  # move images with other settings aside
-    card=None,  # called with study and name once a set is complete and has no README.md; writes it
+    plan: Plan | None = None,  # None: the sealed one
+    card=write_card,  # called with study and name once a set is complete and has no README.md
 ):
     "Generate the images of every generator of the plan; with `cfg.before`, also those of the base before fine-tuning."
-    jobs = [(g, False) for g in plan["generators"]]
-    for i, g in enumerate(plan["generators"] if cfg.before else []):
-        if i == 0 or (study / f"models/{g['name']}/base").exists():
+    plan = plan or load_plan(study)
+    if plan.builtin:
+        return stage_known_generator(study, plan, redo)
+    jobs = [(g, False) for g in plan.generators]
+    for i, g in enumerate(plan.generators if cfg.before else []):
+        if i == 0 or (study / f"models/{g.name}/base").exists():
             jobs.append((g, True))  # a pretrained base is the same for all
     for g, base in jobs:
-        done = generate_set(study, g, cfg, plan["seed"], redo, base)
-        name = g["name"] + "-base" * base
+        done = generate_set(study, g, cfg, plan.seed, redo, base)
+        name = g.name + "-base" * base
         if done and card and not (study / f"synthetic/{name}/README.md").exists():
             card(study, name)
 

@@ -57,7 +57,7 @@ def write_texts(
     note = f"{split}, threshold 0.5 | † vs real images of the same fraction | no stars: the words are in index.html"
     write_text(study / "report/results-table.txt", results_table(rows, note=note) + "\n")
     write_text(study / "report/results-table.md", results_table(rows, True, note) + "\n")
-    name = generator_name(plan["primary"]["fraction"], 0)
+    name = generator_name(plan.primary.fraction, 0)
     if (study / f"synthetic/{name}/metadata.jsonl").is_file():
         write_text(study / "report/data-card.md", card_text(study, name))
 

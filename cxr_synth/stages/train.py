@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 # %% ../../nbs/03_train.ipynb #c11aa1c1
+from ..protocol.plan import Plan, load_plan
 from ..base.compute import pick_device, seed_for
 from ..base.files import CxrError, digest_json, one_of, read_csv, remove_files, write_csv
 from ..base.loop import Mirror, checkpoint_files
@@ -209,11 +210,14 @@ def collect_logs(
 
 def stage_train(
     study: Study,  # with data and plan
-    plan: dict,  # from `load_plan`
     cfg: TrainConfig,  # settings
     redo: bool = False,  # move generators with other settings aside
+    plan: Plan | None = None,  # None: the sealed one
 ):
-    "Train every generator of the plan."
+    "Train every generator of the plan; there is nothing to train where a known one takes its place."
+    plan = plan or load_plan(study)
+    if plan.builtin:
+        return
     print_preflight(cfg, study.records()["data"]["settings"]["resolution"], study.root)
-    for g in plan["generators"]:
-        train_generator(study, g["name"], cfg, plan["seed"], redo)
+    for g in plan.generators:
+        train_generator(study, g.name, cfg, plan.seed, redo)
