@@ -16,7 +16,6 @@ from cxr_synth.diffusion.lora import add_lora, save_lora
 from cxr_synth.diffusion.pipelines import fuse, load_pipeline
 from cxr_synth.protocol.plan import Plan, PlannedGenerator
 from cxr_synth.ship.pack import pack, unpack
-from cxr_synth.ship.set_card import write_card
 from test_generate_shards import CFG, NAME, bytes_of, clear, untrained_study
 
 FEW = Plan(generators=(PlannedGenerator(NAME, images={"normal": 3, "pneumonia": 3}),))
