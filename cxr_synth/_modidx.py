@@ -180,6 +180,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'cxr_synth/base/settings.py'),
                                          'cxr_synth.base.settings.DataConfig': ( 'base/settings.html#dataconfig',
                                                                                  'cxr_synth/base/settings.py'),
+                                         'cxr_synth.base.settings.DataConfig.kind': ( 'base/settings.html#dataconfig.kind',
+                                                                                      'cxr_synth/base/settings.py'),
                                          'cxr_synth.base.settings.DataConfig.runtimes': ( 'base/settings.html#dataconfig.runtimes',
                                                                                           'cxr_synth/base/settings.py'),
                                          'cxr_synth.base.settings.DataConfig.settings': ( 'base/settings.html#dataconfig.settings',
