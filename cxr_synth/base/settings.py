@@ -223,7 +223,7 @@ class GenerateConfig(Config):
 class QualityConfig(Config):
     "Settings of the quality stage (guide, section 9)."
 
-    extractor: str = "efficientnet-lite0"  # network of the features: a name in `features.BACKBONES`
+    extractor: str = "efficientnet-lite0"  # network of the features: a name in `NETWORKS`
     size: int = 128  # side to which images are resized for the network, px
     max_images: int = 500  # most images a side and class
     halvings: int = 20  # random patient-disjoint halvings of the real images: the floor

@@ -20,6 +20,7 @@ from .augment import ALTERATIONS, AUGMENT_VERSION, augment
 from ..diffusion.lora import lora_base
 from ..diffusion.pipelines import load_pipeline, round_trip
 from ..images.features import extract_features, features_key
+from ..images.networks import network_key
 from ..images.images import IMAGE_PATH_VERSION, pixel_cache, prepare_image
 from ..images.study_images import load_images, split_rows, training_rows
 from ..protocol.sets import read_synthetic_set
@@ -37,7 +38,7 @@ class RealFeatures:
         self.seed = seed
         self.device = device
         self.probe = one_of(cfg.method, ("probe", "finetune"), "method") == "probe"
-        self.network = cfg.network.replace("_", "-")
+        self.network = network_key(cfg.network)
         self.ids = training_rows(study, 1.0, 0).image_id.tolist()
         self.at = {i: k for k, i in enumerate(self.ids)}
         made = study.records()["data"]["settings"]

@@ -15,19 +15,11 @@ from torch import nn
 
 # %% ../../nbs/classify/finetune.ipynb #08a5dacd
 from ..base.compute import autocast, seed_for
-from ..base.files import CxrError, atomic_path, one_of
+from ..base.files import CxrError, atomic_path
 from ..base.loop import Loop, TrainedPart, batch_at
 from ..base.settings import ExperimentsConfig
 from .augment import alter, draw_alterations
-from cxr_synth.images.networks import (
-    NETWORKS,
-    efficientnet_lite0_network,
-    load_all_weights,
-    small_cnn,
-    to_one_channel,
-    to_one_output,
-    torchvision_net,
-)
+from ..images.networks import fill_weights, find_network, network_key
 
 # %% ../../nbs/classify/finetune.ipynb #2c194c33
 def count_parameters(
@@ -37,19 +29,6 @@ def count_parameters(
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 # %% ../../nbs/classify/finetune.ipynb #38e80f5f
-def _network(
-    name: str, size: int, pretrained: bool, weights
-) -> nn.Module:  # one channel in, one answer out
-    "The network of that name."
-    if name == "small_cnn":
-        return small_cnn()
-    if name == "efficientnet_lite0":
-        net = efficientnet_lite0_network(weights)[0].requires_grad_(True)
-    else:
-        net = torchvision_net(name, size, pretrained, weights)
-    return to_one_output(to_one_channel(net))
-
-
 class Classifier(nn.Module):
     "A network for one-channel images in -1..1 that gives the log odds of pneumonia."
 
@@ -62,16 +41,17 @@ class Classifier(nn.Module):
         seed: int = 0,  # of all weights that are not pretrained
     ):
         super().__init__()
-        self.name = one_of(name, NETWORKS, "network")
-        own = name in ("small_cnn", "efficientnet_lite0")
-        self.mean, self.std = (0.0, 1.0) if own else (0.449, 0.226)  # ImageNet's, grey
+        network = find_network(name, to_learn=True)
+        self.name = name
+        self.normalize = network.normalize
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.net = _network(name, size, pretrained, weights or None)
+            self.net = network.classifier(size, pretrained, weights or None)
 
     def forward(self, x):  # (B, 1, S, S) -> (B,)
-        if self.std != 1:
-            x = ((x + 1) / 2 - self.mean) / self.std
+        if self.normalize:
+            mean, std = self.normalize
+            x = ((x + 1) / 2 - mean) / std
         return self.net(x).squeeze(1)
 
 # %% ../../nbs/classify/finetune.ipynb #b41c69e2
@@ -296,10 +276,10 @@ def load_network(
             f"{path} cannot be read as weights ({type(e).__name__}).\n"
             "Make it again with --experiments.save-models."
         ) from e
-    if found != name:
+    if network_key(found) != network_key(name):
         raise CxrError(
             f"{path} holds the weights of {found}, not of {name}.\n"
             f"Name the right file, or choose its network: --experiments.network {found}"
         )
-    model = load_all_weights(Classifier(name, size, pretrained=False), state, path, name)
+    model = fill_weights(Classifier(name, size, pretrained=False), state, path, name)
     return model.to(memory_format=torch.channels_last).eval()

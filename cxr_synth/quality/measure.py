@@ -22,7 +22,7 @@ from ..base.files import CxrError, null_for_nan
 from ..base.records import Study
 from ..base.settings import CLASSES, QualityConfig
 from ..images.features import extract_features, features_key, resize_rule
-from ..images.networks import BACKBONES, LoadedNetwork, load_backbone
+from ..images.networks import LoadedNetwork, NETWORKS, load_backbone
 from ..images.study_images import load_images, load_synthetic, split_rows, training_rows
 from cxr_synth.quality.copies import (
     CopyReport,
@@ -330,7 +330,7 @@ def reading_note(
 ) -> str:  # empty for most metrics
     "What a reader must know to read the number at all."
     n = row["n_synthetic"]
-    dim = BACKBONES[row["extractor"]].dim if row["extractor"] in BACKBONES else 0
+    dim = NETWORKS[row["extractor"]].width if row["extractor"] in NETWORKS else 0
     if row["metric"] in ("fd", "fid") and n < dim:
         return f" {n} IMAGES IN {dim:,} DIMENSIONS: mostly sample size, read it only against the floor."
     if row["metric"] == "coverage":

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from ..base.files import CxrError, read_json, write_csv, write_json
 from ..base.records import Study, open_stage
 from ..base.settings import CLASSES, QualityConfig, is_scratch
-from ..images.networks import BACKBONES
+from ..images.networks import find_network
 from ..quality.copies import plot_copies, plot_pairs
 from ..quality.figures import comparison_grid, plot_bars, plot_map, save_quality_figure
 from cxr_synth.quality.measure import (
@@ -138,7 +138,7 @@ def measure_generator(
     doubles = int((suite.pool.duplicate_group.fillna("") != "")[~suite.unseen(generator)].sum())
     return dict(
         other_class=other,
-        warning=low_n_warning(n, BACKBONES[suite.cfg.extractor].dim),
+        warning=low_n_warning(n, find_network(suite.cfg.extractor).width),
         copies={c: copy_facts(r, doubles) for c, r in reports.items()},
     )
 
