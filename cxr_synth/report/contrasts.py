@@ -28,7 +28,7 @@ from cxr_synth.stats.intervals import (
     holm,
     interval_word,
     remarks,
-    summarise,
+    paired_interval,
 )
 from ..stats.power import STUDY_SIZES, detectable_difference
 
@@ -256,7 +256,7 @@ def other_metrics(
     )
     df = min(pair[0].pairs.sizes) - 1
     rows = {
-        m: summarise(100 * (a[m][0] - b[m][0]), (100 * (a[m][1] - b[m][1])).var(ddof=1), df)
+        m: paired_interval(100 * (a[m][0] - b[m][0]), (100 * (a[m][1] - b[m][1])).var(ddof=1), df)
         for m in OTHER_METRICS
     }
     return {m: {k: r[k] for k in ("estimate", "low", "high")} for m, r in rows.items()}

@@ -15,10 +15,11 @@ from scipy import stats
 from ..base.compute import seed_for
 
 # %% ../../nbs/stats/simulate.ipynb #5cd53165
-def separation_for(auroc):
-    return np.sqrt(2) * stats.norm.ppf(
-        auroc
-    )  # distance of the two classes' scores for a true AUROC
+def separation_for(
+    auroc: float,  # true AUROC, 0-1
+) -> float:
+    "How far apart the two classes' scores must lie."
+    return np.sqrt(2) * stats.norm.ppf(auroc)
 
 
 def make_patients(
@@ -27,44 +28,39 @@ def make_patients(
     start: int = 0,  # number of the first patient
 ):  # patients (n,), labels (n,)
     "One entry per image: patient and label; one to three images a patient."
-    rows = [
-        (f"p{start + p:04d}", label)
-        for label in (0, 1)
-        for p in range(label * per_class, (label + 1) * per_class)
-        for _ in range(rng.integers(1, 4))
-    ]
-    return np.array([r[0] for r in rows]), np.array([r[1] for r in rows])
+    rows = []
+    for label in (0, 1):
+        for p in range(label * per_class, (label + 1) * per_class):
+            rows += int(rng.integers(1, 4)) * [(f"p{start + p:04d}", label)]
+    patients, labels = zip(*rows)
+    return np.array(patients), np.array(labels)
 
 # %% ../../nbs/stats/simulate.ipynb #01487008
 def simulate(
-    patients,
-    labels,  # (n,) from `make_patients`
+    patients,  # (n,) from `make_patients`
+    labels,  # (n,) 0 or 1
     aurocs: dict,  # {arm: true AUROC}
-    K: int,
-    S: int,  # replicates, seeds
+    K: int,  # replicates
+    S: int,  # seeds
     rng,  # numpy Generator
-    sd_rep: float = 0.0,
-    sd_seed: float = 0.0,  # standard deviation of the effects, in units of mu, on all arms but `real`
+    sd_rep: float = 0.0,  # spread of the replicates, in units of mu, on all arms but `real`
+    sd_seed: float = 0.0,  # spread of the seeds
     share=(
         0.3,
         0.6,
         0.07,
-    ),  # parts of a score's variance: patient, image, image within the arm; the rest is noise of one run
+    ),  # of a score's variance: patient, image, image in the arm; the rest is the run's
 ) -> dict:  # {arm: probabilities (K, S, n)}
     "Probabilities of made-up runs whose true AUROC is known."
     _, who = np.unique(patients, return_inverse=True)
-    common = np.sqrt(share[0]) * rng.normal(size=who.max() + 1)[who] + np.sqrt(
-        share[1]
-    ) * rng.normal(size=len(labels))
+    n = len(labels)
+    by_patient, by_image, by_arm, by_run = np.sqrt([*share, 1 - sum(share)])
+    common = by_patient * rng.normal(size=who.max() + 1)[who] + by_image * rng.normal(size=n)
     out = {}
     for arm, auroc in aurocs.items():
-        on = float(not arm.startswith("real"))
-        mu = separation_for(auroc) + on * (
-            sd_rep * rng.normal(size=(K, 1, 1)) + sd_seed * rng.normal(size=(1, S, 1))
-        )
-        own = np.sqrt(share[2]) * rng.normal(size=len(labels)) + np.sqrt(
-            1 - sum(share)
-        ) * rng.normal(size=(K, S, len(labels)))
+        lucky = sd_rep * rng.normal(size=(K, 1, 1)) + sd_seed * rng.normal(size=(1, S, 1))
+        mu = separation_for(auroc) + (0 if arm.startswith("real") else lucky)
+        own = by_arm * rng.normal(size=n) + by_run * rng.normal(size=(K, S, n))
         out[arm] = 1 / (1 + np.exp(-1.6 * (common + own + labels * mu - mu / 2)))
     return out
 
@@ -81,7 +77,8 @@ class Scenario:
     patients: int  # in the smaller class
 
     def __str__(self):
-        return f"{self.replicates}x{self.seeds}; {self.sd_rep:g} / {self.sd_seed:g} / {self.se_patients:g}"
+        spreads = f"{self.sd_rep:g} / {self.sd_seed:g} / {self.se_patients:g}"
+        return f"{self.replicates}x{self.seeds}; {spreads}"
 
 
 SCENARIOS = (
@@ -115,22 +112,36 @@ def linear_t(
     studies,  # from `linear_studies`
 ):  # low (n,), high (n,)
     "The interval of `t_interval`, for many studies at once."
-    rep, seed, error, v_p = studies
+    replicates, seeds, error, v_patients = studies
     v = np.stack(
-        [v_p, rep.var(axis=1, ddof=1) / sc.replicates, seed.var(axis=1, ddof=1) / sc.seeds]
+        [
+            v_patients,
+            replicates.var(axis=1, ddof=1) / sc.replicates,
+            seeds.var(axis=1, ddof=1) / sc.seeds,
+        ]
     )
-    df = v.sum(0) ** 2 / (
-        v**2 / np.array([[sc.patients - 1], [sc.replicates - 1], [sc.seeds - 1]])
-    ).sum(0)
-    mid, half = error + rep.mean(1) + seed.mean(1), stats.t.ppf(0.975, df) * np.sqrt(v.sum(0))
-    return mid - half, mid + half
+    dfs = np.array([[sc.patients - 1], [sc.replicates - 1], [sc.seeds - 1]])
+    df = v.sum(0) ** 2 / (v**2 / dfs).sum(0)
+    middle = error + replicates.mean(1) + seeds.mean(1)
+    half = stats.t.ppf(0.975, df) * np.sqrt(v.sum(0))
+    return middle - half, middle + half
 
 # %% ../../nbs/stats/simulate.ipynb #4ec109d4
-def linear_patients(sc, studies):
-    "Normal interval from the patients alone: low (n,), high (n,)."
-    rep, seed, error, v_p = studies
-    mid, half = error + rep.mean(1) + seed.mean(1), 1.96 * np.sqrt(v_p)
-    return mid - half, mid + half
+def linear_patients(
+    sc: Scenario,  # kind of study
+    studies,  # from `linear_studies`
+):  # low (n,), high (n,)
+    "Normal interval from the patients alone."
+    replicates, seeds, error, v_patients = studies
+    middle, half = error + replicates.mean(1) + seeds.mean(1), 1.96 * np.sqrt(v_patients)
+    return middle - half, middle + half
+
+
+def _drawn_means(x, draws, rng):
+    "Means of x (n, levels) over `draws` resamples of its levels: (n, draws)."
+    n, levels = x.shape
+    drawn = np.take_along_axis(x, rng.integers(levels, size=(n, draws * levels)), 1)
+    return drawn.reshape(n, draws, levels).mean(2)
 
 
 def linear_crossed(
@@ -140,27 +151,20 @@ def linear_crossed(
     draws: int = 1000,  # resamples a study
 ):  # low (n,), high (n,)
     "Percentile interval of the crossed bootstrap: patients, replicates and seeds drawn together."
-    mean_of = lambda x: (
-        np.take_along_axis(x, rng.integers(x.shape[1], size=(len(x), draws * x.shape[1])), 1)
-        .reshape(len(x), draws, -1)
-        .mean(2)
-    )
     out = []
-    for at in range(0, len(studies[2]), 100):
-        rep, seed, error, v_p = (x[at : at + 100] for x in studies)
-        means = (
-            (error[:, None] + np.sqrt(v_p)[:, None] * rng.normal(size=(len(error), draws)))
-            + mean_of(rep)
-            + mean_of(seed)
-        )
+    for start in range(0, len(studies[2]), 100):
+        replicates, seeds, error, v_patients = (x[start : start + 100] for x in studies)
+        noise = rng.normal(size=(len(error), draws))
+        means = error[:, None] + np.sqrt(v_patients)[:, None] * noise
+        means = means + _drawn_means(replicates, draws, rng) + _drawn_means(seeds, draws, rng)
         out.append(np.percentile(means, [2.5, 97.5], axis=1))
     return np.concatenate(out, axis=1)
 
 # %% ../../nbs/stats/simulate.ipynb #2f5c9f68
 INTERVAL_METHODS = {
-    "t, three sources": lambda sc, st, rng: linear_t(sc, st),
+    "t, three sources": lambda sc, studies, rng: linear_t(sc, studies),
     "crossed bootstrap": linear_crossed,
-    "patients only": lambda sc, st, rng: linear_patients(sc, st),
+    "patients only": lambda sc, studies, rng: linear_patients(sc, studies),
 }
 
 
@@ -173,7 +177,8 @@ def linear_coverage(
     "How often intervals hold the truth, and how often they lie above it."
     studies = linear_studies(sc, n, np.random.default_rng(seed_for(seed, "linear", str(sc))))
     out = {}
-    for name, f in methods.items():
-        low, high = f(sc, studies, np.random.default_rng(seed_for(seed, name)))
-        out[name] = 100 * float(((low <= 0) & (high >= 0)).mean()), 100 * float((low > 0).mean())
+    for name, method in methods.items():
+        low, high = method(sc, studies, np.random.default_rng(seed_for(seed, name)))
+        held, above = (low <= 0) & (high >= 0), low > 0
+        out[name] = 100 * float(held.mean()), 100 * float(above.mean())
     return out
