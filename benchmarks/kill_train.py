@@ -66,7 +66,7 @@ def contents(out):
 def context():
     "Children start from a server that has imported the library once."
     ctx = multiprocessing.get_context("forkserver")
-    ctx.set_forkserver_preload(["cxr_synth.dreambooth"])
+    ctx.set_forkserver_preload(["cxr_synth.diffusion.dreambooth"])
     return ctx
 
 

@@ -1,12 +1,14 @@
-"What a notebook cannot show: the Hub's cache, and a pipeline whose autoencoder has no posterior."
+"Beside the notebooks: the Hub's cache, an autoencoder without posterior, what is refused and why."
 
 import json, shutil
-import huggingface_hub, pytest, torch
+import huggingface_hub, numpy as np, pytest, torch
 from diffusers import AutoencoderTiny
 from cxr_synth.base.files import CxrError
 from cxr_synth.base.settings import PROMPTS, TrainConfig
+from cxr_synth.diffusion.families import FAMILIES, find_family, known_parts
 from cxr_synth.diffusion.hub import check_source, source_hashes
-from cxr_synth.diffusion.pipelines import load_pipeline, save_pipeline
+from cxr_synth.diffusion.lora import LORA_FILE, add_lora, base_signature, check_lora, load_lora
+from cxr_synth.diffusion.pipelines import load_pipeline, round_trip, save_pipeline
 from cxr_synth.diffusion.preflight import preflight
 from cxr_synth.diffusion.small_pipeline import tiny_pipeline
 
@@ -49,11 +51,8 @@ def test_hub_cache(tmp_path, monkeypatch):
     for a, b in zip(loaded.unet.parameters(), pipe.unet.parameters()):
         assert torch.equal(a, b)
     assert "Stable Diffusion XL" in said(check_source, "me/xl")
-    assert check_source(
-        "me/half", None, True
-    ).where == "me/half" and "cannot load the model me/half" in said(
-        load_pipeline, "me/half"
-    )  # only configuration there
+    assert check_source("me/half", None, True).where == "me/half"  # only configuration there
+    assert "cannot load the model me/half" in said(load_pipeline, "me/half")
     for source, revision in (("me/gone", None), ("me/mini", "no-such-branch")):
         message = said(check_source, source, revision)
         assert "not on this machine" in message and "sd21-base" in message
@@ -74,6 +73,8 @@ def test_autoencoder_without_posterior(tmp_path):
     save_pipeline(pipe, tmp_path / "base")
     loaded = load_pipeline(tmp_path / "base")
     assert type(loaded.vae).__name__ == "AutoencoderTiny" and loaded.vae_scale_factor == 4
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32), dtype=np.uint8)
+    assert round_trip(loaded.vae, images).shape == images.shape
     need = preflight(TrainConfig(base=str(tmp_path / "base"), train_batch_size=2), 32)
     assert 0 < need["memory"]["activations"] < 1 and need["disk"]["download"] == 0
 
@@ -92,3 +93,125 @@ def test_inpainting_and_pickles_are_refused(tmp_path):
     weights.unlink()
     with pytest.raises(CxrError, match=r"lacks unet/\*\.safetensors"):
         load_pipeline(tmp_path / "base")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    pipe = tiny_pipeline(root / "tok", PROMPTS.values(), 32)
+    save_pipeline(pipe, root / "base")
+    return root / "base"
+
+
+@pytest.fixture(scope="module")
+def pipe(base):
+    return load_pipeline(base)
+
+
+@pytest.mark.parametrize(
+    "kind, extra, name",
+    [
+        ("StableDiffusionXLPipeline", {}, "Stable Diffusion XL"),
+        ("StableDiffusionXLImg2ImgPipeline", {}, "Stable Diffusion XL"),
+        ("StableDiffusion3Pipeline", {}, "Stable Diffusion 3"),
+        ("FluxPipeline", {}, "FLUX"),
+        ("FooPipeline", {}, r"another family \(FooPipeline\)"),
+        ("StableDiffusionPipeline", {"text_encoder_2": []}, "another family"),
+        ("StableDiffusionPipeline", {"transformer": []}, "another family"),
+    ],
+)
+def test_other_families_are_refused(kind, extra, name):
+    with pytest.raises(CxrError, match=f"mine is a pipeline of {name}.*Stable Diffusion 1 and 2"):
+        find_family({"_class_name": kind} | extra, "mine")
+
+
+@pytest.mark.parametrize("kind", ["StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"])
+def test_the_family(kind):
+    assert find_family({"_class_name": kind}, "mine") is FAMILIES["Stable Diffusion"]
+
+
+@pytest.mark.parametrize("name", ["sd-of-next-year", "tiny", "laptop"])
+def test_sizes_are_known_for_downloaded_bases_only(name):
+    with pytest.raises(CxrError, match="Allowed: sd21-base, sd15"):
+        known_parts(name)
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("no/where/at/all", "neither a folder that exists nor a Hub id"),
+        ("nowhere", "neither a folder that exists nor a Hub id"),
+        ("tiny", "trains it from nothing"),
+        ("laptop", "trains it from nothing"),
+        ("runwayml/stable-diffusion-v1-5", "left the Hub.*\n.*sd15"),
+        ("tokenizer", "no model_index.json"),
+    ],
+)
+def test_sources_that_are_none(base, source, message):
+    source = base / source if source == "tokenizer" else source
+    with pytest.raises(CxrError, match=message):
+        check_source(source, local_files_only=True)
+
+
+def test_a_folder_wins_over_a_name(base, tmp_path, monkeypatch):
+    "A local copy is used even if its path reads like a Hub id that has gone, or like a base's name."
+    monkeypatch.chdir(tmp_path)
+    for name in ("stabilityai/stable-diffusion-2-1-base", "sd15"):
+        shutil.copytree(base, name)
+        assert check_source(name).where == name
+
+
+@pytest.mark.parametrize(
+    "request_, message",
+    [
+        (dict(rank=0), "rank 0 is not possible"),
+        (dict(rank=1.5), "rank 1.5 is not possible"),
+        (dict(rank=4, alpha=0), "alpha 0 is not possible"),
+        (dict(rank=4, targets=["to_q", "to_kk"]), "no layer is called to_kk"),
+    ],
+)
+def test_loras_that_are_impossible(pipe, request_, message):
+    with pytest.raises(CxrError, match=message):
+        add_lora(pipe.unet, None, **request_)
+
+
+@pytest.mark.parametrize(
+    "state, facts, message",
+    [
+        (
+            {"text_encoder.block.9.q_proj.lora.down.weight": (4, 64)},
+            {},
+            "no layer .* text_encoder.block.9",
+        ),
+        ({"vae.conv.lora.down.weight": (4, 64)}, {}, "no layer of this pipeline takes up vae.conv"),
+        (
+            {"unet.mid_block.attentions.0.proj_in.lora.down.weight": (4, 9, 1, 1)},
+            {},
+            "is for 9 inputs",
+        ),
+        ({}, dict(parts=["text_encoder"]), "should hold LoRA weights of the text_encoder"),
+        (
+            {},
+            dict(signature=[0.5] * 16, base="another"),
+            "is a LoRA for another; the weights .* are others",
+        ),
+    ],
+)
+def test_loras_that_do_not_belong(pipe, state, facts, message):
+    weights = {name: torch.zeros(shape) for name, shape in state.items()}
+    if facts:
+        facts = dict(signature=base_signature(pipe.unet)) | facts
+    with pytest.raises(CxrError, match=message):
+        check_lora(pipe, weights, facts, "lora")
+
+
+def test_a_second_lora_is_refused(base, tmp_path):
+    pipe = load_pipeline(base)
+    with pytest.raises(CxrError, match=f"has no {LORA_FILE}"):
+        load_lora(pipe, base)
+    add_lora(pipe.unet, None, rank=2)
+    with pytest.raises(CxrError, match="carries a LoRA already"):
+        add_lora(pipe.unet, None, rank=2)
+    (tmp_path / LORA_FILE).write_bytes(b"")
+    with pytest.raises(CxrError, match="carries a LoRA already"):
+        load_lora(pipe, tmp_path)

@@ -1,15 +1,17 @@
-"The tokenizer is built from a word list: two processes must write the same bytes, and two prompts must differ."
+"The tokenizer is built from a word list: two processes write the same bytes, and two prompts differ."
 
 import os, subprocess, sys
 
 CODE = """
 import hashlib, sys
 from pathlib import Path
-from cxr_synth.core import PROMPTS
-from cxr_synth.tiny import write_tokenizer
+from cxr_synth.base.settings import PROMPTS
+from cxr_synth.diffusion.small_pipeline import write_tokenizer
 tok = write_tokenizer(sys.argv[1], PROMPTS.values())
-for name in ("vocab.json", "merges.txt"): print(hashlib.sha256(Path(sys.argv[1], name).read_bytes()).hexdigest())
-for prompt in PROMPTS.values(): print(tok(prompt).input_ids)
+for name in ("vocab.json", "merges.txt"):
+    print(hashlib.sha256(Path(sys.argv[1], name).read_bytes()).hexdigest())
+for prompt in PROMPTS.values():
+    print(tok(prompt).input_ids)
 """
 
 

@@ -7,7 +7,7 @@ __all__ = ['RENAMED_ON_HUB', 'download_failure', 'PipelineSource', 'hub_configs'
 
 # %% ../../nbs/diffusion/hub.ipynb #4fd985e8
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -22,41 +22,40 @@ from huggingface_hub.errors import (
 from ..base.files import CxrError, digest_file, read_json
 from ..base.settings import BASES, is_scratch
 from cxr_synth.diffusion.families import (
-    PIPELINE_PARTS,
+    Family,
     allowed_sources,
-    check_family,
     check_fit,
     check_parts,
+    find_family,
 )
 from .lora import LORA_FILE, lora_base
 
 # %% ../../nbs/diffusion/hub.ipynb #21298183
 RENAMED_ON_HUB = {gone: name for name, base in BASES.items() for gone in base.former}
+_HUB_ERRORS = (  # what huggingface_hub raises, and what it means
+    (GatedRepoError, "its owner asks you to accept a licence on its page and to log in"),
+    (
+        RepositoryNotFoundError,
+        "there is no public model of this name: misspelled, made private, or removed. Logging in will "
+        "hardly help",
+    ),
+    (RevisionNotFoundError, "it has no such revision"),
+    (
+        LocalEntryNotFoundError,
+        "it is not on this machine, and the Hub was not reached (or not asked: HF_HUB_OFFLINE)",
+    ),
+)
 
 
 def download_failure(
     error,  # what huggingface_hub raised
 ) -> str:
     "Why a model could not be had from the Hub, and what would not help."
-    reasons = [
-        (GatedRepoError, "its owner asks you to accept a licence on its page and to log in"),
-        (
-            RepositoryNotFoundError,
-            (
-                "there is no public model of this name: misspelled, made private, or removed. Logging "
-                "in will hardly help"
-            ),
-        ),
-        (RevisionNotFoundError, "it has no such revision"),
-        (
-            LocalEntryNotFoundError,
-            "it is not on this machine, and the Hub was not reached (or not asked: HF_HUB_OFFLINE)",
-        ),
-    ]
-    return next(
-        (why for kind, why in reasons if isinstance(error, kind)),
-        str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__,
-    )
+    for kind, why in _HUB_ERRORS:
+        if isinstance(error, kind):
+            return why
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__
 
 # %% ../../nbs/diffusion/hub.ipynb #11f70665
 @dataclass(frozen=True)
@@ -66,6 +65,7 @@ class PipelineSource:
     where: str  # folder or Hub id
     revision: str | None  # commit on the Hub; None for a folder
     folder: Path  # with at least the configuration of the parts
+    family: Family  # what kind of pipeline it is
     lora: Path | None = None  # LoRA folder to apply on top
 
 
@@ -74,24 +74,52 @@ def hub_configs(
     revision=None,  # branch, tag or commit; None for main
     local_files_only=None,  # True: only what was downloaded before
 ) -> Path:  # snapshot folder, whose name is the commit
-    "Download a pipeline's configuration and tokenizer, about a megabyte; raises `CxrError` that says why it cannot."
-    patterns = ["model_index.json", "*/*config.json", "tokenizer/*"]
+    "Download a pipeline's configuration and tokenizer, a megabyte; raises `CxrError` saying why it cannot."
     try:
-        return Path(
-            snapshot_download(
-                repo,
-                revision=revision,
-                local_files_only=bool(local_files_only),
-                allow_patterns=patterns,
-            )
+        folder = snapshot_download(
+            repo,
+            revision=revision,
+            local_files_only=bool(local_files_only),
+            allow_patterns=["model_index.json", "*/*config.json", "tokenizer/*"],
         )
     except (HfHubHTTPError, OSError, ValueError) as e:
+        version = f" at {revision}" if revision else ""
         raise CxrError(
-            f"cannot load {repo}{f' at {revision}' if revision else ''}: {download_failure(e)}.\n"
-            f"{allowed_sources()}"
+            f"cannot load {repo}{version}: {download_failure(e)}.\n{allowed_sources()}"
         ) from e
+    return Path(folder)
 
 # %% ../../nbs/diffusion/hub.ipynb #bd3db043
+def _hub_id(name: str) -> str:  # what the user named, which is no folder
+    "The Hub id that a name stands for; raises `CxrError` for names that stand for none."
+    if name in RENAMED_ON_HUB:
+        known = RENAMED_ON_HUB[name]
+        raise CxrError(f"{name} left the Hub.\nUse {known}, its public mirror {BASES[known].repo}.")
+    if is_scratch(name):
+        raise CxrError(
+            f"{name} is no model to load: the train stage trains it from nothing, inside a study.\n"
+            f"{allowed_sources()}"
+        )
+    repo = BASES[name].repo if name in BASES else name
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise CxrError(f"{name} is neither a folder that exists nor a Hub id.\n{allowed_sources()}")
+    return repo
+
+
+def _check_folder(
+    folder: Path,  # with a pipeline, or with its configuration
+    name: str,  # how the user knows it
+    weights: bool,  # the weights must be there too
+) -> Family:
+    "Whether a folder holds a pipeline that can be trained; raises `CxrError` if not."
+    if not (folder / "model_index.json").is_file():
+        raise CxrError(f"{name} is no pipeline: it has no model_index.json.\n{allowed_sources()}")
+    family = find_family(read_json(folder / "model_index.json"), name)
+    check_parts(folder, family, weights)
+    check_fit(folder, family)
+    return family
+
+# %% ../../nbs/diffusion/hub.ipynb #51d8f3b7
 def check_source(
     source,  # folder, Hub id, name in `BASES`, or LoRA folder
     revision=None,  # Hub only: branch, tag or commit; None for main
@@ -99,48 +127,25 @@ def check_source(
 ) -> PipelineSource:
     "Check a pipeline before its weights are read or downloaded; raises `CxrError` that says what is wrong."
     name, folder = str(source), Path(source)
-    if name in RENAMED_ON_HUB:
-        raise CxrError(
-            f"{name} left the Hub.\n"
-            f"Use {RENAMED_ON_HUB[name]}, its public mirror {BASES[RENAMED_ON_HUB[name]].repo}."
-        )
     if (folder / "lora.json").is_file():
-        base = check_source(*lora_base(folder), local_files_only)
-        return PipelineSource(base.where, base.revision, base.folder, folder)
-    if is_scratch(name) and not folder.is_dir():
-        raise CxrError(
-            f"{name} is no model to load: the train stage trains it from nothing, inside a "
-            "study.\n"
-            f"{allowed_sources()}"
-        )
-    is_folder, repo = folder.is_dir(), BASES[name].repo if name in BASES else name
-    if not is_folder:
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-            raise CxrError(
-                f"{name} is neither a folder that exists nor a Hub id.\n{allowed_sources()}"
-            )
-        folder = hub_configs(repo, revision, local_files_only)
-    if not (folder / "model_index.json").is_file():
-        raise CxrError(f"{name} is no pipeline: it has no model_index.json.\n{allowed_sources()}")
-    check_family(read_json(folder / "model_index.json"), name)
-    check_parts(folder, weights=is_folder)
-    check_fit(folder)
-    return (
-        PipelineSource(str(folder), None, folder)
-        if is_folder
-        else PipelineSource(repo, folder.name, folder)
-    )
+        base, base_revision = lora_base(folder)
+        return replace(check_source(base, base_revision, local_files_only), lora=folder)
+    if folder.is_dir():
+        return PipelineSource(name, None, folder, _check_folder(folder, name, weights=True))
+    repo = _hub_id(name)
+    folder = hub_configs(repo, revision, local_files_only)
+    family = _check_folder(folder, name, weights=False)
+    return PipelineSource(repo, folder.name, folder, family)
 
 # %% ../../nbs/diffusion/hub.ipynb #0295a093
 def source_hashes(
     source: PipelineSource,  # of a pipeline that has been loaded
 ) -> dict:  # relative path -> SHA-256
     "SHA-256 of every file of a pipeline's parts, and of the LoRA if there is one."
-    wanted = [
-        source.folder / "model_index.json",
-        *(p for part in PIPELINE_PARTS for p in sorted((source.folder / part).iterdir())),
-    ]
-    lora = [source.lora / LORA_FILE] if source.lora else []
-    return {
-        p.relative_to(source.folder).as_posix(): digest_file(p) for p in wanted if p.is_file()
-    } | {p.name: digest_file(p) for p in lora}
+    files = [source.folder / "model_index.json"]
+    for part in source.family.parts:
+        files += sorted((source.folder / part).iterdir())
+    hashes = {p.relative_to(source.folder).as_posix(): digest_file(p) for p in files if p.is_file()}
+    if source.lora:
+        hashes[LORA_FILE] = digest_file(source.lora / LORA_FILE)
+    return hashes

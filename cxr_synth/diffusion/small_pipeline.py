@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['load_dtype', 'byte_letters', 'spell', 'word_vocabulary', 'write_tokenizer', 'tiny_text_encoder', 'vae_channels',
            'tiny_vae', 'tiny_unet', 'to_device', 'tiny_pipeline', 'to_pixels', 'vae_loss', 'train_vae',
-           'encode_latents', 'decode_latents', 'denoise_steps']
+           'latent_posterior', 'encode_latents', 'decode_latents', 'denoise_steps']
 
 # %% ../../nbs/diffusion/small_pipeline.ipynb #603375be
 import json
@@ -280,32 +280,42 @@ def train_vae(
     return log
 
 # %% ../../nbs/diffusion/small_pipeline.ipynb #9168f5ea
+def latent_posterior(
+    vae,  # AutoencoderKL or AutoencoderTiny
+    pixels: torch.Tensor,  # (B, 3, S, S) in [-1, 1]
+) -> tuple[torch.Tensor, torch.Tensor]:  # mean and spread, each (B, 4, s, s)
+    "What the encoder says of images; the spread is 0 where it has no posterior."
+    out = vae.encode(pixels)
+    if hasattr(out, "latent_dist"):
+        return out.latent_dist.mean, out.latent_dist.std
+    return out.latents, torch.zeros_like(out.latents)
+
+
 @torch.inference_mode()
 def encode_latents(
-    vae: AutoencoderKL,  # the frozen network
+    vae,  # the frozen network
     images: np.ndarray,  # (N, S, S) uint8
     device: str = "cpu",  # where
-) -> tuple[torch.Tensor, torch.Tensor]:  # mean and spread, each (N, 4, s, s), on the CPU
+) -> tuple[torch.Tensor, torch.Tensor]:  # mean and spread, each (N, 4, s, s), float32 on the CPU
     "Posterior mean and standard deviation of every image's latent; a pass takes about a million pixels."
     batch = max(1, min(64, 2**20 // images[0].size))
-    means = []
-    stds = []
+    means, stds = [], []
     for i in range(0, len(images), batch):
-        out = vae.encode(to_pixels(images[i : i + batch]).to(device, vae.dtype))
-        q = getattr(out, "latent_dist", None)
-        means.append((q.mean if q else out.latents).float().cpu())
-        stds.append(q.std.float().cpu() if q else torch.zeros_like(means[-1]))
+        pixels = to_pixels(images[i : i + batch]).to(device, vae.dtype)
+        mean, std = latent_posterior(vae, pixels)
+        means.append(mean.float().cpu())
+        stds.append(std.float().cpu())
     return torch.cat(means), torch.cat(stds)
 
 
 @torch.inference_mode()
 def decode_latents(
-    vae: AutoencoderKL,  # the frozen network
+    vae,  # the frozen network
     latents: torch.Tensor,  # (N, 4, s, s), unscaled
 ) -> np.ndarray:  # (N, S, S) uint8
     "Latents back to grey bytes."
-    y = vae.decode(latents).sample.mean(1)
-    return y.add(1).mul(127.5).round().clamp(0, 255).byte().cpu().numpy()
+    grey = vae.decode(latents).sample.mean(1)
+    return grey.add(1).mul(127.5).round().clamp(0, 255).byte().cpu().numpy()
 
 # %% ../../nbs/diffusion/small_pipeline.ipynb #ad49e9cb
 @torch.no_grad()
