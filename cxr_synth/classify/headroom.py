@@ -39,9 +39,9 @@ def _read_draw(
     C: float,  # regularisation
 ):  # AUROC, and how much each image pulls it from its mean
     "Train `real` on one draw of patients and judge it on the internal ones."
-    features = store.view(0)[[store.at[i] for i in rows.image_id]]
+    features = store.unaltered(rows.image_id)
     probe = fit_probe(features, rows.label, balanced_weights(rows.label, len(rows)), C)
-    prob = predict_probe(probe, store.unaltered(held, "internal"))
+    prob = predict_probe(probe, store.unaltered(held.image_id))
     sick = held.label.to_numpy() == 1
     return fold_auc(sick, prob, np.zeros(len(sick)))
 
@@ -59,7 +59,7 @@ def read_real(
         rows = training_rows(store.study, fraction, k)
         assert_disjoint(rows, held)
         if not C:
-            features = store.view(0)[[store.at[i] for i in rows.image_id]]
+            features = store.unaltered(rows.image_id)
             C = choose_C(features, rows.label, rows.patient_id, seed_for(store.seed, "C", fraction))
         auc, pull = _read_draw(store, rows, held, C)
         aucs.append(auc)
