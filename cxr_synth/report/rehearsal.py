@@ -233,7 +233,7 @@ def rehearse_runs(
     seed: int = 0,  # of all scores
 ):
     "Write runs/ and results.csv; `duplicate` is a copy of `real`, and the test's columns stay empty."
-    plan = read_json(study / "plan.json")
+    plan = load_plan(study)
     rng = np.random.default_rng(seed)
     results = []
     for c in plan.cells:
@@ -312,9 +312,9 @@ def rehearse_heat(
     study: Study,  # with runs
 ):
     "Write heat.npy and heat.csv of the first run of `real` and `mixed`: two cases of each kind on internal, the disease that was drawn as their heat."
-    c = read_json(study / "plan.json")["primary"]
-    for arm in (c["control"], c["arm"]):
-        folder = study / f"runs/{arm}/{generator_name(c['fraction'], 0)}-seed0"
+    c = load_plan(study).primary
+    for arm in (c.control, c.arm):
+        folder = study / f"runs/{arm}/{generator_name(c.fraction, 0)}-seed0"
         maps = []
         rows = []
         cases = draw_cases(
@@ -369,7 +369,7 @@ def rehearse_opening(
     write_json(
         study / "opened.json",
         dict(
-            plan_sha256=read_json(study / "plan.json")["sha256"],
+            plan_sha256=load_plan(study).sha256,
             opened=[dict(date="2026-01-05T00:00:00+00:00", exploratory=exploratory)],
         ),
     )
