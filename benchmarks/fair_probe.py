@@ -50,9 +50,7 @@ def main():
     timed("plan", lambda: stage_plan(study, PlanConfig(tier=a.tier, size=a.size)))
     plan = load_plan(study)
     print(plan_text(plan))
-    if not all(
-        (study / f"synthetic/{g['name']}/metadata.jsonl").exists() for g in plan.generators
-    ):
+    if not all((study / f"synthetic/{g['name']}/metadata.jsonl").exists() for g in plan.generators):
         timed("stand-ins", lambda: stand_ins(study, plan))
     arms = " ".join(x for x in plan.arms if x != "roundtrip")
     cfg = ExperimentsConfig(

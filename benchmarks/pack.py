@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from cxr_synth import share
+from cxr_synth.ship import pack as packing
 from cxr_synth.base.files import digest_file, write_json
 from cxr_synth.base.records import Study
 from cxr_synth.ship.pack import mirror_file, pack, unpack
@@ -41,7 +41,7 @@ def small_study(root):
         )
     (folder / "metadata.jsonl").write_text("".join(lines))
     write_json(root / "study.json", dict(name="small", source="phantom"))
-    return Study(root), share.DEFAULT_PARTS
+    return Study(root), packing.DEFAULT_PARTS
 
 
 def large_study(root):
@@ -52,7 +52,7 @@ def large_study(root):
         for _ in range(args.megabytes):
             f.write(os.urandom(10**6))
     write_json(root / "study.json", dict(name="large", source="phantom"))
-    return Study(root), (*share.DEFAULT_PARTS, "models")
+    return Study(root), (*packing.DEFAULT_PARTS, "models")
 
 
 def hash_all(root):
@@ -64,7 +64,7 @@ def hash_all(root):
 def copy_all(source, target, force):
     subprocess.run(["cp", "-r", source, target], check=True)
     if force:
-        share.force_to_disk(target)
+        packing.force_to_disk(target)
 
 
 def tasks(study, what, work):

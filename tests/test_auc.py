@@ -4,7 +4,10 @@ import json
 
 import numpy as np, pytest
 from sklearn.metrics import roc_auc_score, roc_curve
-from cxr_synth import auc, audit, classifier, contrasts, experiments, metrics
+from cxr_synth.classify import recipes
+from cxr_synth.quality import metrics
+from cxr_synth.report import contrasts
+from cxr_synth.stats import auc
 from cxr_synth.base.files import CxrError, null_for_nan, read_json, write_json
 from cxr_synth.stats.intervals import RunScores
 
@@ -28,8 +31,8 @@ def test_the_report_and_the_runs_use_one_threshold():
     for labels, probs in small_sets():
         table = pd.DataFrame(dict(split="val", label=labels, prob=probs))
         assert (
-            experiments.at_threshold(table)["threshold"]
-            == contrasts.thresholds(labels, probs)["youden"]
+            recipes.at_threshold(table)["threshold"]
+            == auc.three_thresholds(labels, probs)["youden"]
         )
 
 
@@ -49,7 +52,7 @@ def test_thresholds_are_finite_and_as_good_as_any():
 
 
 def test_a_ranking_upside_down_has_a_finite_threshold():
-    found = contrasts.thresholds(np.array([1, 1, 0, 0]), np.array([0.1, 0.2, 0.8, 0.9]))
+    found = auc.three_thresholds(np.array([1, 1, 0, 0]), np.array([0.1, 0.2, 0.8, 0.9]))
     assert found == {"0.5": 0.5, "youden": 0.1, "sens95": 0.1}
 
 
@@ -68,10 +71,9 @@ def test_every_auroc_is_the_same_number():
     for labels, probs in small_sets(100):
         found = {
             auc.auroc(labels, probs),
-            classifier.score(labels, probs)["auroc"],
+            auc.score(labels, probs)["auroc"],
             metrics.auroc(labels, probs),
-            contrasts.auroc(labels, probs),
-            audit.fold_auc(labels == 1, probs, np.zeros(len(labels), int))[0],
+            auc.fold_auc(labels == 1, probs, np.zeros(len(labels), int))[0],
         }
         names = np.arange(len(labels)).astype(str)
         found |= set(
@@ -91,7 +93,7 @@ def test_delong_is_the_formula_over_all_pairs():
         return (np.sign(p[labels == 1][:, None] - p[labels == 0]) + 1) / 2
 
     by_hand = won(first) - won(second)
-    found = contrasts.delong(labels, first, second)
+    found = auc.delong(labels, first, second)
     assert found["difference"] == pytest.approx(by_hand.mean(), abs=1e-12)
     assert found["se"] == pytest.approx(
         np.sqrt(by_hand.mean(1).var(ddof=1) / 20 + by_hand.mean(0).var(ddof=1) / 30), abs=1e-12
@@ -132,8 +134,8 @@ def test_json_holds_finite_numbers(tmp_path, bad):
 
 
 def test_what_was_not_measured_is_shown_as_a_dash():
-    assert [contrasts.num(x) for x in (None, float("nan"), -0.5)] == ["–", "–", "−0.50"]
-    assert [contrasts.pp(x) for x in (None, float("nan"), 1.234, 0.001)] == [
+    assert [contrasts.format_number(x) for x in (None, float("nan"), -0.5)] == ["–", "–", "−0.50"]
+    assert [contrasts.format_pp(x) for x in (None, float("nan"), 1.234, 0.001)] == [
         "–",
         "–",
         "+1.23",

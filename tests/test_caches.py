@@ -5,7 +5,12 @@ import functools
 import numpy as np, pytest, torch
 from PIL import Image
 from torch import nn
-from cxr_synth import features, guide, images, material, metrics, quality, trainer
+from cxr_synth import guide
+from cxr_synth.classify import feature_store
+from cxr_synth.diffusion import trainer
+from cxr_synth.images import features, images
+from cxr_synth.quality import folders as quality_folders
+from cxr_synth.quality import measure, metrics
 from cxr_synth.base.cache import cached, recorded
 from cxr_synth.base.records import Study
 from cxr_synth.base.settings import DataConfig, ExperimentsConfig
@@ -101,7 +106,7 @@ def ask(folders, tmp_path, monkeypatch, **changed):
         guide, "train_classifier", lambda *a, **k: trained.append(1) or train(*a, **k)
     )
     monkeypatch.setattr(
-        guide, "EXPERIMENTS", dict(synth_100=dict(real_ratio=1.0, synthetic_ratio=1.0))
+        guide, "GUIDE_EXPERIMENTS", dict(synth_100=dict(real_ratio=1.0, synthetic_ratio=1.0))
     )
     how = dict(
         num_epochs=1, seeds=(1,), batch_size=4, num_workers=0, size=32, model=Net, device="cpu"
@@ -149,50 +154,50 @@ def test_distances_of_a_shorter_list_of_metrics_are_not_taken(tmp_path, monkeypa
     "A study that was measured before a metric was added."
 
     def ruler():
-        return quality.Ruler(looks(40, 0), np.arange(40), looks(40, 1), 3, cache=tmp_path)
+        return measure.Baseline(looks(40, 0), np.arange(40), looks(40, 1), 3, cache=tmp_path)
 
     whole = ruler().measure(looks(30, 2), 12)
-    assert list(whole) == list(quality.WORSE)
-    few = {k: v for k, v in quality.WORSE.items() if k != "source_auc"}
+    assert list(whole) == list(measure.WORSE_SIDE)
+    few = {k: v for k, v in measure.WORSE_SIDE.items() if k != "source_auc"}
     for p in tmp_path.iterdir():
         p.unlink()
-    monkeypatch.setattr(quality, "WORSE", few)
+    monkeypatch.setattr(measure, "WORSE_SIDE", few)
     assert list(ruler().measure(looks(30, 2), 12)) == list(few)
-    monkeypatch.setattr(quality, "WORSE", few | dict(source_auc="above"))
+    monkeypatch.setattr(measure, "WORSE_SIDE", few | dict(source_auc="above"))
     assert ruler().measure(looks(30, 2), 12) == whole
 
 
 def test_a_corrected_formula_gives_its_own_number(tmp_path, monkeypatch):
     def kid():
-        return quality.Ruler(looks(40, 0), np.arange(40), None, 3, cache=tmp_path).measure(
+        return measure.Baseline(looks(40, 0), np.arange(40), None, 3, cache=tmp_path).measure(
             looks(30, 2), 12
         )["kid"]["value"]
 
-    before, compare = kid(), quality.compare
-    monkeypatch.setattr(quality, "compare", lambda *a: compare(*a) | dict(kid=7.0))
+    before, compare = kid(), measure.compare_features
+    monkeypatch.setattr(measure, "compare_features", lambda *a: compare(*a) | dict(kid=7.0))
     assert kid() == before  # the version says that nothing has changed
     monkeypatch.setattr(
-        quality, "FORMULAS", metrics.FORMULAS | dict(kid=metrics.FORMULAS["kid"] + 1)
+        measure, "FORMULAS", metrics.FORMULAS | dict(kid=metrics.FORMULAS["kid"] + 1)
     )
     assert kid() == 7
 
 
 def test_every_metric_has_a_version():
-    assert set(quality.WORSE) | {"ms_ssim"} == set(metrics.FORMULAS)
+    assert set(measure.WORSE_SIDE) | {"ms_ssim"} == set(metrics.FORMULAS)
 
 
 def test_likeness_of_a_corrected_formula(tmp_path, monkeypatch):
     x = np.random.default_rng(0).integers(0, 256, (8, 32, 32), np.uint8)
 
     def mean():
-        return quality.likeness(x, 8, 8, 2, cache=tmp_path)[0][0]
+        return measure.set_similarity(x, 8, 8, 2, cache=tmp_path)[0][0]
 
     before = mean()
     monkeypatch.setattr(
-        quality, "ms_ssim", lambda images, first, second: np.full(len(first), 0.25, np.float32)
+        measure, "ms_ssim", lambda images, first, second: np.full(len(first), 0.25, np.float32)
     )
     assert mean() == before
-    monkeypatch.setattr(quality, "FORMULAS", metrics.FORMULAS | dict(ms_ssim=99))
+    monkeypatch.setattr(measure, "FORMULAS", metrics.FORMULAS | dict(ms_ssim=99))
     assert mean() == 0.25
 
 
@@ -210,7 +215,9 @@ class Shift(nn.Module):
 def test_activations_of_other_weights_with_the_same_sum(tmp_path):
     paint(tmp_path / "images", 0)
     a, b = (
-        quality.folder_activations(tmp_path / "images", Shift(*w), 2, "cpu", tmp_path / "cache")
+        quality_folders.folder_activations(
+            tmp_path / "images", Shift(*w), 2, "cpu", tmp_path / "cache"
+        )
         for w in ((1.0, 3.0), (2.0, 2.0))
     )
     assert np.allclose(a[:, 1], 3 * a[:, 0]) and np.allclose(b[:, 1], b[:, 0])
@@ -252,13 +259,13 @@ def test_latents_of_other_weights_and_other_images(tmp_path):
 
 def test_features_of_another_version(tmp_path, monkeypatch):
     x = np.random.default_rng(0).integers(0, 256, (3, 32, 32), np.uint8)
-    before = features.extract(x, size=32, cache=tmp_path)
+    before = features.extract_features(x, size=32, cache=tmp_path)
     monkeypatch.setattr(
         features, "compute_features", lambda images, *a: np.zeros((len(images), 2), np.float32)
     )
-    assert (features.extract(x, size=32, cache=tmp_path) == before).all()
+    assert (features.extract_features(x, size=32, cache=tmp_path) == before).all()
     monkeypatch.setattr(features, "FEATURES_VERSION", 99)
-    assert features.extract(x, size=32, cache=tmp_path).shape == (3, 2)
+    assert features.extract_features(x, size=32, cache=tmp_path).shape == (3, 2)
 
 
 @pytest.mark.parametrize("damaged", ["*.npy", "*.json"])
@@ -288,13 +295,15 @@ def study(tmp_path_factory):
 
 
 def pixels_store(study):
-    return material.Store(study, ExperimentsConfig(method="finetune", size=32), 0, "cpu")
+    return feature_store.RealFeatures(
+        study, ExperimentsConfig(method="finetune", size=32), 0, "cpu"
+    )
 
 
 def test_views_of_another_augmentation(study, monkeypatch):
     before = np.array(pixels_store(study).view(1))
     monkeypatch.setitem(
-        material.ALTERATIONS, "gentle", dict(turn=90, shift=0.3, zoom=(0.5, 0.6), contrast=0.5)
+        feature_store.ALTERATIONS, "gentle", dict(turn=90, shift=0.3, zoom=(0.5, 0.6), contrast=0.5)
     )
     assert (np.array(pixels_store(study).view(1)) != before).any()
 
@@ -312,12 +321,12 @@ def test_round_trip_of_a_generator_trained_anew(study, tmp_path, monkeypatch):
     "The inputs of the training are the same, its settings or seed are not, and so the autoencoder is another."
     model = study / "models/real050-rep0/normal"
     (model / "vae").mkdir(parents=True)
-    monkeypatch.setattr(material, "model_of", lambda *a: (model, None, []))
+    monkeypatch.setattr(feature_store, "model_of", lambda *a: (model, None, []))
     monkeypatch.setattr(
-        material, "load_pipeline", lambda *a, **k: type("Pipe", (), dict(vae=None))()
+        feature_store, "load_pipeline", lambda *a, **k: type("Pipe", (), dict(vae=None))()
     )
     monkeypatch.setattr(
-        material,
+        feature_store,
         "round_trip",
         lambda vae, x, desc: np.full_like(x, int((model / "vae/w.safetensors").read_text())),
     )
@@ -327,7 +336,7 @@ def test_round_trip_of_a_generator_trained_anew(study, tmp_path, monkeypatch):
         found.append(
             int(
                 np.array(
-                    material.Material(
+                    feature_store.FeatureStore(
                         study, ExperimentsConfig(method="finetune", size=32), 0, "cpu"
                     ).roundtrip(0.5, 0)
                 ).max()

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest, torch
-from cxr_synth import models
+from cxr_synth.diffusion import families, hub, preflight
 from cxr_synth.base.files import CxrError, read_json, write_json
 from cxr_synth.base.records import Study
 from cxr_synth.base.settings import BASES, BaseModel, DataConfig, TrainConfig
@@ -103,19 +103,19 @@ def test_a_base_from_nothing_passes_the_preflight_and_is_trained(name, tmp_path)
         preview_steps=0,
         joint=True,
     )
-    assert models.preflight(cfg, 32)["disk"]["download"] == 0
+    assert preflight.preflight(cfg, 32)["disk"]["download"] == 0
     train_generator(study, "real050-rep0", cfg)
     card = (study / "models/real050-rep0/joint/README.md").read_text(encoding="utf-8")
     assert "trained from nothing" in card and "drawn phantoms" in card and "Kermany" not in card
-    assert models.check_source(study / "models/real050-rep0/joint")
+    assert hub.check_source(study / "models/real050-rep0/joint")
 
 
 def test_a_base_to_download_passes_the_preflight():
     for name in [n for n, b in BASES.items() if not b.scratch]:
         with torch.device("meta"):
             found = {
-                k: round(models.millions(m.parameters()), 2)
-                for k, m in models.known_parts(name).items()
+                k: round(families.millions(m.parameters()), 2)
+                for k, m in families.known_parts(name).items()
             }
         assert found == BASES[name].millions
 
@@ -128,26 +128,26 @@ def test_a_third_base_is_not_taken_for_another(monkeypatch):
         BaseModel("somebody/third", licence="MIT", unet=unet, text=(512, 4, 8, "gelu")),
     )
     with torch.device("meta"):
-        parts = models.known_parts("third")
+        parts = families.known_parts("third")
     assert (
         parts["unet"].config.cross_attention_dim == 512
         and parts["text_encoder"].config.num_hidden_layers == 4
     )
-    assert "third" in models.allowed_sources() and "(MIT)" in lineage(
+    assert "third" in families.allowed_sources() and "(MIT)" in lineage(
         CARDS["kermany"], "somebody/third"
     )
     with pytest.raises(CxrError, match="unknown base 'fourth'"):
-        models.known_parts("fourth")
+        families.known_parts("fourth")
 
 
 def test_no_module_but_the_tables_names_a_base_or_a_licence():
     for path in sorted((ROOT / "cxr_synth").rglob("*.py")):
         code = path.read_text(encoding="utf-8")
-        if path.name not in ("core.py", "_modidx.py"):
+        if path.name not in ("settings.py", "_modidx.py"):
             assert not re.search(
                 r'in \("tiny", "laptop"\)|== "(tiny|laptop|sd15|sd21-base)"', code
             ), path
-        if path.name not in ("core.py", "dataset.py", "_modidx.py"):
+        if path.name not in ("settings.py", "dataset.py", "_modidx.py"):
             for fact in (
                 "CC BY",
                 "cc-by",

@@ -131,9 +131,7 @@ def test_another_program_finds_the_same(serial):
         (r["arm"], float(r["real_fraction"]), int(r["replicate"]), int(r["seed"])): r
         for r in read_csv(serial / "results.csv")
     }
-    for run in [
-        r for r in plan.runs() if r.arm in ("real", "mixed", "rebalanced") and r.seed == 0
-    ]:
+    for run in [r for r in plan.runs() if r.arm in ("real", "mixed", "rebalanced") and r.seed == 0]:
         x, y, w = weighted_rows(
             training_recipe(run, shop)[0][0],
             len(training_rows(serial, run.fraction, run.replicate)),

@@ -5,7 +5,8 @@ from collections import namedtuple
 
 import numpy as np
 import pytest, torch
-from cxr_synth import generate, worktable
+from cxr_synth.diffusion import image_writer
+from cxr_synth.stages import generate
 from cxr_synth.base.files import CxrError, read_json, write_json
 from cxr_synth.base.records import Study, stale_stages
 from cxr_synth.base.settings import DataConfig, GenerateConfig, resolve
@@ -47,7 +48,7 @@ def test_larger_drawing_takes_the_image_path(study):
 
 def test_out_of_memory_later(study, monkeypatch):
     clear(study)
-    paint, calls = generate.Painter.__call__, []
+    paint, calls = generate.Sampler.__call__, []
 
     def fails(self, seeds):
         calls.append(len(seeds))
@@ -55,7 +56,7 @@ def test_out_of_memory_later(study, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return paint(self, seeds)
 
-    monkeypatch.setattr(generate.Painter, "__call__", fails)
+    monkeypatch.setattr(generate.Sampler, "__call__", fails)
     with pytest.raises(CxrError, match="--generate.batch-size 1 --redo"):
         stage_generate(study, GenerateConfig(**CFG), plan=FEW, card=None)
     assert len(list((study / "synthetic" / NAME).rglob("*.png"))) == 2  # what was finished stays
@@ -66,7 +67,7 @@ def test_out_of_memory_later(study, monkeypatch):
 def test_full_disk_is_named_before_the_first_image(study, monkeypatch):
     clear(study)
     monkeypatch.setattr(
-        worktable.shutil,
+        image_writer.shutil,
         "disk_usage",
         lambda p: namedtuple("Usage", "total used free")(10**9, 10**9, 1000),
     )
@@ -90,9 +91,9 @@ def test_images_without_a_record_are_not_touched(study):
 
 
 def test_gate_flags_and_keeps(study, monkeypatch):
-    paint = generate.Painter.__call__
+    paint = generate.Sampler.__call__
     monkeypatch.setattr(
-        generate.Painter, "__call__", lambda self, seeds: paint(self, seeds) * np.nan
+        generate.Sampler, "__call__", lambda self, seeds: paint(self, seeds) * np.nan
     )
     assert len(run(study)) == 6
     flags = (study / "synthetic" / NAME / "flags.csv").read_text().splitlines()

@@ -6,7 +6,11 @@ import numpy as np, pytest, torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
-from cxr_synth import copies, features, guide, metrics, quality, trainer, training
+from cxr_synth import guide
+from cxr_synth.classify import finetune
+from cxr_synth.diffusion import trainer
+from cxr_synth.images import features, networks
+from cxr_synth.quality import copies, folders, metrics
 from cxr_synth.base.settings import ExperimentsConfig
 from cxr_synth.base.loop import Loop, TrainedPart
 from cxr_synth.images.phantom import draw_phantom
@@ -165,26 +169,26 @@ def test_classifier_is_trained_and_predicts(device, tmp_path):
         pretrained=False,
         mixed_precision="no",
     )
-    piles = training.by_class(x, y, 1.0)
-    model = training.finetune([piles], cfg, "mps", tmp_path / "checkpoint.pt", "test")
+    piles = finetune.strata_by_class(x, y, 1.0)
+    model = finetune.finetune([piles], cfg, "mps", tmp_path / "checkpoint.pt", "test")
     assert next(model.parameters()).device.type == "mps"
-    p = training.predict_images(model, x, "mps")
+    p = finetune.predict_images(model, x, "mps")
     assert p.dtype == np.float64 and ((p > 0) & (p < 1)).all()
 
 
 def test_features_and_their_head(device):
     x, _ = phantoms(5)
-    features.load_backbone.cache_clear()
+    networks.load_backbone.cache_clear()
     try:
-        f = features.extract(x, "efficientnet-lite0", 32, "mps")
+        f = features.extract_features(x, "efficientnet-lite0", 32, "mps")
         logits = metrics.apply_head(
             f,
             tuple(
-                part.to("mps") for part in features.load_backbone("efficientnet-lite0", "mps").head
+                part.to("mps") for part in networks.load_backbone("efficientnet-lite0", "mps").head
             ),
         )
     finally:
-        features.load_backbone.cache_clear()
+        networks.load_backbone.cache_clear()
     assert f.shape == (5, 1280) and logits.dtype == np.float64 and logits.shape == (5, 1000)
 
 
@@ -204,11 +208,11 @@ def test_activations_of_a_folder(device, tmp_path):
             return [self.conv(x).mean((2, 3), keepdim=True)]
 
     with (
-        patch.object(quality, "pick_device", lambda *a: "mps"),
+        patch.object(folders, "pick_device", lambda *a: "mps"),
         pytest.warns(UserWarning, match="means nothing"),
     ):
         assert (
-            quality.calculate_fid(
+            folders.calculate_fid(
                 tmp_path / "images", tmp_path / "images", model=Net(), cache=tmp_path / "cache"
             )
             < 1e-9
@@ -221,7 +225,7 @@ def test_likeness_and_copies(device):
         images, lambda b: torch.from_numpy(b).to("mps").float().flatten(1).cpu(), 32, "mps"
     )
     space = copies.feature_space(see, flip=True)
-    assert (copies.nearest(space, x, space.reference(x))[2] == np.arange(24)).all()
+    assert (copies.nearest_neighbours(space, x, space.reference(x))[2] == np.arange(24)).all()
     assert metrics.ms_ssim(x, [0, 1], [0, 1]) == pytest.approx([1, 1])
 
 
@@ -249,13 +253,13 @@ def test_diffusion_is_trained_and_draws(device, tmp_path):
         ema_decay=0.9,
         clip=1.0,
     )
-    t.loop.hooks.append(trainer.HeldOut(t, data, 4, 2))
+    t.loop.hooks.append(trainer.HeldOutLoss(t, data, 4, 2))
     log = t.run()
     assert (
         np.isfinite([r["loss"] for r in log if "loss" in r]).all()
         and pipe.unet.device.type == "mps"
     )
-    assert trainer.draw_images(pipe, prompts, [1, 2], steps=2).dtype == np.uint8
+    assert trainer.sample_images(pipe, prompts, [1, 2], steps=2).dtype == np.uint8
 
 
 def test_the_guide_trains(device, tmp_path):
@@ -267,7 +271,7 @@ def test_the_guide_trains(device, tmp_path):
     loader = torch.utils.data.DataLoader(data, batch_size=4)
     with patch.object(guide, "pick_device", lambda *a: "mps"):
         history, best = guide.train_classifier(
-            guide.TwoAnswers("small_cnn", 32, False),
+            guide.TwoLogits("small_cnn", 32, False),
             loader,
             loader,
             2,

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from cxr_synth import share
+from cxr_synth.ship import pack as packing
 from cxr_synth.base.files import CxrError, digest_file, write_csv, write_json
 from cxr_synth.base.records import Study, open_stage, stale_stages
 from cxr_synth.base.settings import GenerateConfig, TrainConfig
@@ -231,7 +231,7 @@ def test_no_zip(tmp_path, content):
 
 def test_no_space(good, study, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        share.shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10**9, 10**9, 1000)
+        packing.shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10**9, 10**9, 1000)
     )
     with pytest.raises(CxrError, match="not enough space"):
         unpack(good, Study(tmp_path / "s"))
@@ -285,7 +285,7 @@ def child(code, *args, **env):
         [
             sys.executable,
             "-c",
-            f"import sys; from cxr_synth.core import Study; from cxr_synth.share import *; {code}",
+            f"import sys; from cxr_synth.base.records import Study; from cxr_synth.ship.pack import *; {code}",
             *map(str, args),
         ],
         stdout=subprocess.PIPE,
@@ -348,7 +348,7 @@ def test_killed_mirror(large, tmp_path):
     )
     assert [p.name for p in drive.iterdir()] == [".large.zip.cxr-part"]
     kept = part.stat().st_size
-    assert share.copy_on(file, part, 4096)[0] <= file.stat().st_size - kept + 2 * 8192
+    assert packing.resume_copy(file, part, 4096)[0] <= file.stat().st_size - kept + 2 * 8192
     with open(part, "r+b") as f:
         f.seek(5000)
         f.write(b"rotten")
@@ -567,7 +567,7 @@ def send(study, tmp_path, url, token=TOKEN, public=False, xet=False, repo="anna/
     "Push in a fresh process (the library reads its endpoint when imported); the text that it printed."
     p = child(
         """
-from cxr_synth.core import CxrError
+from cxr_synth.base.files import CxrError
 try: print(cli_push(sys.argv[1], sys.argv[2], sys.argv[3], public=sys.argv[4] == "True"))
 except CxrError as e: print("error:", e)""",
         study.root,
