@@ -69,7 +69,7 @@ def _check_enough_patients(
             "Use a larger data set, or with phantoms more patients (--data.patients 120 is enough)."
         )
 
-# %% ../../nbs/images/study_images.ipynb #241c9c48
+# %% ../../nbs/images/study_images.ipynb #c7073865
 def _fraction_rows(
     study: Study,  # with a finished data stage
     splits: list[str],  # train, val or internal
