@@ -75,7 +75,7 @@ def compare(base, root, trained, args):
     choose_weights(plain, cfg)
     bar = progress(total=10**6 * args.batch)
     steps = dict(
-        bare=bare(plain, cfg, device), ours=lambda: trainer.loop.one(trainer.losses, "speed", bar)
+        bare=bare(plain, cfg, device), ours=lambda: trainer.loop.take_step(trainer.losses, "speed", bar)
     )
     times = {name: [] for name in steps}
     for _ in range(args.rounds + 1):

@@ -49,7 +49,7 @@ def losses(base, task, tmp_path, hooks=True, **kw):
     if not hooks:
         trainer.loop.hooks = []
     log = trainer.run()
-    assert all(p.dtype == torch.float32 for p in trainer.loop.stepper.params.values())
+    assert all(p.dtype == torch.float32 for p in trainer.loop.optimizer.params.values())
     return [r["loss"] for r in log if "loss" in r]
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['batch_at', 'generator_for', 'lr_at', 'steps_for', 'fit_batch', 'TrainedPart', 'WeightAverage', 'make_optimizer',
-           'OptimizerStep', 'Log', 'Mirror', 'checkpoint_files', 'Checkpoint', 'all_tensors', 'TrainingState', 'Loop']
+           'OptimizerStep', 'Log', 'Mirror', 'Checkpoint', 'all_tensors', 'TrainingState', 'Loop']
 
 # %% ../../nbs/base/loop.ipynb #86a63a63
 import json, math, shutil, warnings
@@ -90,7 +90,11 @@ class TrainedPart:
 class WeightAverage:
     "Exponential moving average of some parameters (decay 0: none)."
 
-    def __init__(self, params, decay: float):
+    def __init__(
+        self,
+        params,  # iterable of parameters
+        decay: float,  # share of the old average that stays, 0-1; 0 for no average
+    ):
         self.params = list(params)
         self.decay = decay
         self.values = [p.detach().clone() for p in self.params] if decay else []
@@ -102,8 +106,10 @@ class WeightAverage:
             torch._foreach_lerp_(self.values, [p.detach() for p in self.params], 1 - decay)
 
     def swap(self):
-        for i, p in enumerate(self.params[: len(self.values)]):
-            p.data, self.values[i] = self.values[i], p.data
+        "Parameters and averages change places."
+        for i, value in enumerate(self.values):
+            self.values[i] = self.params[i].data
+            self.params[i].data = value
 
     @contextmanager
     def applied(self):
@@ -113,6 +119,12 @@ class WeightAverage:
             yield
         finally:
             self.swap()
+
+    @torch.no_grad()
+    def keep(self):
+        "The parameters become the averages, for good."
+        for p, value in zip(self.params, self.values):
+            p.copy_(value)
 
 # %% ../../nbs/base/loop.ipynb #5499f08d
 def make_optimizer(
@@ -146,29 +158,19 @@ class OptimizerStep:
         ema_decay: float = 0,  # of the average of the weights; 0 for none
         clip: float = 1.0,  # largest norm of the gradient
         precision: str = "no",  # no, bf16 or fp16
-        eight_bit: bool = False,
-    ):  # optimizer states in 8 bits
+        eight_bit: bool = False,  # optimizer states in 8 bits
+    ):
         self.parts = parts
         self.total = total
         self.warmup = warmup
         self.shape = shape
         self.clip = clip
         self.params = {f"{k}.{n}": p for k, part in parts.items() for n, p in part.params().items()}
-        if not self.params:
-            raise CxrError(
-                "nothing is to be trained: no parameter requires a gradient.\n"
-                "Train the U-Net, or add LoRA to it first."
-            )
-        if any(p.dtype != torch.float32 for p in self.params.values()):
-            raise CxrError(
-                "the trained weights must be float32; mixed precision is for the forward pass.\n"
-                "Load the model without a dtype."
-            )
-        self.opt = make_optimizer(parts, eight_bit)
+        _check_trainable(self.params)
+        self.adam = make_optimizer(parts, eight_bit)
         self.average = WeightAverage(self.params.values(), ema_decay)
-        self.scaler = torch.amp.GradScaler(
-            next(iter(self.params.values())).device.type, enabled=precision == "fp16"
-        )
+        device = next(iter(self.params.values())).device.type
+        self.scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
 
     def freeze(self, step: int):
         "Stop the parts whose time has come."
@@ -176,72 +178,91 @@ class OptimizerStep:
             if p.stop is not None and step >= p.stop:
                 p.module.requires_grad_(False)
 
-    def backward(self, loss):
+    def backward(self, loss: torch.Tensor):
+        "Gradients of a loss, added to those that are there."
         self.scaler.scale(loss).backward()
 
     def update(self, step: int) -> torch.Tensor:  # norm of the gradient, still on the device
         "One optimizer step with the gradients that are there."
-        for group, p in zip(self.opt.param_groups, self.parts.values()):
+        for group, p in zip(self.adam.param_groups, self.parts.values()):
             group["lr"] = lr_at(step, self.total, p.peak, self.warmup, self.shape)
-        self.scaler.unscale_(self.opt)
+        self.scaler.unscale_(self.adam)
         norm = torch.nn.utils.clip_grad_norm_(self.params.values(), self.clip)
-        self.scaler.step(self.opt)
+        self.scaler.step(self.adam)
         self.scaler.update()
-        self.opt.zero_grad(set_to_none=True)
+        self.adam.zero_grad(set_to_none=True)
         self.average.update(step)
         return norm
 
     def state(self) -> dict:
+        "All that the next step depends on."
         return dict(
             params={n: p.detach() for n, p in self.params.items()},
-            opt=self.opt.state_dict(),
+            opt=self.adam.state_dict(),
             average=self.average.values,
             scaler=self.scaler.state_dict(),
         )
 
-    def load(self, s: dict):
-        with torch.no_grad():
-            for n, p in self.params.items():
-                p.copy_(s["params"][n])
-        for a, b in zip(self.average.values, s["average"]):
-            a.copy_(b)
-        self.opt.load_state_dict(s["opt"])
-        self.scaler.load_state_dict(s["scaler"])
+    @torch.no_grad()
+    def load(self, state: dict):  # from `state`
+        "Stand where a saved run stood."
+        for name, p in self.params.items():
+            p.copy_(state["params"][name])
+        for value, saved in zip(self.average.values, state["average"]):
+            value.copy_(saved)
+        self.adam.load_state_dict(state["opt"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
+def _check_trainable(params: dict):
+    "Raise `CxrError` if there is nothing to train, or something in half precision."
+    if not params:
+        raise CxrError(
+            "nothing is to be trained: no parameter requires a gradient.\n"
+            "Train the U-Net, or add LoRA to it first."
+        )
+    if any(p.dtype != torch.float32 for p in params.values()):
+        raise CxrError(
+            "the trained weights must be float32; mixed precision is for the forward pass.\n"
+            "Load the model without a dtype."
+        )
 
 # %% ../../nbs/base/loop.ipynb #a4e463c6
 class Log:
     "Named values per step, fetched from the device in bundles; a CSV."
 
-    def __init__(self, path=None):  # of the CSV file
+    def __init__(self, path=None):  # of the CSV file; None for none
         self.path = path
-        self.rows = {}
-        self.pending = []
-        self.readers = []
+        self.rows = {}  # step -> its row
+        self.pending = []  # (step, name -> tensor on the device)
+        self.readers = []  # functions that get every new row
 
     def row(self, step: int) -> dict:
+        "The row of a step, made if need be."
         return self.rows.setdefault(step, dict(step=step))
 
     def add(self, step: int, values: dict):  # name -> scalar tensor
+        "Note values that are not to be waited for."
         self.pending.append((step, values))
 
     def flush(self) -> list[dict]:  # the new rows
         "Fetch what is pending, in one transfer; every reader gets every new row."
         if not self.pending:
             return []
-        (steps, values), names = zip(*self.pending), list(self.pending[0][1])
-        self.pending = []
-        table = torch.stack(
-            [torch.stack([v[n].detach().float() for n in names]) for v in values]
-        ).tolist()
-        for step, row in zip(steps, table):
-            self.row(step).update(zip(names, row))
-        new = [self.rows[s] for s in steps]
+        pending, self.pending = self.pending, []
+        names = list(pending[0][1])
+        on_device = [values[name].detach().float() for _, values in pending for name in names]
+        fetched = torch.stack(on_device).view(len(pending), len(names)).tolist()
+        for (step, _), numbers in zip(pending, fetched):
+            self.row(step).update(zip(names, numbers))
+        new = [self.rows[step] for step, _ in pending]
         for reader in self.readers:
             for row in new:
                 reader(row)
         return new
 
     def table(self) -> list[dict]:
+        "All rows in order of their steps."
         return [self.rows[s] for s in sorted(self.rows)]
 
     def recent(self, name: str = "loss", last: int = 20) -> float:
@@ -251,122 +272,135 @@ class Log:
 
     def write(self):
         "The CSV: step, then every name that occurs."
-        if self.path:
-            write_csv(
-                self.path, list(dict.fromkeys(n for r in self.table() for n in r)), self.table()
-            )
+        if not self.path:
+            return
+        names = dict.fromkeys(name for row in self.table() for name in row)
+        write_csv(self.path, list(names), self.table())
 
 # %% ../../nbs/base/loop.ipynb #6e065d29
 class Mirror:
-    "Copies of a run's small files in another folder; `.mirrored.json` there names them, and no other file is written over."
+    "Copies of a run's small files in another folder; no file that is not one of them is written over."
 
-    def __init__(self, folder, root, gb: float = 2.0):  # the mirror, what it mirrors, largest file
+    def __init__(
+        self,
+        folder,  # the mirror; `.mirrored.json` in it names our copies
+        root,  # the folder whose files are copied
+        gb: float = 2.0,  # largest file that is copied, GB
+    ):
         self.folder = Path(folder)
         self.root = Path(root)
         self.gb = gb
-        self.skipped = set()
+        self.skipped = set()  # names of files that were too large
         self.record = self.folder / ".mirrored.json"
-        self.made = set()
+        self.ours = set()  # names of our copies
         try:
-            self.note()
+            self._write_record()
         except OSError as e:
             raise CxrError(
                 f"cannot write to the mirror {folder}: {e.strerror}.\n"
                 "Choose a folder that you may write to, or leave --mirror away."
             ) from e
 
-    def note(self):
-        "Write down what the mirror holds of ours."
+    def _write_record(self):
+        "Write down which files in the mirror are ours."
         if self.record.exists():
-            self.made |= set(read_json(self.record))
-        write_json(self.record, sorted(self.made))
+            self.ours |= set(read_json(self.record))
+        write_json(self.record, sorted(self.ours))
 
-    def check(self, name: str):
-        "Raise `CxrError` if the mirror has a file of that name that is no copy of ours; note the name."
-        if name in self.made:
+    def _claim(self, name: str):
+        "Note a name as ours; raises `CxrError` if a file of that name is there and is no copy of ours."
+        if name in self.ours:
             return
         if (self.folder / name).exists():
             raise CxrError(
                 f"{self.folder / name} is there and was not written by this mirror.\n"
-                "It was not replaced. Choose another folder for --train.mirror, or move the file "
-                "away."
+                "It was not replaced. Choose another folder for --train.mirror, or move the file away."
             )
-        self.made.add(name)
-        self.note()
+        self.ours.add(name)
+        self._write_record()
 
-    def copy(self, path):
+    def copy(self, path):  # of a file under `root`
         "Copy a file, whole or not at all; too large a file is named once."
-        path, size = Path(path), Path(path).stat().st_size
-        if size > self.gb * 1e9:
-            if path.name not in self.skipped:
-                warnings.warn(
-                    f"{path.name} has {size / 1e9:.1f} GB and is not mirrored (limit {self.gb} "
-                    "GB, --train.mirror-gb)."
-                )
-            return self.skipped.add(path.name)
+        path = Path(path)
+        if path.stat().st_size > self.gb * 1e9:
+            self._warn_too_large(path)
+            return
         name = path.relative_to(self.root).as_posix()
         try:
-            self.check(name)
+            self._claim(name)
             with atomic_path(self.folder / name) as tmp:
                 shutil.copyfile(path, tmp)
         except OSError as e:
-            warnings.warn(f"{path.name} was not mirrored: {e.strerror or e}. Training goes on.")
+            message = f"{path.name} was not mirrored: {e.strerror or e}. Training goes on."
+            warnings.warn(message, stacklevel=2)
 
-    def fetch(self, path):
+    def _warn_too_large(self, path: Path):
+        if path.name in self.skipped:
+            return
+        self.skipped.add(path.name)
+        message = (
+            f"{path.name} has {path.stat().st_size / 1e9:.1f} GB and is not mirrored (limit {self.gb} GB, "
+            "--train.mirror-gb)."
+        )
+        warnings.warn(message, stacklevel=3)
+
+    def fetch(self, path):  # of a file under `root`
         "Bring a file back that is missing here."
         there = self.folder / Path(path).relative_to(self.root)
         if there.exists() and not Path(path).exists():
             with atomic_path(path) as tmp:
                 shutil.copyfile(there, tmp)
-            self.made.add(there.relative_to(self.folder).as_posix())
-
-
-def checkpoint_files(
-    stem: str,  # of the checkpoint
-) -> list[str]:
-    "What a run leaves in its folder: checkpoint, log, best weights."
-    return [f"{stem}.pt", f"{stem}.csv", f"{stem}-best.safetensors"]
+            self.ours.add(there.relative_to(self.folder).as_posix())
 
 # %% ../../nbs/base/loop.ipynb #15e8b6c3
 class Checkpoint:
     "One checkpoint file and what it may be used for."
 
     def __init__(
-        self, path, config: dict = {}, mirror: Mirror = None
-    ):  # file; what determines the run; copies
+        self,
+        path,  # of the file
+        config: dict
+        | None = None,  # what determines the run: a checkpoint of another one is refused
+        mirror: Mirror | None = None,  # gets a copy
+    ):
         self.path = Path(path)
-        self.config = json.loads(json.dumps(config))
+        self.config = json.loads(json.dumps(config or {}))
         self.mirror = mirror
 
     def load(self) -> dict | None:
-        "The saved state, or None at the start; raises `CxrError` for a damaged file and for one of another configuration."
+        "The saved state, None at the start; raises `CxrError` for a damaged file or one of another run."
         if self.mirror:
             self.mirror.fetch(self.path)
         if not self.path.exists():
             return None
         try:
-            s = torch.load(self.path, map_location="cpu", weights_only=True)
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
         except Exception as e:
             raise CxrError(
-                f"{self.path} is damaged ({type(e).__name__}).\nPut a good copy there, or move it away to start again."
+                f"{self.path} is damaged ({type(e).__name__}).\n"
+                "Put a good copy there, or move it away to start again."
             ) from e
-        changed = differences(s["config"], self.config)
+        changed = differences(state["config"], self.config)
         if changed:
             raise CxrError(
-                f"{self.path} belongs to a run with other settings:\n  {'; '.join(changed[:3])}\nGo on with the recorded ones, use another folder, or move the checkpoint away to start again."
+                f"{self.path} belongs to a run with other settings:\n  {'; '.join(changed[:3])}\n"
+                "Go on with the recorded ones, use another folder, or move the checkpoint away to start "
+                "again."
             )
-        return s
+        return state
 
     def save(self, state: dict):
         "Write the state; the old file stays until the new one is whole."
-        size = sum(t.nbytes for t in all_tensors(state)) / 1e9
         try:
             with atomic_path(self.path) as tmp, open(tmp, "wb") as f:
                 torch.save(state | dict(config=self.config), f)
         except (OSError, RuntimeError) as e:
+            size = sum(t.nbytes for t in all_tensors(state)) / 1e9
+            reason = getattr(e, "strerror", None) or str(e).splitlines()[0][:100]
             raise CxrError(
-                f"cannot write the checkpoint {self.path}: {getattr(e, 'strerror', None) or str(e).splitlines()[0][:100]}.\n"
-                f"It needs {size:.2g} GB free beside the old one, which is kept.\nMake room and repeat the command: it goes on from there."
+                f"cannot write the checkpoint {self.path}: {reason}.\n"
+                f"It needs {size:.2g} GB free beside the old one, which is kept.\n"
+                "Make room and repeat the command: it goes on from there."
             ) from e
         if self.mirror:
             self.mirror.copy(self.path)
@@ -378,9 +412,11 @@ def all_tensors(
     "Every tensor in it."
     if isinstance(state, torch.Tensor):
         yield state
-    elif isinstance(state, (dict, list, tuple)):
-        for v in state.values() if isinstance(state, dict) else state:
-            yield from all_tensors(v)
+    if isinstance(state, dict):
+        state = list(state.values())
+    if isinstance(state, (list, tuple)):
+        for value in state:
+            yield from all_tensors(value)
 
 # %% ../../nbs/base/loop.ipynb #0fcd5e5b
 class TrainingState:
@@ -392,56 +428,66 @@ class TrainingState:
         path,  # checkpoint file; the log lies beside it as .csv, the best weights as -best.safetensors
         total: int,  # optimizer steps
         every: int = 100,  # steps between checkpoints
-        config: dict = {},  # what determines the run: a checkpoint with another one is refused
-        mirror=None,  # `Mirror`
+        config: dict
+        | None = None,  # what determines the run: a checkpoint of another one is refused
+        mirror: Mirror | None = None,  # gets copies of checkpoint, log and best weights
         items: int = 1,  # images per step, for the progress bar
-        **stepper,
-    ):  # for `OptimizerStep`: warmup, shape, ema_decay, clip, precision, eight_bit
+        **optimizer,  # for `OptimizerStep`: warmup, shape, ema_decay, clip, precision, eight_bit
+    ):
         self.total = total
         self.every = every
         self.items = items
         self.mirror = mirror
-        self.hooks = []
-        self.stepper = OptimizerStep(parts, total, **stepper)
-        self.keeper = Checkpoint(path, config | dict(total=total), mirror)
+        self.hooks = []  # called with the loop before every step and after the last
+        self.optimizer = OptimizerStep(parts, total, **optimizer)
+        self.checkpoint = Checkpoint(path, (config or {}) | dict(total=total), mirror)
         self.log = Log(Path(path).with_suffix(".csv"))
         self.step = 0
-        self.best = {}
+        self.best = {}  # step and loss of the best weights
         self.best_path = Path(path).with_name(f"{Path(path).stem}-best.safetensors")
-        if s := self.keeper.load():
-            self.stepper.load(s)
-            self.step = s["step"]
-            self.best = s["best"]
-            self.log.rows = {r["step"]: r for r in s["rows"]}
-            if self.best and mirror:
-                mirror.fetch(self.best_path)
+        saved = self.checkpoint.load()
+        if saved:
+            self.restore(saved)
+
+    def state(self) -> dict:
+        "What a checkpoint holds."
+        where = dict(step=self.step, best=self.best, rows=self.log.table())
+        return where | self.optimizer.state()
+
+    def restore(self, saved: dict):  # from `state`
+        "Stand where a saved run stood."
+        self.optimizer.load(saved)
+        self.step = saved["step"]
+        self.best = saved["best"]
+        self.log.rows = {r["step"]: r for r in saved["rows"]}
+        if self.best and self.mirror:
+            self.mirror.fetch(self.best_path)
 
     def check(self, desc: str):
-        "Fetch the pending values; stop if one is not finite (an overflowing gradient in float16 is skipped, not an error)."
-        scaler = self.stepper.scaler
+        "Fetch the pending values; raises `CxrError` if one is not finite (float16 gradients may overflow)."
+        scaler = self.optimizer.scaler
+        allowed = (
+            {"grad_norm"} if scaler.is_enabled() else set()
+        )  # such a step is skipped, no error
         for row in self.log.flush():
-            bad = {
-                n: v
-                for n, v in row.items()
-                if not math.isfinite(v) and not (scaler.is_enabled() and n == "grad_norm")
-            }
+            bad = {n: v for n, v in row.items() if n not in allowed and not math.isfinite(v)}
             if bad:
                 raise CxrError(
-                    f"{desc}: not a finite number at step {row['step']}: {bad}.\nTry a lower learning rate, or mixed_precision bf16 or no.\n"
-                    f"The last good checkpoint is kept: {self.keeper.path.name}."
+                    f"{desc}: not a finite number at step {row['step']}: {bad}.\n"
+                    "Try a lower learning rate, or mixed_precision bf16 or no.\n"
+                    f"The last good checkpoint is kept: {self.checkpoint.path.name}."
                 )
         if scaler.is_enabled() and scaler.get_scale() < 1:
             raise CxrError(
-                f"{desc}: gradients overflow float16 at step {self.step}, whatever the scale.\nTry mixed_precision bf16 or no."
+                f"{desc}: gradients overflow float16 at step {self.step}, whatever the scale.\n"
+                "Try mixed_precision bf16 or no."
             )
 
     def save(self, desc: str = ""):
         "Checkpoint, log and their copies."
         self.check(desc)
         self.log.write()
-        self.keeper.save(
-            dict(step=self.step, best=self.best, rows=self.log.table(), **self.stepper.state())
-        )
+        self.checkpoint.save(self.state())
         if self.mirror:
             self.mirror.copy(self.log.path)
 
@@ -450,13 +496,16 @@ class TrainingState:
         self.log.row(self.step)["heldout"] = loss
         if not math.isfinite(loss):
             raise CxrError(
-                f"the held-out loss is {loss} at step {self.step}.\nTry a lower learning rate. The last good checkpoint is kept: {self.keeper.path.name}."
+                f"the held-out loss is {loss} at step {self.step}.\n"
+                "Try a lower learning rate. The last good checkpoint is kept: "
+                f"{self.checkpoint.path.name}."
             )
         if self.step == 0 or (self.best and loss >= self.best["loss"]):
             return
         self.best = dict(step=self.step, loss=loss)
-        with self.stepper.average.applied(), atomic_path(self.best_path) as tmp:
-            save_file({n: p.detach().contiguous() for n, p in self.stepper.params.items()}, tmp)
+        with self.optimizer.average.applied(), atomic_path(self.best_path) as tmp:
+            weights = {n: p.detach().contiguous() for n, p in self.optimizer.params.items()}
+            save_file(weights, tmp)
         if self.mirror:
             self.mirror.copy(self.best_path)
 
@@ -464,28 +513,29 @@ class TrainingState:
 class Loop(TrainingState):
     "A training run that can be killed at any moment and goes on with the same result."
 
-    def run(self, losses, desc: str) -> list[dict]:  # the log
+    def run(
+        self,
+        losses,  # function of the step: computes gradients, returns named values on the device
+        desc: str,  # of the run, for the progress bar and messages
+    ) -> list[dict]:  # the log
         "Take steps until `total`; at the end the weights are the averages."
-        with progress(
-            total=self.total * self.items, initial=self.step * self.items, desc=desc, unit="image"
-        ) as bar:
+        images = self.total * self.items
+        done = self.step * self.items
+        with progress(total=images, initial=done, desc=desc, unit="image") as bar:
             while self.step < self.total:
-                self.one(losses, desc, bar)
-        for hook in self.hooks:
-            hook(self)
+                self.take_step(losses, desc, bar)
+        self._call_hooks()
         self.save(desc)
-        with torch.no_grad():
-            for p, e in zip(self.stepper.average.params, self.stepper.average.values):
-                p.copy_(e)
+        self.optimizer.average.keep()
         return self.log.table()
 
-    def one(self, losses, desc: str, bar):
+    def take_step(self, losses, desc: str, bar):  # bar: of `progress`
         "One step, with all that belongs to it."
-        for hook in self.hooks:
-            hook(self)
-        self.stepper.freeze(self.step)
+        self._call_hooks()
+        self.optimizer.freeze(self.step)
         values = losses(self.step)
-        self.log.add(self.step, values | dict(grad_norm=self.stepper.update(self.step)))
+        norm = self.optimizer.update(self.step)
+        self.log.add(self.step, values | dict(grad_norm=norm))
         self.step += 1
         if self.step % self.every == 0 and self.step < self.total:
             self.save(desc)
@@ -494,3 +544,7 @@ class Loop(TrainingState):
         if not self.log.pending:
             bar.set_postfix(step=self.step, loss=f"{self.log.recent():.4f}", refresh=False)
         bar.update(self.items)
+
+    def _call_hooks(self):
+        for hook in self.hooks:
+            hook(self)

@@ -172,7 +172,7 @@ class FinetuneStep:
         with autocast(self.device, self.cfg.mixed_precision):
             z = self.model(x.contiguous(memory_format=torch.channels_last))
         loss = F.binary_cross_entropy_with_logits(z.float(), y)
-        loop.stepper.backward(loss)
+        loop.optimizer.backward(loss)
         return dict(loss=loss.detach())
 
 # %% ../../nbs/classify/finetune.ipynb #25330264
@@ -182,21 +182,17 @@ class BufferedLoop(Loop):
     def __init__(self, model: nn.Module, *args, peak: float, **kw):  # peak: learning rate
         self.model = model
         super().__init__(dict(net=TrainedPart(model, peak)), *args, **kw)
-        if self.step:
-            self._set_buffers(self.keeper.load()["buffers"])
 
-    def _set_buffers(self, values: dict):
-        with torch.no_grad():
-            for name, buffer in self.model.named_buffers():
-                buffer.copy_(values[name])
+    def state(self) -> dict:
+        "What a checkpoint holds."
+        return super().state() | dict(buffers=dict(self.model.named_buffers()))
 
-    def save(self, desc: str = ""):
-        "Checkpoint and log."
-        self.check(desc)
-        self.log.write()
-        state = dict(step=self.step, best=self.best, rows=self.log.table())
-        buffers = dict(self.model.named_buffers())
-        self.keeper.save(state | dict(buffers=buffers) | self.stepper.state())
+    @torch.no_grad()
+    def restore(self, saved: dict):  # from `state`
+        "Stand where a saved run stood."
+        super().restore(saved)
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(saved["buffers"][name])
 
 # %% ../../nbs/classify/finetune.ipynb #ef5a6333
 def finetune(

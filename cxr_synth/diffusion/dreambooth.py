@@ -305,9 +305,9 @@ def add_hooks(
     if cfg.tensorboard:
         t.loop.log.readers.append(
             tensorboard_reader(
-                Path(previews or t.loop.keeper.path).parent
+                Path(previews or t.loop.checkpoint.path).parent
                 / "tensorboard"
-                / t.loop.keeper.path.stem,
+                / t.loop.checkpoint.path.stem,
                 t.device,
             )
         )
@@ -382,7 +382,7 @@ def choose_saved_weights(
     if keep == "last":
         return shutil.copyfile(loop.best_path, Path(folder) / "best.safetensors")
     save_file(
-        {n: p.detach().contiguous() for n, p in loop.stepper.params.items()},
+        {n: p.detach().contiguous() for n, p in loop.optimizer.params.items()},
         Path(folder) / "last.safetensors",
     )
     load_trained_weights(trainer, loop.best_path)
@@ -394,7 +394,7 @@ def load_trained_weights(
     file,  # last.safetensors or best.safetensors
 ):
     "Set the trained parameters from a file; raises `CxrError` if it holds others."
-    state, params = load_file(file), trainer.loop.stepper.params
+    state, params = load_file(file), trainer.loop.optimizer.params
     if set(state) != set(params):
         raise CxrError(
             f"{file} holds {len(state)} tensors for other weights than the {len(params)} that are "
@@ -423,7 +423,7 @@ def generator_facts(
         base=name,
         dataset=dataclasses.asdict(card),
         revision=getattr(source, "revision", None),
-        model=loop.keeper.config["model"],
+        model=loop.checkpoint.config["model"],
         settings=cfg.settings(),
         seed=seed,
         steps=loop.step,

@@ -271,7 +271,7 @@ def train_vae(
         ).to(device)
         with autocast(device, precision):
             parts = vae_loss(vae, x, noise)
-        loop.stepper.backward(parts["loss"])
+        loop.optimizer.backward(parts["loss"])
         return parts
 
     log = loop.run(losses, "autoencoder")

@@ -325,7 +325,7 @@ class Trainer(Denoiser):
                 generator_for(self.seed, "dropout", k).initial_seed()
             )  # if a part has dropout, it is exact too
             parts = self.one_pass(k, step < self.text_until)
-            self.loop.stepper.backward(
+            self.loop.optimizer.backward(
                 (parts["loss"] + self.prior_weight * parts.get("prior", 0)) / self.accumulate
             )
             sums = {n: sums.get(n, 0) + v.detach() / self.accumulate for n, v in parts.items()}
@@ -365,7 +365,7 @@ class HeldOutLoss:
     @torch.no_grad()
     def loss(self) -> float:
         t = self.trainer
-        with t.loop.stepper.average.applied():
+        with t.loop.optimizer.average.applied():
             each = [
                 t.errors(*part, t.text_until > 0)
                 for part in zip(*(x.split(t.batch) for x in self.items))
@@ -462,7 +462,7 @@ class Previews:
         seeds = [
             generator_for(self.seed, "preview", k).initial_seed() for k in range(self.n)
         ] * len(self.prompts)
-        with loop.stepper.average.applied():
+        with loop.optimizer.average.applied():
             images = sample_images(
                 self.trainer.pipe,
                 [p for p in self.prompts for _ in range(self.n)],
