@@ -31,7 +31,6 @@ from cxr_synth.base.files import (
     null_for_nan,
     one_of,
     read_csv,
-    read_json,
     write_csv,
     write_json,
 )
@@ -41,7 +40,7 @@ from .classify.finetune import Classifier
 from .images.networks import torchvision_net
 from .images.study_images import load_manifest
 from .protocol.dataset import parse_name
-from .protocol.sets import read_synthetic_set
+from .protocol.sets import load_metadata
 from .stats.auc import auroc
 
 # %% ../nbs/08_guide.ipynb #7cc67863
@@ -494,7 +493,7 @@ def _study_files(
 
     rows = load_manifest(study)
     folder = study / "synthetic" / generator
-    lines = read_synthetic_set(study, generator)
+    lines = load_metadata(study, generator)
     synthetic = [(folder / line["file_name"], line["label"]) for line in lines]
     train = dict(real=prepared(rows[rows.split != "test"]), synthetic=synthetic)
     return train, dict(real=prepared(rows[rows.split == "test"]))

@@ -30,7 +30,7 @@ def serial(tmp_path_factory):
     stage_plan(study, PlanConfig(pool=12, size=32, builtin="truth"))
     stage_known_generator(study, load_plan(study))
     for g in load_plan(study).generators:
-        write_csv(study / f"quality/{g['name']}-copies.csv", ["file_name", "reason", "by"], [])
+        write_csv(study / f"quality/{g.name}-copies.csv", ["file_name", "reason", "by"], [])
     shutil.copytree(study.root, study.root.with_name("before"))
     stage_experiments(study, ExperimentsConfig(**SETTINGS))
     return study

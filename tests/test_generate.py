@@ -16,6 +16,7 @@ from cxr_synth.stages.generate import regenerate_image, stage_generate
 from cxr_synth.diffusion.lora import add_lora, save_lora
 from cxr_synth.diffusion.pipelines import fuse, load_pipeline
 from cxr_synth.protocol.plan import Plan, PlannedGenerator
+from cxr_synth.protocol.sets import load_metadata
 from cxr_synth.ship.pack import pack, unpack
 from test_generate_shards import CFG, NAME, bytes_of, clear, untrained_study
 
@@ -248,5 +249,5 @@ def test_there_and_back(study, tmp_path):
         cache_dir=str(tmp_path / "cache"),
     )
     assert {m["sha256"]: np.asarray(m["image"].convert("L")).tobytes() for m in ds} == {
-        m["sha256"]: im.tobytes() for m, im in zip(generate.load_metadata(study, NAME), images)
+        m["sha256"]: im.tobytes() for m, im in zip(load_metadata(study, NAME), images)
     }

@@ -21,7 +21,7 @@ from ..images.features import extract_features, features_key
 from ..images.networks import network_key
 from ..images.images import IMAGE_PATH_VERSION, pixel_cache, prepare_image
 from ..images.study_images import load_images, split_rows, training_rows
-from ..protocol.sets import read_synthetic_set
+from ..protocol.sets import load_metadata
 
 # %% ../../nbs/classify/feature_store.ipynb #55dc8a9f
 def _store_key(
@@ -129,7 +129,7 @@ class FeatureStore:
 
     def synthetic(self, generator: str):  # array, labels (M,), file names
         "A synthetic set."
-        lines = read_synthetic_set(self.study, generator)
+        lines = load_metadata(self.study, generator)
         folder = self.study / "synthetic" / generator
         names = [line["file_name"] for line in lines]
 

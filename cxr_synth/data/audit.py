@@ -734,7 +734,25 @@ CHECKS = (
     _prepared_size,
     _test_shift,
 )
-_NEEDED = ["image_id", "path", "class_name", "label", "kind", "patient_id", "official_split", "split", "group", "width", "height", "sha256", "bytes", "mode", "format", "quant", "pixels_sha256"]
+_NEEDED = [
+    "image_id",
+    "path",
+    "class_name",
+    "label",
+    "kind",
+    "patient_id",
+    "official_split",
+    "split",
+    "group",
+    "width",
+    "height",
+    "sha256",
+    "bytes",
+    "mode",
+    "format",
+    "quant",
+    "pixels_sha256",
+]
 
 
 def _check_table(

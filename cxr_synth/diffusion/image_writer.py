@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 # %% ../../nbs/diffusion/image_writer.ipynb #ccae9e18
+from ..protocol.schema import MARK_COLUMNS
 from cxr_synth.base.files import (
     CxrError,
     digest_file,
@@ -222,7 +223,7 @@ def complete_set(
     if path.exists():
         check_image_unchanged(path, lines)
     else:
-        write_csv(table.folder / "flags.csv", ["file_name", "reason", "by"], flags)
+        write_csv(table.folder / "flags.csv", MARK_COLUMNS, flags)
         write_text(path, "".join(json.dumps(m) + "\n" for m in lines))
     clear_unfinished(table.folder)
     return 0

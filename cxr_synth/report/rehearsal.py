@@ -17,7 +17,7 @@ from sklearn import metrics
 
 # %% ../../nbs/report/rehearsal.ipynb #d0eca028
 from ..protocol.plan import Cell, Contrast, Plan, PlannedGenerator, load_plan
-from ..base.files import atomic_path, digest_json, read_json, write_csv, write_json
+from ..base.files import atomic_path, digest_json, write_csv, write_json
 from ..base.records import Study, generator_name, open_stage
 from cxr_synth.base.settings import (
     CLASSES,
