@@ -14,7 +14,8 @@ from PIL import Image
 from ..base.files import CxrError, one_of, read_csv, write_csv
 from ..base.records import Study
 from ..base.settings import CLASSES
-from ..protocol.sets import MARK_COLUMNS, load_metadata, set_marks
+from ..protocol.schema import MARK_COLUMNS
+from ..protocol.sets import load_metadata, set_marks
 
 # %% ../../nbs/quality/gallery.ipynb #5ad6c130
 REASONS = ("anatomy", "artefact", "wrong class", "blurred", "copy", "other")
