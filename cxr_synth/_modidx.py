@@ -130,6 +130,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'cxr_synth.base.loop._check_trainable': ('base/loop.html#_check_trainable', 'cxr_synth/base/loop.py'),
                                      'cxr_synth.base.loop.all_tensors': ('base/loop.html#all_tensors', 'cxr_synth/base/loop.py'),
                                      'cxr_synth.base.loop.batch_at': ('base/loop.html#batch_at', 'cxr_synth/base/loop.py'),
+                                     'cxr_synth.base.loop.checkpoint_files': ('base/loop.html#checkpoint_files', 'cxr_synth/base/loop.py'),
                                      'cxr_synth.base.loop.fit_batch': ('base/loop.html#fit_batch', 'cxr_synth/base/loop.py'),
                                      'cxr_synth.base.loop.generator_for': ('base/loop.html#generator_for', 'cxr_synth/base/loop.py'),
                                      'cxr_synth.base.loop.lr_at': ('base/loop.html#lr_at', 'cxr_synth/base/loop.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['batch_at', 'generator_for', 'lr_at', 'steps_for', 'fit_batch', 'TrainedPart', 'WeightAverage', 'make_optimizer',
-           'OptimizerStep', 'Log', 'Mirror', 'Checkpoint', 'all_tensors', 'TrainingState', 'Loop']
+           'OptimizerStep', 'Log', 'Mirror', 'Checkpoint', 'all_tensors', 'checkpoint_files', 'TrainingState', 'Loop']
 
 # %% ../../nbs/base/loop.ipynb #86a63a63
 import json, math, shutil, warnings
@@ -417,6 +417,13 @@ def all_tensors(
     if isinstance(state, (list, tuple)):
         for value in state:
             yield from all_tensors(value)
+
+# %% ../../nbs/base/loop.ipynb #7b3b0faf
+def checkpoint_files(
+    stem: str,  # of the checkpoint
+) -> list[str]:
+    "What a run leaves in its folder: checkpoint, log, best weights."
+    return [f"{stem}.pt", f"{stem}.csv", f"{stem}-best.safetensors"]
 
 # %% ../../nbs/base/loop.ipynb #0fcd5e5b
 class TrainingState:
