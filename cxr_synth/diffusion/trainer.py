@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['LATENTS_VERSION', 'diffusion_target', 'snr_weights', 'latents_key', 'cached_latents', 'LatentSet', 'NoiseDraws',
-           'to_device_async', 'PromptEmbeddings', 'Denoiser', 'Trainer', 'HeldOutLoss', 'sample_images', 'image_grid',
-           'Previews', 'training_figure', 'TrainingMonitor', 'tensorboard_reader']
+           'PromptEmbeddings', 'Denoiser', 'Trainer', 'HeldOutLoss', 'sample_images', 'image_grid', 'Previews',
+           'training_figure', 'TrainingMonitor', 'tensorboard_reader']
 
 # %% ../../nbs/diffusion/trainer.ipynb #e45abdc4
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from PIL import Image
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import DPMSolverMultistepScheduler
 
 # %% ../../nbs/diffusion/trainer.ipynb #204418e0
 from ..base.cache import cached, digest_array, weights_key
 from ..base.compute import autocast
 from ..base.files import CxrError, atomic_path, read_csv
 from ..base.loop import Loop, TrainedPart, batch_at, generator_for
+from .families import family_of
 from .small_pipeline import decode_latents, encode_latents, to_device
 
 # %% ../../nbs/diffusion/trainer.ipynb #37443559
@@ -50,7 +51,9 @@ def snr_weights(
         return torch.ones(t.shape, device=t.device)
     abar = scheduler.alphas_cumprod.to(t.device)[t].float()
     snr = abar / (1 - abar)
-    return snr.clamp(max=gamma) / (snr + (scheduler.config.prediction_type == "v_prediction"))
+    if scheduler.config.prediction_type == "v_prediction":
+        return snr.clamp(max=gamma) / (snr + 1)
+    return snr.clamp(max=gamma) / snr
 
 # %% ../../nbs/diffusion/trainer.ipynb #df0a7017
 LATENTS_VERSION = 1  # of `encode_latents`: raise it when it gives other numbers
@@ -85,12 +88,8 @@ def cached_latents(
     if folder is None:
         mean, std = compute()
     else:
-        mean, std = cached(
-            folder,
-            "latents",
-            latents_key(vae, images) | dict(device=torch.device(device).type),
-            compute,
-        )
+        key = latents_key(vae, images) | dict(device=torch.device(device).type)
+        mean, std = cached(folder, "latents", key, compute)
     return torch.tensor(mean), torch.tensor(std)
 
 # %% ../../nbs/diffusion/trainer.ipynb #6ff926a6
@@ -104,8 +103,8 @@ class LatentSet:
         prompts: list[str],  # different prompts
         which: np.ndarray,  # (N,) index into prompts
         device: str = "cpu",  # for encoding
-        cache=None,
-    ):  # folder for `cached_latents`
+        cache=None,  # folder for `cached_latents`
+    ):
         self.mean, self.std = cached_latents(vae, images, device, cache)
         self.scale = vae.config.scaling_factor
         self.prompts = list(prompts)
@@ -118,11 +117,10 @@ class LatentSet:
         self,
         i: int,  # which image
         g: torch.Generator,  # source of the noise
-    ):  # (4, s, s) scaled latent
+    ) -> torch.Tensor:  # (4, s, s) scaled latent
         "A fresh draw from the posterior of one image."
-        return (
-            self.mean[i] + self.std[i] * torch.randn(self.mean[i].shape, generator=g)
-        ) * self.scale
+        noise = torch.randn(self.mean[i].shape, generator=g)
+        return (self.mean[i] + self.std[i] * noise) * self.scale
 
 # %% ../../nbs/diffusion/trainer.ipynb #e01b128c
 class NoiseDraws:
@@ -133,11 +131,11 @@ class NoiseDraws:
         data: LatentSet,  # what is walked through
         batch: int,  # items per batch
         times: int,  # time steps of the scheduler
-        first_word: int,  # number of the set's first prompt among all prompts
-        no_word: int,  # number of the empty prompt
+        first_prompt: int,  # number of the set's first prompt among all prompts
+        no_prompt: int,  # number of the empty prompt
         drop: float = 0.0,  # share of prompts that are dropped
-        seed: tuple = (0,),
-    ):  # identifies the walk
+        seed: tuple = (0,),  # identifies the walk
+    ):
         if batch > len(data):
             raise CxrError(
                 f"a batch of {batch} does not fit a set of {len(data)} images.\n"
@@ -148,68 +146,66 @@ class NoiseDraws:
         self.data = data
         self.batch = batch
         self.times = times
-        self.first = first_word
-        self.none = no_word
+        self.first_prompt = first_prompt
+        self.no_prompt = torch.tensor(no_prompt)
         self.drop = drop
         self.seed = seed
 
-    def item(self, i: int, position: int):
+    def item(self, i: int, position: int) -> tuple:  # latent, noise, time, number of the prompt
+        "What chance decides about image `i` at a position of the walk."
         g = generator_for(*self.seed, "item", position)
         x0 = self.data.sample(i, g)
         noise = torch.randn(x0.shape, generator=g)
         t = torch.randint(self.times, (), generator=g)
-        u = torch.rand((), generator=g)
-        return (
-            x0,
-            noise,
-            t,
-            torch.tensor(self.none) if u < self.drop else self.first + self.data.which[i],
-        )
+        dropped = torch.rand((), generator=g) < self.drop
+        return x0, noise, t, self.no_prompt if dropped else self.first_prompt + self.data.which[i]
 
-    def at(self, k: int):  # latents (B, 4, s, s), noise (B, 4, s, s), times (B,), prompts (B,)
+    def at(
+        self, k: int
+    ) -> tuple:  # latents (B, 4, s, s), noise (B, 4, s, s), times (B,), prompts (B,)
         "Batch number `k`."
         order = batch_at(k, self.batch, len(self.data), *self.seed)
-        return tuple(
-            map(torch.stack, zip(*(self.item(i, k * self.batch + j) for j, i in enumerate(order))))
-        )
+        items = [self.item(i, k * self.batch + j) for j, i in enumerate(order)]
+        return tuple(map(torch.stack, zip(*items)))
 
 # %% ../../nbs/diffusion/trainer.ipynb #08a46d97
-def to_device_async(
-    x: torch.Tensor,  # on the CPU
-    device,  # where to
-) -> torch.Tensor:
-    "Copy a tensor without waiting for the device."
-    return (
-        x.pin_memory().to(device, non_blocking=True)
-        if torch.device(device).type == "cuda"
-        else x.to(device)
-    )
+def _to_device_async(x: torch.Tensor, device) -> torch.Tensor:
+    "Copy a tensor from the CPU without waiting for the device."
+    if torch.device(device).type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 # %% ../../nbs/diffusion/trainer.ipynb #7146374c
 class PromptEmbeddings:
     "Numbers and vectors of all prompts of a run."
 
-    def __init__(self, pipe):
-        self.tok = pipe.tokenizer
-        self.encoder = pipe.text_encoder
+    def __init__(self, pipe):  # of a known family
+        self.pipe = pipe
+        self.family = family_of(pipe)
+        self.tokenizer = pipe.tokenizer
         self.ids = torch.empty(0, pipe.tokenizer.model_max_length, dtype=torch.long)
-        self.cache = None
+        self.cache = None  # vectors of all prompts, while the encoder stands still
+
+    @property
+    def device(self):
+        return self.pipe.text_encoder.device
 
     def add(self, prompts: list[str]) -> int:  # number of the first one
         "Make prompts known; each is padded or cut to the tokenizer's length."
-        new = self.tok(
+        new = self.tokenizer(
             list(prompts),
             padding="max_length",
             truncation=True,
-            max_length=self.tok.model_max_length,
+            max_length=self.tokenizer.model_max_length,
             return_tensors="pt",
         ).input_ids
         self.ids = torch.cat([self.ids, new])
         self.cache = None
         return len(self.ids) - len(new)
 
-    def encode(self, ids):
-        return self.encoder(ids.to(self.encoder.device))[0]
+    def encode(self, ids: torch.Tensor) -> torch.Tensor:  # (B, L) on the CPU -> (B, L, width)
+        "Vectors of tokens, by the encoder as it is now."
+        return self.family.encode(self.pipe, ids.to(self.device))
 
     @torch.no_grad()
     def all(self) -> torch.Tensor:  # (P, L, width); on the CPU if there are very many
@@ -219,49 +215,57 @@ class PromptEmbeddings:
             self.cache = rows if len(rows) <= 256 else rows.cpu()
         return self.cache
 
-    def __call__(self, which: torch.Tensor, learning: bool) -> torch.Tensor:  # (B, L, width)
-        "Vectors of the prompts with these numbers (on the CPU); anew if the encoder is learning."
-        if not learning:
-            return (
-                self.all()
-                .index_select(0, to_device_async(which, self.all().device))
-                .to(self.encoder.device)
-            )
-        few, where = which.unique(return_inverse=True)
-        return self.encode(self.ids[few]).index_select(
-            0, to_device_async(where, self.encoder.device)
-        )
+    def __call__(
+        self,
+        which: torch.Tensor,  # (B,) numbers of prompts, on the CPU
+        learning: bool,  # the encoder is learning: compute anew
+    ) -> torch.Tensor:  # (B, L, width)
+        "Vectors of the prompts with these numbers."
+        if learning:
+            different, where = which.unique(return_inverse=True)
+            rows = self.encode(self.ids[different])
+            return rows.index_select(0, _to_device_async(where, self.device))
+        rows = self.all()
+        return rows.index_select(0, _to_device_async(which, rows.device)).to(self.device)
 
 # %% ../../nbs/diffusion/trainer.ipynb #441500c7
 class Denoiser:
     "A pipeline on its device, asked for the noise in a batch."
 
     def __init__(
-        self, pipe, device: str = "cpu", precision: str = "no"
-    ):  # precision: no, bf16 or fp16
+        self,
+        pipe,  # of a known family
+        device: str = "cpu",  # where
+        precision: str = "no",  # no, bf16 or fp16
+    ):
         self.pipe = pipe
+        self.family = family_of(pipe)
         self.device = device
         self.precision = precision
-        self.words = PromptEmbeddings(pipe)
+        self.prompts = PromptEmbeddings(pipe)
         to_device(pipe.unet, device, precision).train()
         pipe.text_encoder.to(device).train()
         pipe.vae.to(device).requires_grad_(False)
         self.times = pipe.scheduler.config.num_train_timesteps
-        self.none = self.words.add([""])
+        self.no_prompt = self.prompts.add([""])
 
-    def errors(self, x0, noise, t, words, learning: bool) -> torch.Tensor:  # (B,)
-        "Each item's mean squared error of the U-Net's answer (Ho et al. 2020, eq. 14); `learning`: run the text encoder."
-        sch, (x0, noise, t) = (
-            self.pipe.scheduler,
-            (to_device_async(x, self.device) for x in (x0, noise, t)),
-        )
+    def errors(
+        self,
+        x0: torch.Tensor,  # (B, C, s, s) scaled latents
+        noise: torch.Tensor,  # (B, C, s, s) standard normal
+        t: torch.Tensor,  # (B,) times
+        which: torch.Tensor,  # (B,) numbers of the prompts
+        learning: bool,  # run the text encoder
+    ) -> torch.Tensor:  # (B,)
+        "Each item's mean squared error of the U-Net's answer (Ho et al. 2020, eq. 14)."
+        scheduler = self.pipe.scheduler
+        x0, noise, t = (_to_device_async(x, self.device) for x in (x0, noise, t))
         with autocast(self.device, self.precision):
-            out = self.pipe.unet(sch.add_noise(x0, noise, t), t, self.words(words, learning)).sample
-        return (
-            F.mse_loss(out.float(), diffusion_target(sch, x0, noise, t), reduction="none")
-            .flatten(1)
-            .mean(1)
-        )
+            noisy = scheduler.add_noise(x0, noise, t)
+            words = self.prompts(which, learning)
+            answer = self.family.predict(self.pipe, noisy, t, words)
+        target = diffusion_target(scheduler, x0, noise, t)
+        return F.mse_loss(answer.float(), target, reduction="none").flatten(1).mean(1)
 
 # %% ../../nbs/diffusion/trainer.ipynb #8fa3cabd
 class Trainer(Denoiser):
@@ -269,7 +273,7 @@ class Trainer(Denoiser):
 
     def __init__(
         self,
-        pipe,  # any Stable Diffusion pipeline; trained in place
+        pipe,  # of a known family; trained in place
         data: LatentSet,  # what to learn
         path,  # checkpoint file
         total: int,  # optimizer steps
@@ -285,8 +289,8 @@ class Trainer(Denoiser):
         seed: int = 0,  # of order, noise, times
         device: str = "cpu",  # where
         precision: str = "no",  # no, bf16 or fp16
-        **loop,
-    ):  # for `Loop`: warmup, shape, ema_decay, clip, every, config, mirror, eight_bit
+        **loop,  # for `Loop`: warmup, shape, ema_decay, clip, every, config, mirror, eight_bit
+    ):
         super().__init__(pipe, device, precision)
         self.batch = batch
         self.accumulate = accumulate
@@ -297,41 +301,44 @@ class Trainer(Denoiser):
             unet=TrainedPart(pipe.unet, peak),
             text_encoder=TrainedPart(pipe.text_encoder, text_peak or peak, text_stop or None),
         )
-        parts = {n: p for n, p in parts.items() if p.params()}
-        self.text_until = 0 if "text_encoder" not in parts else text_stop or total
-        sets = dict(instance=data) | (dict(prior=prior) if self.prior_weight else {})
-        self.draws = [
-            NoiseDraws(
-                s, batch, self.times, self.words.add(s.prompts), self.none, drop, (seed, what)
-            )
-            for what, s in sets.items()
-        ]
+        parts = {name: part for name, part in parts.items() if part.params()}
+        self.text_until = (text_stop or total) if "text_encoder" in parts else 0
+        self.draws = [self._draws(data, drop, "instance")]
+        if self.prior_weight:
+            self.draws.append(self._draws(prior, drop, "prior"))
         self.loop = Loop(parts, path, total, precision=precision, items=batch * accumulate, **loop)
 
+    def _draws(self, data: LatentSet, drop: float, what: str) -> NoiseDraws:
+        "The walk through a set, whose prompts become known."
+        first = self.prompts.add(data.prompts)
+        seed = (self.seed, what)
+        return NoiseDraws(data, self.batch, self.times, first, self.no_prompt, drop, seed)
+
     def one_pass(
-        self, k: int, learning: bool
+        self,
+        k: int,  # number of the pass, counted through all steps
+        learning: bool,  # run the text encoder
     ) -> dict:  # loss of the instance items, and of the prior's
-        x0, noise, t, words = map(torch.cat, zip(*(d.at(k) for d in self.draws)))
-        each = self.errors(x0, noise, t, words, learning) * snr_weights(
-            self.pipe.scheduler, to_device_async(t, self.device), self.gamma
-        )
+        "Losses of one batch, instance and prior items together."
+        x0, noise, t, which = map(torch.cat, zip(*(d.at(k) for d in self.draws)))
+        weights = snr_weights(self.pipe.scheduler, _to_device_async(t, self.device), self.gamma)
+        each = self.errors(x0, noise, t, which, learning) * weights
         return dict(zip(("loss", "prior"), (part.mean() for part in each.split(self.batch))))
 
     def losses(self, step: int) -> dict:
         "Forward and backward passes of one optimizer step; the mean losses, still on the device."
         sums = {}
         for k in range(step * self.accumulate, (step + 1) * self.accumulate):
-            torch.manual_seed(
-                generator_for(self.seed, "dropout", k).initial_seed()
-            )  # if a part has dropout, it is exact too
+            # a part that has dropout is exact too
+            torch.manual_seed(generator_for(self.seed, "dropout", k).initial_seed())
             parts = self.one_pass(k, step < self.text_until)
-            self.loop.optimizer.backward(
-                (parts["loss"] + self.prior_weight * parts.get("prior", 0)) / self.accumulate
-            )
-            sums = {n: sums.get(n, 0) + v.detach() / self.accumulate for n, v in parts.items()}
+            loss = parts["loss"] + self.prior_weight * parts.get("prior", 0)
+            self.loop.optimizer.backward(loss / self.accumulate)
+            for name, value in parts.items():
+                sums[name] = sums.get(name, 0) + value.detach() / self.accumulate
         return sums
 
-    def run(self, desc="diffusion") -> list[dict]:  # the log
+    def run(self, desc: str = "diffusion") -> list[dict]:  # the log
         "Train to the end."
         try:
             return self.loop.run(self.losses, desc)
@@ -344,64 +351,73 @@ class HeldOutLoss:
     "Hook: the loss on held-out images, always the same ones with the same noise; the best weights are kept."
 
     def __init__(
-        self, trainer: Trainer, data: LatentSet, n: int = 64, every: int = 100, seed: int = 0
-    ):  # n noised images
+        self,
+        trainer: Trainer,  # that is watched
+        data: LatentSet,  # of other patients
+        n: int = 64,  # noised images
+        every: int = 100,  # steps between two looks
+        seed: int = 0,  # of the noise
+    ):
         self.trainer = trainer
         self.every = every
-        first, items = trainer.words.add(data.prompts), []
-        for k in range(n):
-            g, i = generator_for(seed, "heldout", k), k % len(data)
-            x0 = data.sample(i, g)
-            items.append(
-                (
-                    x0,
-                    torch.randn(x0.shape, generator=g),
-                    torch.tensor(int((k + 0.5) / n * trainer.times)),
-                    first + data.which[i],
-                )
-            )
+        first = trainer.prompts.add(data.prompts)
+        items = [self._item(data, k, n, first, seed) for k in range(n)]
         self.items = tuple(map(torch.stack, zip(*items)))
+
+    def _item(self, data: LatentSet, k: int, n: int, first: int, seed: int) -> tuple:
+        "Latent, noise, time and number of the prompt of noised image `k`; the times are evenly spaced."
+        g = generator_for(seed, "heldout", k)
+        i = k % len(data)
+        x0 = data.sample(i, g)
+        noise = torch.randn(x0.shape, generator=g)
+        t = torch.tensor(int((k + 0.5) / n * self.trainer.times))
+        return x0, noise, t, first + data.which[i]
 
     @torch.no_grad()
     def loss(self) -> float:
-        t = self.trainer
-        with t.loop.optimizer.average.applied():
-            each = [
-                t.errors(*part, t.text_until > 0)
-                for part in zip(*(x.split(t.batch) for x in self.items))
-            ]
+        "Mean loss of the averaged weights."
+        trainer = self.trainer
+        batches = zip(*(x.split(trainer.batch) for x in self.items))
+        with trainer.loop.optimizer.average.applied():
+            each = [trainer.errors(*batch, trainer.text_until > 0) for batch in batches]
         return torch.cat(each).mean().item()
 
-    def __call__(self, loop):
+    def __call__(self, loop: Loop):
         if loop.step % self.every == 0 or loop.step == loop.total:
             loop.keep_best(self.loss())
 
 # %% ../../nbs/diffusion/trainer.ipynb #8cc0238d
+def _starting_noise(pipe, seeds: list[int], side: int) -> torch.Tensor:
+    "Standard normal noise (N, C, side, side), each image's from its own seed, on the CPU."
+    shape = (pipe.unet.config.in_channels, side, side)
+    return torch.stack(
+        [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    )
+
+
+def _preview_pipeline(pipe):
+    "A pipeline that shares the live modules and has a fast scheduler of its own."
+    family = family_of(pipe)
+    scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    view = family.pipeline(**pipe.components | family.options | dict(scheduler=scheduler))
+    view.set_progress_bar_config(disable=True)
+    return view
+
+
 def sample_images(
-    pipe,  # any Stable Diffusion pipeline; not changed
+    pipe,  # of a known family; not changed
     prompts: list[str],  # one per image
     seeds: list[int],  # one per image: its starting noise, drawn on the CPU
     steps: int = 20,  # of DPM-Solver++ (Lu et al. 2022)
     guidance: float = 3.0,  # classifier-free guidance; 1 is none
-    precision="no",  # no, bf16 or fp16
+    precision: str = "no",  # no, bf16 or fp16
     side: int = 0,  # of the latents; 0: what the U-Net was made for
 ) -> np.ndarray:  # (N, S, S) uint8
     "Draw one image per prompt and seed, with the modules as they are."
-    view = StableDiffusionPipeline(
-        **pipe.components
-        | dict(scheduler=DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)),
-        requires_safety_checker=False,
-    )
-    view.set_progress_bar_config(disable=True)
-    side, device = side or pipe.unet.config.sample_size, pipe.unet.device
-    noise = torch.stack(
-        [
-            torch.randn(
-                pipe.unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(s)
-            )
-            for s in seeds
-        ]
-    )
+    view = _preview_pipeline(pipe)
+    side = side or pipe.unet.config.sample_size
+    device = pipe.unet.device
+    noise = _starting_noise(pipe, seeds, side)
     with autocast(device.type, precision):
         latents = view(
             list(prompts),
@@ -420,12 +436,12 @@ def image_grid(
     columns: int,  # per row
 ) -> Image.Image:
     "Images side by side, row by row."
-    n, s, _ = images.shape
+    n, side, _ = images.shape
     rows = -(-n // columns)
-    full = np.concatenate([images, np.zeros((rows * columns - n, s, s), np.uint8)])
-    return Image.fromarray(
-        full.reshape(rows, columns, s, s).transpose(0, 2, 1, 3).reshape(rows * s, columns * s)
-    )
+    grid = np.zeros((rows * columns, side, side), np.uint8)
+    grid[:n] = images
+    grid = grid.reshape(rows, columns, side, side).transpose(0, 2, 1, 3)
+    return Image.fromarray(grid.reshape(rows * side, columns * side))
 
 # %% ../../nbs/diffusion/trainer.ipynb #c497ccb7
 class Previews:
@@ -433,48 +449,56 @@ class Previews:
 
     def __init__(
         self,
-        trainer: Trainer,
-        folder,
-        prompts,
-        every: int = 200,
-        n: int = 4,
-        seed: int = 0,
-        guidance: float = 3.0,
-        steps: int = 20,
+        trainer: Trainer,  # that is watched
+        folder,  # for the grids, named after their steps
+        prompts,  # what is drawn
+        every: int = 200,  # steps between two previews
+        n: int = 4,  # images per prompt
+        seed: int = 0,  # of the starting noise
+        guidance: float = 3.0,  # classifier-free
+        steps: int = 20,  # of the sampler
     ):
         self.trainer = trainer
         self.folder = Path(folder)
-        self.prompts = list(prompts)
         self.every = every
         self.n = n
-        self.seed = seed
-        self.how = dict(
+        self.prompts = [p for p in prompts for _ in range(n)]
+        seeds = [generator_for(seed, "preview", k).initial_seed() for k in range(n)]
+        self.seeds = seeds * (len(self.prompts) // n)
+        self.options = dict(
             steps=steps,
             guidance=guidance,
             precision=trainer.precision,
             side=trainer.draws[0].data.mean.shape[-1],
         )
 
-    def __call__(self, loop):
+    def __call__(self, loop: Loop):
         path = self.folder / f"{loop.step:06d}.png"
-        if path.exists() or (loop.step % self.every and loop.step != loop.total):
+        due = loop.step % self.every == 0 or loop.step == loop.total
+        if path.exists() or not due:
             return
-        seeds = [
-            generator_for(self.seed, "preview", k).initial_seed() for k in range(self.n)
-        ] * len(self.prompts)
         with loop.optimizer.average.applied():
-            images = sample_images(
-                self.trainer.pipe,
-                [p for p in self.prompts for _ in range(self.n)],
-                seeds,
-                **self.how,
-            )
+            images = sample_images(self.trainer.pipe, self.prompts, self.seeds, **self.options)
         with atomic_path(path) as tmp:
             image_grid(images, self.n).save(tmp, format="PNG")
         if loop.mirror:
             loop.mirror.copy(path)
 
 # %% ../../nbs/diffusion/trainer.ipynb #306f93ae
+def _plot_losses(ax, rows: list[dict]):
+    "Loss, its running mean and the held-out loss, against the step."
+    for name, style in (("loss", dict(alpha=0.3)), ("heldout", dict(marker="o"))):
+        found = [(int(r["step"]), float(r[name])) for r in rows if r.get(name)]
+        if found:
+            ax.plot(*zip(*found), label=name, **style)
+    loss = [float(r["loss"]) for r in rows if r["loss"]]
+    width = min(20, 1 + len(loss) // 8)
+    mean = np.convolve(loss, np.ones(width) / width, "valid")
+    ax.plot(range(width - 1, len(loss)), mean, label=f"mean of {width}")
+    ax.set(xlabel="step")
+    ax.legend(fontsize=8)
+
+
 def training_figure(
     log,  # CSV of a run
     previews=None,  # its folder of previews
@@ -482,26 +506,14 @@ def training_figure(
     "Loss, held-out loss and the newest preview of a run, from its files."
     import matplotlib.pyplot as plt
 
-    rows = read_csv(log)
-    shots = sorted(Path(previews).glob("*.png")) if previews else []
-    fig, axes = plt.subplots(
-        1, 1 + bool(shots), figsize=(4 + 4 * bool(shots), 2.4), dpi=70, squeeze=False
-    )
-    for name, style in (("loss", dict(alpha=0.3)), ("heldout", dict(marker="o"))):
-        found = [(int(r["step"]), float(r[name])) for r in rows if r.get(name)]
-        if found:
-            axes[0, 0].plot(*zip(*found), label=name, **style)
-    loss = [float(r["loss"]) for r in rows if r["loss"]]
-    w = min(20, 1 + len(loss) // 8)
-    axes[0, 0].plot(
-        range(w - 1, len(loss)), np.convolve(loss, np.ones(w) / w, "valid"), label=f"mean of {w}"
-    )
-    axes[0, 0].set(xlabel="step")
-    axes[0, 0].legend(fontsize=8)
-    if shots:
-        axes[0, 1].imshow(Image.open(shots[-1]), cmap="gray")
+    grids = sorted(Path(previews).glob("*.png")) if previews else []
+    panels = 2 if grids else 1
+    fig, axes = plt.subplots(1, panels, figsize=(4 * panels, 2.4), dpi=70, squeeze=False)
+    _plot_losses(axes[0, 0], read_csv(log))
+    if grids:
+        axes[0, 1].imshow(Image.open(grids[-1]), cmap="gray")
         axes[0, 1].axis("off")
-        axes[0, 1].set_title(f"step {int(shots[-1].stem)}", fontsize=8)
+        axes[0, 1].set_title(f"step {int(grids[-1].stem)}", fontsize=8)
     plt.close(fig)
     return fig
 
@@ -509,30 +521,35 @@ def training_figure(
 class TrainingMonitor:
     "Hook for notebooks: redraw the figure of the run in place, every few steps."
 
-    def __init__(self, previews=None, every: int = 20):
+    def __init__(
+        self,
+        previews=None,  # folder of previews
+        every: int = 20,  # steps
+    ):
         self.previews = previews
         self.every = every
-        self.handle = None
+        self.display = None  # the place of the figure, once it is there
 
-    def __call__(self, loop):
-        if not loop.step or (loop.step % self.every and loop.step != loop.total):
+    def __call__(self, loop: Loop):
+        due = loop.step % self.every == 0 or loop.step == loop.total
+        if loop.step == 0 or not due:
             return
         from IPython.display import display
 
-        loop.check("watch")
+        loop.check("training")
         loop.log.write()
         fig = training_figure(loop.log.path, self.previews)
-        if self.handle:
-            self.handle.update(fig)
+        if self.display:
+            self.display.update(fig)
         else:
-            self.handle = display(fig, display_id=True)
+            self.display = display(fig, display_id=True)
 
 # %% ../../nbs/diffusion/trainer.ipynb #4e30f997
 def tensorboard_reader(
     folder,  # for the event files
     device: str = "cpu",  # of the run
 ):  # function of a log row, for `Log.readers`
-    "Send the log's rows to TensorBoard by Accelerate's tracker; raises `CxrError` if TensorBoard is not installed."
+    "Send the log's rows to TensorBoard by Accelerate; raises `CxrError` if TensorBoard is not installed."
     from accelerate import Accelerator
     from accelerate.utils import is_tensorboard_available
 
