@@ -6,7 +6,6 @@
 __all__ = ['comparison_grid', 'plot_bars', 'plot_map', 'save_quality_figure']
 
 # %% ../../nbs/quality/figures.ipynb #eea5b97b
-import itertools
 import matplotlib.pyplot as plt, numpy as np
 from matplotlib.figure import Figure
 
@@ -14,9 +13,22 @@ from matplotlib.figure import Figure
 from ..base.compute import seed_for
 from ..base.files import atomic_path
 from ..base.settings import CLASSES
-from .measure import MEASURES
+from .metrics import FRECHET, METRICS
 
 # %% ../../nbs/quality/figures.ipynb #903656a9
+def _drawn_by_lot(images, labels, label, n, *seed):
+    "Indices of at most n images of one class."
+    mine = np.flatnonzero(np.asarray(labels) == label)
+    return np.random.default_rng(seed_for(*seed)).permutation(mine)[:n]
+
+
+def _image_row(images, n):
+    "Images side by side; white where there are fewer than n."
+    row = np.full((n, *images.shape[1:]), 255, np.uint8)
+    row[: len(images)] = images
+    return np.hstack(row)
+
+
 def comparison_grid(
     real,  # images uint8 (N, R, R) and labels (N,)
     synthetic,  # images and labels
@@ -26,28 +38,44 @@ def comparison_grid(
     nearest=None,  # image beside each synthetic one (N, R, R): a third row
 ):  # the axes
     "Random real and synthetic images of both classes, and the synthetic ones' nearest real neighbours."
-    rows, names = [], []
-
-    def add(name, images, k):
-        row = np.full((n, *images.shape[1:]), 255, np.uint8)
-        row[: len(k)] = images[k]
-        rows.append(np.hstack(row)), names.append(name)
-
+    rows = {}
     for label, c in enumerate(CLASSES):
         for what, (images, labels) in dict(real=real, synthetic=synthetic).items():
-            k = np.flatnonzero(np.asarray(labels) == label)
-            k = np.random.default_rng(seed_for(seed, "grid", what, c)).permutation(k)[:n]
-            add(f"{c}\n{what}", images, k)
+            k = _drawn_by_lot(images, labels, label, n, seed, "grid", what, c)
+            rows[f"{c}\n{what}"] = _image_row(images[k], n)
         if nearest is not None:
-            add("its nearest\nreal", nearest, k)
+            rows[f"its nearest\nreal, {c}"] = _image_row(nearest[k], n)
     if ax is None:
         ax = plt.subplots(figsize=(n, len(rows)))[1]
-    ax.imshow(np.vstack(rows), cmap="gray", vmin=0, vmax=255)
-    ax.set_yticks(len(rows[0]) * (np.arange(len(rows)) + 0.5), names, fontsize=7)
+    ax.imshow(np.vstack([*rows.values()]), cmap="gray", vmin=0, vmax=255)
+    height = real[0].shape[1]
+    ax.set_yticks(height * (np.arange(len(rows)) + 0.5), [*rows], fontsize=7)
     ax.set_xticks([])
     return ax
 
 # %% ../../nbs/quality/figures.ipynb #3e42d3f1
+def _plot_bar(ax, centre, shift, row, colour):
+    "One value with its spread, and the floor behind it."
+    down, up = max(0, row["value"] - row["low"]), max(0, row["high"] - row["value"])
+    ax.bar(centre + shift, row["value"], 0.36, color=colour, yerr=[[down], [up]], ecolor="#222222")
+    edges = [centre - 0.42, centre + 0.42]
+    ax.fill_between(edges, row["floor_low"], row["floor_high"], color="#0072B2", alpha=0.5, lw=0)
+
+
+def _plot_metric(ax, metric, sides):
+    "The bars of one metric: sides are (shift, colour, rows)."
+    n, note = 0, ""
+    for label, c in enumerate(CLASSES):
+        for shift, colour, rows in sides:
+            for row in rows:
+                if (row["class_name"], row["metric"], row["reference"]) == (c, metric, "train"):
+                    _plot_bar(ax, label, shift, row, colour)
+                    n = row["n_synthetic"]
+                    note = " < dimensions!" if "DIMENSIONS" in row["sentence"] else ""
+    ax.set_title(f"{METRICS[metric].label}, n = {n}{note}", fontsize=9)
+    ax.set_xticks(range(len(CLASSES)), CLASSES)
+
+
 def plot_bars(
     rows: list[dict],  # of one generator, after fine-tuning
     before: list[dict],  # of its base; empty if it was not drawn
@@ -57,53 +85,24 @@ def plot_bars(
     "Distances before and after fine-tuning, with their spread and the real-against-real floor."
     if axes is None:
         axes = plt.subplots(1, 3, figsize=(7.5, 2.8), layout="constrained")[1]
-    sides = (
-        ((-0.2, "#999999", before), (0.2, "#E69F00", rows)) if before else ((0, "#E69F00", rows),)
-    )
-    for ax, metric in zip(
-        axes, ("fid" if any(r["metric"] == "fid" for r in rows) else "fd", "kid", "mmd")
-    ):
-        for (k, c), (shift, colour, found) in itertools.product(enumerate(CLASSES), sides):
-            for r in (
-                r
-                for r in found
-                if (r["class_name"], r["metric"], r["reference"]) == (c, metric, "train")
-            ):
-                ax.bar(
-                    k + shift,
-                    r["value"],
-                    0.36,
-                    color=colour,
-                    yerr=[[max(0, r["value"] - r["low"])], [max(0, r["high"] - r["value"])]],
-                    ecolor="#222222",
-                )
-                ax.fill_between(
-                    [k - 0.42, k + 0.42],
-                    r["floor_low"],
-                    r["floor_high"],
-                    color="#0072B2",
-                    alpha=0.5,
-                    lw=0,
-                )
-                ax.set_title(
-                    (
-                        f"{MEASURES[metric].label}, n = "
-                        f"{r['n_synthetic']}{' < dimensions!' if 'DIMENSIONS' in r['sentence'] else ''}"
-                    ),
-                    fontsize=9,
-                )
-        ax.set_xticks(range(len(CLASSES)), CLASSES)
-    axes[0].set_xlabel(
-        (
-            f"{'grey: before fine-tuning; ' if before else ''}orange: after; blue: real against "
-            f"real{note}"
-        ),
-        fontsize=7,
-        loc="left",
-    )
+    sides = [(0, "#E69F00", rows)]
+    legend = "orange: after; blue: real against real"
+    if before:
+        sides = [(-0.2, "#999999", before), (0.2, "#E69F00", rows)]
+        legend = "grey: before fine-tuning; " + legend
+    frechet = [m for m in FRECHET if any(row["metric"] == m for row in rows)]
+    for ax, metric in zip(axes, (*frechet, "kid", "mmd")):
+        _plot_metric(ax, metric, sides)
+    axes[0].set_xlabel(legend + note, fontsize=7, loc="left")
     return axes
 
 # %% ../../nbs/quality/figures.ipynb #f05d9955
+def _broadest_directions(x):
+    "The two principal axes (D, 2) of features (N, D)."
+    some = x[np.random.default_rng(0).permutation(len(x))[:1000]]
+    return np.linalg.svd(some - x.mean(0), full_matrices=False)[2][:2].T
+
+
 def plot_map(
     real,  # features and labels
     synthetic,  # features and labels
@@ -112,25 +111,18 @@ def plot_map(
 ):  # the axes
     "The two broadest directions of the real images, and where the synthetic ones lie on them."
     x = np.asarray(real[0], np.float64)
-    middle = x.mean(0)
-    axes2 = np.linalg.svd(
-        x[np.random.default_rng(0).permutation(len(x))[:1000]] - middle, full_matrices=False
-    )[2][:2].T  # (D, 2)
+    directions = _broadest_directions(x)
     if ax is None:
         ax = plt.subplots(figsize=(4, 3.4))[1]
-    for (what, (f, labels)), marker in zip(dict(real=real, synthetic=synthetic).items(), "o^"):
+    for (what, (features, labels)), marker in zip(
+        dict(real=real, synthetic=synthetic).items(), "o^"
+    ):
+        points = (np.asarray(features, np.float64) - x.mean(0)) @ directions
         for label, colour in enumerate(("#0072B2", "#D55E00")):
-            p = ((np.asarray(f, np.float64) - middle) @ axes2)[np.asarray(labels) == label][:most]
-            ax.scatter(
-                *p.T,
-                s=8,
-                marker=marker,
-                lw=0.6,
-                edgecolor=colour,
-                facecolor="none" if what == "real" else colour,
-                alpha=0.6,
-                label=f"{CLASSES[label]}, {what}",
-            )
+            mine = points[np.asarray(labels) == label][:most]
+            face = "none" if what == "real" else colour
+            style = dict(s=8, marker=marker, lw=0.6, alpha=0.6, edgecolor=colour, facecolor=face)
+            ax.scatter(*mine.T, label=f"{CLASSES[label]}, {what}", **style)
     ax.legend(frameon=False, fontsize=7)
     ax.set(xlabel="first principal axis of the real images", ylabel="second")
     return ax

@@ -7,6 +7,7 @@ __all__ = ['REASONS', 'Gallery', 'GalleryView', 'gallery_figure']
 
 # %% ../../nbs/quality/gallery.ipynb #b79c6314
 import math
+from pathlib import Path
 import ipywidgets as widgets, matplotlib.pyplot as plt
 from PIL import Image
 
@@ -24,160 +25,173 @@ REASONS = ("anatomy", "artefact", "wrong class", "blurred", "copy", "other")
 class Gallery:
     "A person's marks on the images of one set, page by page."
 
-    def __init__(self, study: Study, generator: str, per_page: int = 24):
+    def __init__(
+        self,
+        study: Study,  # with a synthetic set
+        generator: str,  # its name
+        per_page: int = 24,  # images
+    ):
         self.study = study
         self.generator = generator
         self.per_page = per_page
-        self.done = []
-        self.names = {
-            c: [m["file_name"] for m in load_metadata(study, generator) if m["class_name"] == c]
-            for c in CLASSES
-        }
-        self.path, (self.cls, self.page) = study / f"curation/{generator}.csv", (CLASSES[0], 0)
-        self.marks = (
-            {r["file_name"]: r["reason"] for r in read_csv(self.path)} if self.path.exists() else {}
-        )
+        self.names = {c: [] for c in CLASSES}
+        for line in load_metadata(study, generator):
+            self.names[line["class_name"]].append(line["file_name"])
+        self.class_name = CLASSES[0]
+        self.page = 0
+        self.path = study / f"curation/{generator}.csv"
+        self.marks = {}
+        self._history = []
+        if self.path.exists():
+            self.marks = {row["file_name"]: row["reason"] for row in read_csv(self.path)}
         for name in self.marks:
-            self.check(name)
-
-    def check(self, name: str):
-        if not any(name in names for names in self.names.values()):
-            raise CxrError(
-                f"{self.generator} has no image {name!r}.\n"
-                f"Allowed: names such as {self.names[self.cls][0]}.\n"
-                f"If {self.path} belongs to another set, move it away."
-            )
+            self._check(name)
 
     @property
     def pages(self) -> int:
-        return max(1, math.ceil(len(self.names[self.cls]) / self.per_page))
+        "Pages of this class."
+        return max(1, math.ceil(len(self.names[self.class_name]) / self.per_page))
 
     def here(self) -> list[str]:
-        return self.names[self.cls][self.page * self.per_page :][: self.per_page]
+        "File names on this page."
+        return self.names[self.class_name][self.page * self.per_page :][: self.per_page]
 
-    def go(self, page: int = 0, cls: str = None):
-        "Turn to a page, counted from 0; numbers beyond the ends mean the first and the last."
-        if cls:
-            self.cls = one_of(cls, CLASSES, "class")
+    def go(
+        self,
+        page: int = 0,  # counted from 0; numbers beyond the ends mean the first and the last
+        class_name: str | None = None,  # another class; None: stay
+    ):
+        "Turn to a page."
+        if class_name:
+            self.class_name = one_of(class_name, CLASSES, "class")
         self.page = min(max(0, page), self.pages - 1)
 
-    def mark(self, name: str, reason: str | None):
-        "Reject an image for one of `REASONS`; None keeps it."
-        self.check(name)
+    def mark(
+        self,
+        name: str,  # such as normal/000000.png; raises `CxrError` for any other image
+        reason: str | None,  # one of `REASONS`; None keeps the image
+    ):
+        "Reject an image, or take it back."
+        self._check(name)
         if reason is not None:
             one_of(reason, REASONS, "reason")
-        self.done.append((name, self.marks.get(name)))
-        self.put(name, reason)
+        self._history.append((name, self.marks.get(name)))
+        self._put(name, reason)
 
     def undo(self):
         "Take back the last mark; with nothing to take back, nothing happens."
-        if self.done:
-            self.put(*self.done.pop())
-
-    def put(self, name, reason):
-        self.marks = {k: v for k, v in self.marks.items() if k != name} | (
-            {name: reason} if reason else {}
-        )
-        write_csv(
-            self.path,
-            MARK_COLUMNS,
-            [dict(file_name=n, reason=r, by="person") for n, r in sorted(self.marks.items())],
-        )
+        if self._history:
+            self._put(*self._history.pop())
 
     def counts(self) -> dict:
         "Images, kept and rejected, per class."
-        bad = {c: sum(n in self.marks for n in names) for c, names in self.names.items()}
-        return {
-            c: dict(images=len(names), kept=len(names) - bad[c], rejected=bad[c])
-            for c, names in self.names.items()
-        }
+        out = {}
+        for c, names in self.names.items():
+            rejected = len(self.marks.keys() & set(names))
+            out[c] = dict(images=len(names), kept=len(names) - rejected, rejected=rejected)
+        return out
 
     def pixels(self, name: str) -> Image.Image:
+        "One image of the set."
         return Image.open(self.study / "synthetic" / self.generator / name)
+
+    def _check(self, name):
+        if not any(name in names for names in self.names.values()):
+            raise CxrError(
+                f"{self.generator} has no image {name!r}.\n"
+                f"Allowed: names such as {self.names[self.class_name][0]}.\n"
+                f"If {self.path} belongs to another set, move it away."
+            )
+
+    def _put(self, name, reason):
+        "Change one mark and write all of them."
+        self.marks.pop(name, None)
+        if reason:
+            self.marks[name] = reason
+        lines = [dict(file_name=n, reason=r, by="person") for n, r in sorted(self.marks.items())]
+        write_csv(self.path, MARK_COLUMNS, lines)
 
 # %% ../../nbs/quality/gallery.ipynb #b16d358e
 class GalleryView:
     "Widgets around a `Gallery`; show `.widget` in a notebook."
 
-    def __init__(self, gallery: Gallery, size: int = 128, columns: int = 6):
+    def __init__(
+        self,
+        gallery: Gallery,  # what to show
+        size: int = 128,  # of an image on the screen, px
+        columns: int = 6,  # images in a row
+    ):
         self.gallery = gallery
         self.size = size
-        self.classes = widgets.ToggleButtons(options=CLASSES, value=gallery.cls)
+        self.classes = widgets.ToggleButtons(options=CLASSES, value=gallery.class_name)
         self.reason = widgets.Dropdown(options=REASONS, description="reason")
-        self.back, self.next, self.undo = (
-            widgets.Button(description=d) for d in ("back", "next", "undo")
-        )
+        self.back = widgets.Button(description="back")
+        self.next = widgets.Button(description="next")
+        self.undo = widgets.Button(description="undo")
         self.text = widgets.HTML()
-        self.grid = widgets.GridBox(
-            layout=widgets.Layout(grid_template_columns=f"repeat({columns}, {size + 8}px)")
-        )
-        self.classes.observe(lambda change: self.do(gallery.go, 0, change["new"]), "value")
-        self.back.on_click(lambda _: self.do(gallery.go, gallery.page - 1))
-        self.next.on_click(lambda _: self.do(gallery.go, gallery.page + 1))
-        self.undo.on_click(lambda _: self.do(gallery.undo))
-        self.widget = widgets.VBox(
-            [
-                widgets.HBox([self.classes, self.reason]),
-                widgets.HBox([self.back, self.next, self.undo, self.text]),
-                self.grid,
-            ]
-        )
+        widths = widgets.Layout(grid_template_columns=f"repeat({columns}, {size + 8}px)")
+        self.grid = widgets.GridBox(layout=widths)
+        choice = widgets.HBox([self.classes, self.reason])
+        buttons = widgets.HBox([self.back, self.next, self.undo, self.text])
+        self.widget = widgets.VBox([choice, buttons, self.grid])
+        self._connect()
         self.redraw()
 
-    def do(self, action, *args):
+    def _connect(self):
+        "Each button calls the gallery."
+        gallery = self.gallery
+        self.classes.observe(lambda change: self._do(gallery.go, 0, change["new"]), "value")
+        self.back.on_click(lambda _: self._do(gallery.go, gallery.page - 1))
+        self.next.on_click(lambda _: self._do(gallery.go, gallery.page + 1))
+        self.undo.on_click(lambda _: self._do(gallery.undo))
+
+    def _do(self, action, *args):
         action(*args)
         self.redraw()
 
-    def tile(self, name: str, noted: dict):
+    def _tile(self, name, notes):
         "One image, its notes, and its button."
-        g, marked = self.gallery, self.gallery.marks.get(name)
-        button = widgets.Button(
-            description=f"rejected: {marked}" if marked else "reject",
-            button_style="danger" if marked else "",
-            tooltip=name,
-        )
-        button.on_click(lambda _: self.do(g.mark, name, None if marked else self.reason.value))
-        png = (g.study / "synthetic" / g.generator / name).read_bytes()
-        return widgets.VBox(
-            [
-                widgets.Image(value=png, format="png", width=self.size, height=self.size),
-                widgets.Label(noted.get(name, "")),
-                button,
-            ]
-        )
+        gallery = self.gallery
+        marked = gallery.marks.get(name)
+        button = widgets.Button(description="reject", tooltip=name)
+        if marked:
+            button.description, button.button_style = f"rejected: {marked}", "danger"
+        new_reason = None if marked else self.reason
+        button.on_click(lambda _: self._do(gallery.mark, name, new_reason and new_reason.value))
+        png = (gallery.study / "synthetic" / gallery.generator / name).read_bytes()
+        image = widgets.Image(value=png, format="png", width=self.size, height=self.size)
+        return widgets.VBox([image, widgets.Label(notes.get(name, "")), button])
 
     def redraw(self):
         "Show the gallery's page as it is now."
-        g, noted = self.gallery, {}
-        for r in set_marks(g.study, g.generator):
-            if r["by"] != "person":
-                noted[r["file_name"]] = f"{r['by']}: {r['reason']}"
-        self.grid.children = [self.tile(n, noted) for n in g.here()]
-        c = g.counts()[g.cls]
-        self.text.value = f"{g.cls}: page {g.page + 1} of {g.pages}; {c['kept']} of {c['images']} kept, {c['rejected']} rejected"
+        gallery, notes = self.gallery, {}
+        for mark in set_marks(gallery.study, gallery.generator):
+            if mark["by"] != "person":
+                notes[mark["file_name"]] = f"{mark['by']}: {mark['reason']}"
+        self.grid.children = [self._tile(name, notes) for name in gallery.here()]
+        c, n = gallery.class_name, gallery.counts()[gallery.class_name]
+        self.text.value = (
+            f"{c}: page {gallery.page + 1} of {gallery.pages}; "
+            f"{n['kept']} of {n['images']} kept, {n['rejected']} rejected"
+        )
 
 # %% ../../nbs/quality/gallery.ipynb #36c70da6
 def gallery_figure(
     gallery: Gallery,  # turned to a page
     columns: int = 6,  # images in a row
     size: float = 1.2,  # of an image, inches
-):
-    "One page of a gallery as a figure; returned for saving."
+):  # the figure
+    "One page of a gallery as a figure."
     names = gallery.here()
     rows = math.ceil(len(names) / columns)
-    fig, axes = plt.subplots(
-        rows, columns, figsize=(size * columns, size * rows * 1.2), squeeze=False
-    )
+    figsize = size * columns, size * rows * 1.2
+    fig, axes = plt.subplots(rows, columns, figsize=figsize, squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
     for ax, name in zip(axes.flat, names):
         image, reason = gallery.pixels(name), gallery.marks.get(name)
         ax.imshow(image, cmap="gray", vmin=0, vmax=255)
-        ax.set_title(
-            reason or name.split("/")[1].removesuffix(".png"),
-            fontsize=8,
-            color="#D55E00" if reason else "black",
-        )
+        ax.set_title(reason or Path(name).stem, fontsize=8, color="#D55E00" if reason else "black")
         if reason:
             ax.plot([0, image.width - 1], [0, image.height - 1], color="#D55E00")
     fig.tight_layout(pad=0.3)
