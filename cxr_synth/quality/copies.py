@@ -250,7 +250,7 @@ class CopyReport:
     range: tuple  # share at both ends of the threshold's interval
     p: float  # one-sided Mann-Whitney: synthetic images as a whole nearer than unseen ones
     recall: dict  # disguise -> share of planted copies found
-    among: float  # share of seen images flagged among those of other patients; near `rate` if the unseen are fair
+    among: float  # share of seen images flagged among other patients'; near `rate` if the unseen are fair
     pairs: pd.DataFrame  # from `closest_pairs`
 
     @property
