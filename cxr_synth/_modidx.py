@@ -1458,6 +1458,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'cxr_synth/protocol/plan.py'),
                                          'cxr_synth.protocol.plan.tier_cells': ( 'protocol/plan.html#tier_cells',
                                                                                  'cxr_synth/protocol/plan.py')},
+            'cxr_synth.protocol.schema': { 'cxr_synth.protocol.schema.result_columns': ( 'protocol/schema.html#result_columns',
+                                                                                         'cxr_synth/protocol/schema.py')},
             'cxr_synth.protocol.sets': { 'cxr_synth.protocol.sets.load_metadata': ( 'protocol/sets.html#load_metadata',
                                                                                     'cxr_synth/protocol/sets.py'),
                                          'cxr_synth.protocol.sets.marked_images': ( 'protocol/sets.html#marked_images',

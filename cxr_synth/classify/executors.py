@@ -24,7 +24,7 @@ from .recipes import RunContext
 from .runs import make_run, run_identity
 from ..images.study_images import split_rows
 from ..protocol.plan import Plan, Run
-from ..protocol.schema import RESULT_COLUMNS
+from ..protocol.schema import result_columns
 
 # %% ../../nbs/classify/executors.ipynb #8b09cb66
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ class ResultsTable:
 
     def write(self):
         rows = [self.rows[run] for run in self.runs if run in self.rows]
-        write_csv(self.path, RESULT_COLUMNS, rows)
+        write_csv(self.path, result_columns(), rows)
         self.written = time.monotonic()
 
 # %% ../../nbs/classify/executors.ipynb #7833f809

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MANIFEST_COLUMNS', 'FRACTION_COLUMNS', 'METADATA_FIELDS', 'MARK_COLUMNS', 'QUALITY_COLUMNS', 'SPLITS',
-           'PREDICTION_COLUMNS', 'HEAT_COLUMNS', 'RUN_COLUMNS', 'RESULT_COLUMNS']
+           'PREDICTION_COLUMNS', 'HEAT_COLUMNS', 'RUN_COLUMNS', 'result_columns']
 
 # %% ../../nbs/protocol/schema.ipynb #14c6286f
 from ..stats.auc import SCORES
@@ -86,4 +86,8 @@ RUN_COLUMNS = [
     "status",
     "plan_sha256",
 ]
-RESULT_COLUMNS = [*RUN_COLUMNS, *(f"{split}_{name}" for split in SPLITS for name in SCORES)]
+
+
+def result_columns() -> list[str]:
+    "The columns of results.csv: of the run, then `SPLIT_SCORE` for each split and each of `SCORES`."
+    return RUN_COLUMNS + [f"{split}_{name}" for split in SPLITS for name in SCORES]

@@ -29,7 +29,7 @@ from ..classify.recipes import RunContext
 from ..classify.runs import split_scores
 from ..images.study_images import split_rows
 from ..protocol.plan import Plan, Run, load_plan
-from ..protocol.schema import RESULT_COLUMNS
+from ..protocol.schema import result_columns
 
 # %% ../../nbs/06_classify.ipynb #3c5526f1
 def _chosen_runs(
@@ -158,5 +158,5 @@ def open_test(
         scores = split_scores(pd.read_csv(study / run.folder / "test.csv"), "test")
         opened[result_key(row)] = row | scores
     rows = [opened.get(result_key(row), row) for row in read_csv(study / "results.csv")]
-    write_csv(study / "results.csv", RESULT_COLUMNS, rows)
+    write_csv(study / "results.csv", result_columns(), rows)
     return log
