@@ -1,4 +1,4 @@
-"Damaged, odd and hostile files in a folder: each is named and counted, nothing is half-written, and skipping is recorded."
+"Damaged, odd and hostile files in a folder: each is named and counted, and nothing is half-written."
 
 import io, os, shutil
 from pathlib import Path

@@ -6,7 +6,13 @@ from cxr_synth.base.settings import DataConfig
 from cxr_synth.stages.data import stage_data
 from cxr_synth.images.phantom import write_phantoms
 
-CODE = "import sys; from cxr_synth.core import *; from cxr_synth.data import stage_data; stage_data(Study(sys.argv[1]), DataConfig(source=sys.argv[2], workers=1))"
+CODE = """
+import sys
+from cxr_synth.base.records import Study
+from cxr_synth.base.settings import DataConfig
+from cxr_synth.stages.data import stage_data
+stage_data(Study(sys.argv[1]), DataConfig(source=sys.argv[2], workers=1))
+"""
 
 
 def kill_after(n, study, source):

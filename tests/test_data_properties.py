@@ -1,4 +1,4 @@
-"Splits and fractions of random folders: no patient on two sides, nesting, determinism, no matter in which order the files come."
+"Splits and fractions of random folders: nobody on two sides, nested, whatever the order of the files."
 
 from itertools import combinations
 import pandas as pd
@@ -71,7 +71,7 @@ def test_shares(rows, seed):
     g = strata(t[t.split.isin(["train", "val", "internal"])]).merge(
         t.drop_duplicates("group")[["group", "split"]]
     )
-    for label, of_class in g.groupby("label"):
+    for _, of_class in g.groupby("label"):
         n, count = len(of_class), of_class.split.value_counts()
         assert count.get("val", 0) == rounded_share(n, 0.15)
         assert count.get("train", 0) == rounded_share(n - rounded_share(n, 0.15), 0.5)

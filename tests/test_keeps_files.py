@@ -1,4 +1,4 @@
-"What a user put somewhere stays: only files that a record names, or that carry our temporary names, are removed or written over."
+"What a user put somewhere stays: only what a record names, or what has our temporary names, is removed."
 
 import ast, os, subprocess, sys
 from pathlib import Path

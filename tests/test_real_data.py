@@ -6,7 +6,7 @@ import numpy as np, pandas as pd, pytest
 from cxr_synth.base.settings import DataConfig
 from cxr_synth.data.sources import folder_source
 from cxr_synth.data.splits import draw_fractions
-from cxr_synth.data.survey import make_manifest
+from cxr_synth.data.survey import inspect_source
 from cxr_synth.images.study_images import assert_disjoint
 from cxr_synth.images.images import prepare_file
 
@@ -16,7 +16,7 @@ REAL = (
 )
 pytestmark = pytest.mark.skipif(
     not REAL.is_dir(),
-    reason=f"no real data set in {REAL.parent} (set CXR_DATA to the folder that holds kermany-224); phantoms cover the code",
+    reason=f"no real data set in {REAL.parent} (set CXR_DATA to the folder of kermany-224)",
 )
 
 
@@ -27,7 +27,7 @@ def source():
 
 @pytest.fixture(scope="module")
 def manifest(source):
-    return make_manifest(source, DataConfig(source=str(REAL), workers=2))
+    return inspect_source(source, DataConfig(source=str(REAL), workers=2))[0]
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_fractions(manifest):
             drawn.groupby(["replicate", "kind"]).patient_id.nunique().unstack() / everyone
             - fraction
         ).abs().max().max() < 0.01
-    for k, g in f.groupby("replicate"):
+    for _, g in f.groupby("replicate"):
         few = g[(g.split == "train") & (g.min_fraction <= 0.05)]
         assert_disjoint(
             manifest[manifest.image_id.isin(few.image_id)], manifest[manifest.split == "internal"]
@@ -110,7 +110,8 @@ def test_fractions(manifest):
 def test_another_order_of_files(source, manifest):
     rng = np.random.default_rng(0)
     source.rows = [source.rows[k] for k in rng.permutation(len(source.rows))]
-    assert make_manifest(source, DataConfig(source=str(REAL), workers=1)).equals(manifest)
+    again, _, _ = inspect_source(source, DataConfig(source=str(REAL), workers=1))
+    assert again.equals(manifest)
 
 
 def test_an_image(source, tmp_path):

@@ -26,6 +26,7 @@ from sklearn.model_selection import PredefinedSplit, cross_val_predict
 from ..base.compute import seed_for
 from ..base.files import CxrError, write_text
 from .near_copies import MAX_PAIRS_SHOWN, exact_copies, near_report
+from ..images.study_images import MANIFEST_SPLITS
 from ..stats.auc import cluster_error, fold_auc
 
 # %% ../../nbs/data/audit.ipynb #5832139f
@@ -278,7 +279,7 @@ def _splits_of(
     by: str,  # official_split or split
 ) -> dict[str, pd.DataFrame]:  # only splits that there are
     "The rows of each split."
-    rows = {s: t[t[by] == s] for s in ("train", "val", "internal", "test")}
+    rows = {s: t[t[by] == s] for s in MANIFEST_SPLITS}
     return {s: part for s, part in rows.items() if len(part)}
 
 
