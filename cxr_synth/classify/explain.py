@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CASE_KINDS', 'ProbeNetwork', 'has_maps', 'last_map', 'heat_maps', 'resize_maps', 'is_drawn', 'disease_masks',
-           'disease_overlap', 'corner_share', 'draw_cases', 'explain_run']
+           'disease_overlap', 'corner_share', 'draw_cases', 'write_heat', 'explain_run']
 
 # %% ../../nbs/classify/explain.ipynb #466bb4b9
 from pathlib import Path
@@ -190,6 +190,23 @@ def _measure_case(case, heat, mask) -> dict:  # row of `draw_cases`; (R, R); (R,
     return case._asdict() | dict(corners=corner_share(heat), overlap=overlap)
 
 
+def write_heat(
+    study: Study,  # whose images
+    cases: pd.DataFrame,  # from `draw_cases`
+    maps,  # float32 (N, h, w), 0 or more
+    side: int,  # of the study's images, px
+    folder,  # gets heat.npy (N, h, w) and heat.csv
+) -> list[dict]:  # rows of `HEAT_COLUMNS`; overlap: of the ill in a phantom study, else empty
+    "Keep heat maps, with what can be measured on them."
+    heat = resize_maps(maps, side)
+    masks = disease_masks(study, cases.image_id) if is_drawn(study) else [None] * len(cases)
+    rows = [_measure_case(*c) for c in zip(cases.itertuples(index=False), heat, masks)]
+    with atomic_path(Path(folder) / "heat.npy") as tmp, open(tmp, "wb") as f:
+        np.save(f, maps)
+    write_csv(Path(folder) / "heat.csv", HEAT_COLUMNS, rows)
+    return rows
+
+
 def explain_run(
     model: nn.Module,  # `ProbeNetwork` or `Classifier`, in eval mode
     study: Study,  # whose images
@@ -199,15 +216,9 @@ def explain_run(
     device: str = "cpu",  # cuda, mps or cpu
     n: int = 12,  # cases of each kind
     seed: int = 0,  # of the lot
-) -> list[dict]:  # rows of `HEAT_COLUMNS`; overlap: of the ill in a phantom study, else empty
-    "Heat maps of random hits and errors, with what can be measured on them."
+) -> list[dict]:  # from `write_heat`
+    "Heat maps of random hits and errors."
     cases = draw_cases(table[["image_id", "label", "prob"]], n, seed)
     images = load_images(study, cases.image_id)
-    small = heat_maps(model, images, size, device)
-    heat = resize_maps(small, images.shape[1])
-    masks = disease_masks(study, cases.image_id) if is_drawn(study) else [None] * len(cases)
-    rows = [_measure_case(*c) for c in zip(cases.itertuples(index=False), heat, masks)]
-    with atomic_path(Path(folder) / "heat.npy") as tmp, open(tmp, "wb") as f:
-        np.save(f, small)
-    write_csv(Path(folder) / "heat.csv", HEAT_COLUMNS, rows)
-    return rows
+    maps = heat_maps(model, images, size, device)
+    return write_heat(study, cases, maps, images.shape[1], folder)

@@ -9,7 +9,7 @@ __all__ = ['POOL_SHARE', 'pool_indices', 'draw_subset', 'RunContext', 'TrainingS
 
 # %% ../../nbs/classify/recipes.ipynb #94d9cda6
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pkgutil import resolve_name
 import numpy as np, pandas as pd
 
@@ -82,12 +82,16 @@ class RunContext:
         self.plan = plan
         self.cfg = cfg
         self.device = device
-        self.store = FeatureStore(study, cfg, plan.seed, device)
-        self.probe = self.store.probe
+        self.probe = cfg.method == "probe"
         self._training_rows = cache(partial(training_rows, study))
         self._val_rows = cache(partial(val_rows, study))
         self._split_rows = cache(partial(split_rows, study))
-        self.synthetic_set = cache(self.store.synthetic)
+        self.synthetic_set = cache(lambda name: self.store.synthetic(name))
+
+    @cached_property
+    def store(self) -> FeatureStore:
+        "Features or pixels of the images; whoever draws scores needs none."
+        return FeatureStore(self.study, self.cfg, self.plan.seed, self.device)
 
     def rng(self, run: Run, purpose: str) -> np.random.Generator:
         "Random numbers of one purpose; the same in every arm."
