@@ -9,13 +9,13 @@ from pathlib import Path
 
 os.environ.setdefault("CXR_QUIET", "1")
 import numpy as np, psutil, torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from cxr_synth.base.settings import BASES, PROMPTS, TrainConfig
 from cxr_synth.diffusion.families import known_parts, millions
 from cxr_synth.diffusion.lora import LORA_FILE, add_lora, save_lora
 from cxr_synth.diffusion.preflight import preflight, preflight_text
-from cxr_synth.diffusion.small_pipeline import write_tokenizer
+from cxr_synth.diffusion.small_pipeline import stable_diffusion_noise, write_tokenizer
 from cxr_synth.diffusion.trainer import LatentSet, Trainer
 
 
@@ -48,14 +48,7 @@ def full_size_pipeline(folder, base: str) -> StableDiffusionPipeline:
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-        scheduler=DDPMScheduler(
-            prediction_type=BASES[base].prediction,
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            steps_offset=1,
-            clip_sample=False,
-        ),
+        scheduler=stable_diffusion_noise(BASES[base].prediction),
     )
 
 
@@ -121,7 +114,7 @@ def main():
         "LoRA saved", lambda: save_lora(root / "lora", pipe.unet, pipe.text_encoder, a.base, a.rank)
     )
     with safe_open(root / "lora" / LORA_FILE, "pt") as f:
-        numbers = sum(int(np.prod(f.get_slice(k).get_shape())) for k in f.keys())
+        numbers = sum(int(np.prod(f.get_slice(k).get_shape())) for k in list(f.keys()))
     estimate = sum(need["memory"].values())
     print(
         json.dumps(

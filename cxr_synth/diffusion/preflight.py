@@ -19,7 +19,7 @@ from ..base.settings import BASES, PROMPTS, TrainConfig, is_scratch
 from .families import FAMILIES, Family, known_parts, millions
 from .hub import check_source
 from .lora import LORA_TARGETS, inject_lora
-from .small_pipeline import tiny_pipeline
+from .small_pipeline import tiny_pipeline, vae_shrink
 
 # %% ../../nbs/diffusion/preflight.ipynb #2a66fc42
 def _norm_in_float32(layer, x: torch.Tensor) -> torch.Tensor:  # layer: GroupNorm or LayerNorm
@@ -104,7 +104,7 @@ def activation_bytes(
     net = SimpleNamespace(**networks)
     half = _in_half_precision(cfg)
     batch = cfg.train_batch_size * (2 if cfg.prior_loss_weight else 1)
-    side = resolution // 2 ** (len(net.vae.config.block_out_channels) - 1)
+    side = resolution // vae_shrink(net.vae)
     length = net.text_encoder.config.max_position_embeddings
     denoiser = networks[family.trained[0]]
     if cfg.gradient_checkpointing:
@@ -170,7 +170,7 @@ def _disk(cfg: TrainConfig, base: float, trained: float) -> dict:
         checkpoints=2 * (4 + moments + average) * trained * _GIB,
     )
 
-# %% ../../nbs/diffusion/preflight.ipynb #8610cf32
+# %% ../../nbs/diffusion/preflight.ipynb #9e68035e
 def preflight(
     cfg: TrainConfig,  # settings
     resolution: int,  # side of the images, px

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['load_dtype', 'byte_letters', 'spell', 'word_vocabulary', 'write_tokenizer', 'tiny_text_encoder', 'vae_channels',
-           'tiny_vae', 'tiny_unet', 'to_device', 'tiny_pipeline', 'to_pixels', 'vae_loss', 'train_vae',
-           'latent_posterior', 'encode_latents', 'decode_latents', 'denoise_steps']
+           'vae_shrink', 'tiny_vae', 'tiny_unet', 'to_device', 'tiny_pipeline', 'stable_diffusion_noise', 'to_pixels',
+           'vae_loss', 'train_vae', 'latent_posterior', 'encode_latents', 'decode_latents', 'denoise_steps']
 
 # %% ../../nbs/diffusion/small_pipeline.ipynb #603375be
 import json
@@ -41,7 +41,7 @@ def load_dtype(
 
 # %% ../../nbs/diffusion/small_pipeline.ipynb #f5c44fe9
 def byte_letters() -> list[str]:
-    "The 256 printable letters that stand for bytes in GPT-2's and CLIP's vocabularies (Radford et al. 2019)."
+    "The 256 printable letters that stand for bytes in CLIP's vocabulary (Radford et al. 2019, for GPT-2)."
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     return sorted(map(chr, plain)) + [chr(256 + k) for k in range(256 - len(plain))]
 
@@ -51,59 +51,71 @@ def spell(
     merges: dict,  # (left, right) -> joined, in order of priority
 ) -> list[str]:  # its tokens
     "Cut a word into tokens by byte-pair merges (Sennrich et al. 2016)."
-    parts, rank = [*word[:-1], word[-1] + "</w>"], {pair: i for i, pair in enumerate(merges)}
-    while pairs := [p for p in zip(parts, parts[1:]) if p in rank]:
-        best, out = min(pairs, key=rank.get), []
-        for p in parts:
-            out = out[:-1] + [out[-1] + p] if out and (out[-1], p) == best else out + [p]
-        parts = out
-    return parts
+    tokens = [*word[:-1], word[-1] + "</w>"]
+    rank = {pair: i for i, pair in enumerate(merges)}
+    while True:
+        pairs = [pair for pair in zip(tokens, tokens[1:]) if pair in rank]
+        if not pairs:
+            return tokens
+        tokens = _merge(tokens, min(pairs, key=rank.get))
+
+
+def _merge(tokens: list[str], pair: tuple) -> list[str]:
+    "Join each neighbouring pair of tokens that is `pair`, from left to right."
+    merged = []
+    for token in tokens:
+        if merged and (merged[-1], token) == pair:
+            merged[-1] += token
+        else:
+            merged.append(token)
+    return merged
 
 # %% ../../nbs/diffusion/small_pipeline.ipynb #2394029a
 def word_vocabulary(
     words,  # any iterable of lower-case words
 ) -> tuple[dict, list]:  # token -> id, and the merges in order
     "A byte-pair vocabulary in which each of `words` is one token and any other text is still spelled out."
-    letters, merges = byte_letters(), {}
+    letters = byte_letters()
+    merges = {}
     for word in sorted(set(words)):
-        while len(parts := spell(word, merges)) > 1:
-            merges.setdefault((parts[0], parts[1]), parts[0] + parts[1])
-    tokens = [
-        *letters,
-        *(c + "</w>" for c in letters),
-        *merges.values(),
-        "<|startoftext|>",
-        "<|endoftext|>",
-    ]
-    return {t: i for i, t in enumerate(dict.fromkeys(tokens))}, list(merges)
+        tokens = spell(word, merges)
+        while len(tokens) > 1:
+            merges.setdefault((tokens[0], tokens[1]), tokens[0] + tokens[1])
+            tokens = spell(word, merges)
+    endings = [letter + "</w>" for letter in letters]
+    names = [*letters, *endings, *merges.values(), "<|startoftext|>", "<|endoftext|>"]
+    return {token: i for i, token in enumerate(dict.fromkeys(names))}, list(merges)
 
 # %% ../../nbs/diffusion/small_pipeline.ipynb #3f3024d4
+_SPECIAL_TOKENS = {
+    "bos_token": "<|startoftext|>",
+    "eos_token": "<|endoftext|>",
+    "unk_token": "<|endoftext|>",
+    "pad_token": "<|endoftext|>",
+}
+
+
 def write_tokenizer(
     folder,  # made if need be
     prompts,  # texts whose words become single tokens
     max_length: int = 32,  # tokens to which a prompt is padded or cut (CLIP: 77)
 ) -> CLIPTokenizer:
     "Build a tokenizer for the words of `prompts` and read it back from `folder`."
+    folder = Path(folder)
     words = [w for p in prompts for w in p.lower().replace(",", " , ").split()]
-    vocab, merges = word_vocabulary(words)
-    specials = dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>") | {
-        "bos_token": "<|startoftext|>"
-    }
-    write_text(Path(folder) / "vocab.json", json.dumps(vocab, ensure_ascii=False))
-    write_text(
-        Path(folder) / "merges.txt", "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges)
-    )
-    write_text(
-        Path(folder) / "tokenizer_config.json",
-        json.dumps(dict(tokenizer_class="CLIPTokenizer", model_max_length=max_length, **specials)),
-    )
-    tok = CLIPTokenizer.from_pretrained(folder)
-    if len(tok) != len(vocab):
+    vocabulary, merges = word_vocabulary(words)
+    lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
+    config = dict(tokenizer_class="CLIPTokenizer", model_max_length=max_length)
+    write_text(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False))
+    write_text(folder / "merges.txt", "\n".join(lines) + "\n")
+    write_text(folder / "tokenizer_config.json", json.dumps(config | _SPECIAL_TOKENS))
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    if len(tokenizer) != len(vocabulary):
         raise CxrError(
-            f"the tokenizer in {folder} has {len(tok)} tokens instead of {len(vocab)}.\n"
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens instead of {len(vocabulary)}.\n"
             "This version of transformers reads vocab.json differently: please report it."
         )
-    return tok
+    return tokenizer
 
 # %% ../../nbs/diffusion/small_pipeline.ipynb #7556095d
 def tiny_text_encoder(
@@ -132,6 +144,13 @@ def vae_channels(
 ) -> tuple:  # per level
     "Channels of the small autoencoder: latents of a quarter of the side, from 128 px on an eighth."
     return (16, 32, 64) if resolution < 128 else (16, 32, 64, 64)
+
+
+def vae_shrink(
+    vae,  # AutoencoderKL or AutoencoderTiny
+) -> int:
+    "Pixels per latent, along a side."
+    return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def tiny_vae(
@@ -177,7 +196,7 @@ def to_device(
     device: str,  # cuda, mps or cpu
     precision: str = "no",  # no, bf16 or fp16
 ) -> UNet2DConditionModel:
-    "Move a U-Net, with the kind of attention that is fast there: the plain formula in bfloat16 on a CPU, else PyTorch's fused one."
+    "Move a U-Net and give it the attention that is fast there: on a CPU in bfloat16 the plain formula."
     if device == "cpu":
         unet.set_attn_processor(AttnProcessor() if precision == "bf16" else AttnProcessor2_0())
     return unet.to(device)
@@ -190,34 +209,42 @@ def tiny_pipeline(
     seed: int = 0,  # of the initial weights
     vae: AutoencoderKL = None,  # a trained autoencoder, if there is one
 ) -> StableDiffusionPipeline:
-    "A small untrained pipeline in Stable Diffusion's format; raises `CxrError` for a resolution it cannot halve four times."
+    "A small untrained pipeline in Stable Diffusion's format; raises `CxrError` for a side that does not fit."
     if resolution % 16:
         raise CxrError(
             f"resolution {resolution} does not fit the tiny pipeline.\n"
             "Allowed: multiples of 16.\n"
             "Try --data.resolution 64."
         )
-    tok = write_tokenizer(tokenizer_folder, prompts)
+    tokenizer = write_tokenizer(tokenizer_folder, prompts)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = vae or tiny_vae(vae_channels(resolution))
-        shrink = 2 ** (len(vae.config.block_out_channels) - 1)
-        parts = dict(
-            vae=vae, text_encoder=tiny_text_encoder(tok), unet=tiny_unet(resolution // shrink)
-        )
+        text_encoder = tiny_text_encoder(tokenizer)
+        unet = tiny_unet(resolution // vae_shrink(vae))
     return StableDiffusionPipeline(
-        **parts,
-        tokenizer=tok,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=stable_diffusion_noise(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-        scheduler=DDPMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            steps_offset=1,
-            clip_sample=False,
-        ),
+    )
+
+
+def stable_diffusion_noise(
+    prediction: str = "epsilon",  # what the U-Net predicts: epsilon or v_prediction
+) -> DDPMScheduler:
+    "The noise schedule of Stable Diffusion: a thousand steps, square roots of beta evenly spaced."
+    return DDPMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        clip_sample=False,
+        prediction_type=prediction,
     )
 
 # %% ../../nbs/diffusion/small_pipeline.ipynb #879e7551
@@ -225,13 +252,8 @@ def to_pixels(
     images: np.ndarray,  # (N, S, S) uint8
 ) -> torch.Tensor:  # (N, 3, S, S) float32 in [-1, 1]
     "Grey bytes to the three equal channels that Stable Diffusion expects."
-    return (
-        torch.from_numpy(np.ascontiguousarray(images))
-        .float()
-        .div(127.5)
-        .sub(1)[:, None]
-        .expand(-1, 3, -1, -1)
-    )
+    grey = torch.from_numpy(np.ascontiguousarray(images)).float() / 127.5 - 1
+    return grey[:, None].expand(-1, 3, -1, -1)
 
 # %% ../../nbs/diffusion/small_pipeline.ipynb #35fb58cd
 def vae_loss(
@@ -242,15 +264,16 @@ def vae_loss(
     "L1 + gradient L1 + 0.001 KL."
     q = vae.encode(x).latent_dist
     y = vae.decode(q.mean + q.std * noise).sample.float()
+    l1 = (x - y).abs().mean()
     edges = sum((x.diff(dim=d) - y.diff(dim=d)).abs().mean() for d in (-1, -2))
-    parts = dict(l1=(x - y).abs().mean(), edges=edges, kl=q.kl().mean() / q.mean[0].numel())
-    return parts | dict(loss=parts["l1"] + parts["edges"] + 1e-3 * parts["kl"])
+    kl = q.kl().mean() / q.mean[0].numel()
+    return dict(l1=l1, edges=edges, kl=kl, loss=l1 + edges + 1e-3 * kl)
 
 # %% ../../nbs/diffusion/small_pipeline.ipynb #e7f78c2b
 def train_vae(
     vae: AutoencoderKL,  # trained in place
     images: np.ndarray,  # (N, S, S) uint8
-    loop: Loop,  # over dict(vae=Part(vae, ...))
+    loop: Loop,  # over dict(vae=TrainedPart(vae, ...))
     batch: int = 16,  # images per step
     seed: int = 0,  # of order and noise
     device: str = "cpu",  # where
@@ -258,17 +281,12 @@ def train_vae(
 ) -> list[dict]:  # one row per step
     "Train the autoencoder, then set `scaling_factor` so that latents have unit variance; returns the log."
     vae.to(device).train()
-    side = images.shape[-1] // 2 ** (len(vae.config.block_out_channels) - 1)
+    side = images.shape[-1] // vae_shrink(vae)
+    shape = (batch, vae.config.latent_channels, side, side)
 
     def losses(step):
         x = to_pixels(images[batch_at(step, batch, len(images), seed, "vae")]).to(device)
-        noise = torch.randn(
-            batch,
-            vae.config.latent_channels,
-            side,
-            side,
-            generator=generator_for(seed, "vae noise", step),
-        ).to(device)
+        noise = torch.randn(shape, generator=generator_for(seed, "vae noise", step)).to(device)
         with autocast(device, precision):
             parts = vae_loss(vae, x, noise)
         loop.optimizer.backward(parts["loss"])
@@ -276,7 +294,8 @@ def train_vae(
 
     log = loop.run(losses, "autoencoder")
     mean, std = encode_latents(vae.eval(), images[:512], device)
-    vae.register_to_config(scaling_factor=1 / float((mean.var() + std.square().mean()).sqrt()))
+    spread = (mean.var() + std.square().mean()).sqrt()
+    vae.register_to_config(scaling_factor=1 / float(spread))
     return log
 
 # %% ../../nbs/diffusion/small_pipeline.ipynb #9168f5ea
@@ -327,10 +346,11 @@ def denoise_steps(
     steps: int = 25,  # how many
 ) -> list:  # of (time, the state x_t, the guess of x_0), step by step
     "Deterministic sampling that shows its work (DDIM, Song et al. 2020)."
-    sch, seen = DDIMScheduler.from_config(scheduler.config), []
-    sch.set_timesteps(steps)
-    for t in sch.timesteps:
-        out = sch.step(unet(x, t, words).sample, t, x)
+    ddim = DDIMScheduler.from_config(scheduler.config)
+    ddim.set_timesteps(steps)
+    seen = []
+    for t in ddim.timesteps:
+        out = ddim.step(unet(x, t, words).sample, t, x)
         seen.append((int(t), x, out.pred_original_sample))
         x = out.prev_sample
     return seen + [(0, x, x)]
