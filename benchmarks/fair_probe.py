@@ -1,4 +1,7 @@
-"All arms of a tier with the probe on a folder of real images: seconds for the features, and for the runs. Stand-ins for synthetic images: training images, encoded again."
+"""All arms of a tier with the probe on a folder of real images: seconds for the features, and for the runs.
+
+Stand-ins for synthetic images: training images, encoded again.
+"""
 
 import argparse, json, tempfile, time
 import pandas as pd
@@ -7,7 +10,8 @@ from cxr_synth.base.records import Study
 from cxr_synth.base.settings import DataConfig, ExperimentsConfig, PlanConfig
 from cxr_synth.stages.data import stage_data
 from cxr_synth.classify.recipes import RunContext
-from cxr_synth.stages.classify import open_test, precompute_shared, stage_experiments
+from cxr_synth.classify.executors import precompute_shared
+from cxr_synth.stages.classify import open_test, stage_experiments
 from cxr_synth.images.known_generators import known_images, write_class_images
 from cxr_synth.protocol.plan import load_plan
 from cxr_synth.stages.plan import plan_text, stage_plan
@@ -16,16 +20,16 @@ from cxr_synth.stages.plan import plan_text, stage_plan
 def stand_ins(study, plan):
     "A synthetic set for every generator of the plan."
     for g in plan.generators:
-        folder = study / "synthetic" / g["name"]
+        folder = study / "synthetic" / g.name
         lines = [
             line
             for label in (0, 1)
             for line in write_class_images(
-                folder, g["name"], label, "copy", known_images(study, "copy", g, label)
+                folder, g.name, label, "copy", known_images(study, "copy", g, label)
             )
         ]
         write_text(folder / "metadata.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-        write_csv(study / f"quality/{g['name']}-copies.csv", ["file_name", "reason", "by"], [])
+        write_csv(study / f"quality/{g.name}-copies.csv", ["file_name", "reason", "by"], [])
 
 
 def timed(what, call):
@@ -50,7 +54,7 @@ def main():
     timed("plan", lambda: stage_plan(study, PlanConfig(tier=a.tier, size=a.size)))
     plan = load_plan(study)
     print(plan_text(plan))
-    if not all((study / f"synthetic/{g['name']}/metadata.jsonl").exists() for g in plan.generators):
+    if not all((study / f"synthetic/{g.name}/metadata.jsonl").exists() for g in plan.generators):
         timed("stand-ins", lambda: stand_ins(study, plan))
     arms = " ".join(x for x in plan.arms if x != "roundtrip")
     cfg = ExperimentsConfig(
@@ -60,10 +64,10 @@ def main():
     timed(
         (
             f"features of {a.views} views and "
-            f"{sum(sum(g['images'].values()) for g in plan.generators):,} synthetic images, C "
+            f"{sum(sum(g.images.values()) for g in plan.generators):,} synthetic images, C "
             "(expected: at most 900)"
         ),
-        lambda: precompute_shared(RunContext(str(study.root), plan, cfg, "cpu"), todo),
+        lambda: precompute_shared(RunContext(study, plan, cfg, "cpu"), todo),
     )
     timed(f"{len(todo)} runs (expected: at most 900)", lambda: stage_experiments(study, cfg))
     open_test(study)

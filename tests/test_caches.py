@@ -295,9 +295,8 @@ def study(tmp_path_factory):
 
 
 def pixels_store(study):
-    return feature_store.RealFeatures(
-        study, ExperimentsConfig(method="finetune", size=32), 0, "cpu"
-    )
+    cfg = ExperimentsConfig(method="finetune", size=32)
+    return feature_store.FeatureStore(study, cfg, 0, "cpu")
 
 
 def test_views_of_another_augmentation(study, monkeypatch):
@@ -321,25 +320,17 @@ def test_round_trip_of_a_generator_trained_anew(study, tmp_path, monkeypatch):
     "The inputs of the training are the same, its settings or seed are not, and so the autoencoder is another."
     model = study / "models/real050-rep0/normal"
     (model / "vae").mkdir(parents=True)
-    monkeypatch.setattr(feature_store, "model_of", lambda *a: (model, None, []))
+    monkeypatch.setattr("cxr_synth.stages.generate.model_of", lambda *a: (model, None, []))
     monkeypatch.setattr(
-        feature_store, "load_pipeline", lambda *a, **k: type("Pipe", (), dict(vae=None))()
+        "cxr_synth.diffusion.pipelines.load_pipeline",
+        lambda *a, **k: type("Pipe", (), dict(vae=None))(),
     )
     monkeypatch.setattr(
-        feature_store,
-        "round_trip",
+        "cxr_synth.diffusion.pipelines.round_trip",
         lambda vae, x, desc: np.full_like(x, int((model / "vae/w.safetensors").read_text())),
     )
     found = []
     for value in ("7", "9"):
         (model / "vae/w.safetensors").write_text(value)
-        found.append(
-            int(
-                np.array(
-                    feature_store.FeatureStore(
-                        study, ExperimentsConfig(method="finetune", size=32), 0, "cpu"
-                    ).roundtrip(0.5, 0)
-                ).max()
-            )
-        )
+        found.append(int(np.array(pixels_store(study).roundtrip(0.5, 0)).max()))
     assert found == [7, 9]

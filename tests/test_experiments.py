@@ -1,25 +1,37 @@
-"The grid of runs: the same table from one process, a pool and Dask; killed and started again; and numbers that another program finds, too."
+"The grid of runs: the same table from one process, a pool and Dask, killed and started again."
 
 import os, shutil, signal, subprocess, sys, time
 
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
 import numpy as np, pandas as pd, pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from cxr_synth.base.files import read_csv, read_json, write_csv, write_json
+from cxr_synth.base.files import CxrError, read_csv, read_json, write_csv, write_json
 from cxr_synth.base.records import Study
 from cxr_synth.base.settings import DataConfig, ExperimentsConfig, PlanConfig
 from cxr_synth.images.study_images import training_rows
 from cxr_synth.stages.data import stage_data
-from cxr_synth.classify.recipes import RunContext, training_recipe
+from cxr_synth.classify import recipes
+from cxr_synth.classify.executors import Job, do_run, result_key
+from cxr_synth.classify.recipes import RunContext, training_set
+from cxr_synth.classify.runs import fit_run
+from cxr_synth.protocol.arms import ARMS, Arm
+from cxr_synth.protocol.sets import load_metadata
 from cxr_synth.protocol.schema import PREDICTION_COLUMNS
 from cxr_synth.stages.classify import open_test, stage_experiments
 from cxr_synth.images.known_generators import stage_known_generator
-from cxr_synth.protocol.plan import load_plan
+from cxr_synth.protocol.plan import Run, load_plan
 from cxr_synth.stages.plan import stage_plan
 from cxr_synth.classify.finetune import weighted_rows
 
 FLAGS = ["--experiments.size", "32", "--experiments.views", "2", "--experiments.device", "cpu"]
 SETTINGS = dict(size=32, views=2, device="cpu")
+
+
+def loaded_modules():
+    return sorted(sys.modules)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +110,7 @@ TUNE = dict(
 
 
 def test_all_arms_are_fine_tuned(copy):
-    "Every arm of the plan through the grid with a network that learns from end to end: killed halfway, and gone on with by two processes."
+    "Every arm with a network that learns from end to end: killed halfway, gone on with by two processes."
     flags = " ".join(f"--experiments.{k.replace('_', '-')} {v}" for k, v in TUNE.items()).split()
     kill_after(20, copy, flags)
     stage_experiments(copy, ExperimentsConfig(**TUNE, executor="processes", workers=2))
@@ -124,42 +136,132 @@ def test_all_arms_are_fine_tuned(copy):
     assert [e["exploratory"] for e in open_test(copy)["opened"]] == [False]
 
 
+def context_of(study, **settings):
+    return RunContext(study, load_plan(study), ExperimentsConfig(**SETTINGS | settings), "cpu")
+
+
+def row_of(study, run):
+    "A run's row of results.csv."
+    key = (run.arm, str(run.fraction), str(run.replicate), str(run.seed))
+    return next(r for r in read_csv(study / "results.csv") if result_key(r) == key)
+
+
 def test_another_program_finds_the_same(serial):
-    plan = load_plan(serial)
-    shop = RunContext(str(serial.root), plan, ExperimentsConfig(**SETTINGS), "cpu")
-    rows = {
-        (r["arm"], float(r["real_fraction"]), int(r["replicate"]), int(r["seed"])): r
-        for r in read_csv(serial / "results.csv")
-    }
-    for run in [r for r in plan.runs() if r.arm in ("real", "mixed", "rebalanced") and r.seed == 0]:
-        x, y, w = weighted_rows(
-            training_recipe(run, shop)[0][0],
-            len(training_rows(serial, run.fraction, run.replicate)),
-        )
-        model = LogisticRegression(
-            solver="newton-cholesky", C=read_json(serial / run.folder / "run.json")["C"], tol=1e-8
-        ).fit(x.astype(float), y, sample_weight=w)
+    context = context_of(serial)
+    manifest = pd.read_csv(serial / "data/manifest.csv").set_index("image_id", drop=False)
+    for run in context.plan.runs():
+        if run.arm not in ("real", "mixed", "rebalanced") or run.seed:
+            continue
+        total = len(training_rows(serial, run.fraction, run.replicate))
+        x, y, w = weighted_rows(training_set(run, context).phases[0], total)
+        C = read_json(serial / run.folder / "run.json")["C"]
+        model = LogisticRegression(solver="newton-cholesky", C=C, tol=1e-8)
+        model.fit(x.astype(float), y, sample_weight=w)
         for split in run.splits:
             t = pd.read_csv(serial / run.folder / "predictions.csv").query("split == @split")
-            manifest = (
-                pd.read_csv(serial / "data/manifest.csv")
-                .set_index("image_id")
-                .loc[t.image_id]
-                .reset_index()
-            )
-            assert (
-                np.abs(
-                    model.predict_proba(
-                        np.asarray(shop.material.unaltered(manifest, split), float)
-                    )[:, 1]
-                    - t.prob
-                ).max()
-                < 5e-3
-            )
+            images = context.store.to_predict(manifest.loc[t.image_id], split)
+            found = model.predict_proba(np.asarray(images, float))[:, 1]
+            assert np.abs(found - t.prob).max() < 5e-3
             if t.label.nunique() == 2:
-                assert float(
-                    rows[run.arm, run.fraction, run.replicate, run.seed][f"{split}_auroc"]
-                ) == pytest.approx(roc_auc_score(t.label, t.prob), abs=1e-12)
+                auroc = float(row_of(serial, run)[f"{split}_auroc"])
+                assert auroc == pytest.approx(roc_auc_score(t.label, t.prob), abs=1e-12)
+
+
+def test_records_say_what_was_trained_on(serial):
+    "n_real, n_synthetic, share and pool of every arm, by their definitions."
+    plan = load_plan(serial)
+    for run in plan.runs():
+        row = read_json(serial / run.folder / "run.json")
+        real = training_rows(serial, run.fraction, run.replicate)
+        even = abs(int((real.label == 0).sum()) - int((real.label == 1).sum()))
+        pool = plan.pools["full" if run.arm == "mixed_full_pool" else "mixed"]
+        n_synthetic = 0
+        if run.arm == "rebalanced":
+            n_synthetic = even
+        elif run.synthetic:
+            n_synthetic = 2 * int(np.ceil(0.8 * (pool // 2)))
+        assert row["n_real"] == (0 if run.arm == "synthetic_only" else len(real))
+        assert row["n_synthetic"] == n_synthetic
+        assert ("generator" in row) == run.synthetic
+        if run.synthetic and run.arm != "rebalanced":
+            share = dict(synthetic_only=1.0).get(run.arm, 0.5)
+            assert (row["generator"], row["share"], row["pool"]) == (
+                plan.generator_of(run),
+                share,
+                pool,
+            )
+        part = len(real) / (len(real) + 2 * int(np.ceil(0.8 * (plan.pools["mixed"] // 2))))
+        expected = len(real) * (part if run.arm == "real_short" else 1)
+        assert row["total_weight"] == round(expected, 2)
+
+
+def test_an_arm_is_an_entry_and_a_function(serial, monkeypatch):
+    def doubled(run, context):
+        return replace(recipes.real(run, context), part=2.0)
+
+    monkeypatch.setitem(ARMS, "doubled", Arm("Are twice the steps better?", recipe=doubled))
+    context = context_of(serial)
+    weight = fit_run(Run("doubled", 0.1, 0, 0), context).facts["total_weight"]
+    assert weight == 2 * fit_run(Run("real", 0.1, 0, 0), context).facts["total_weight"]
+    monkeypatch.setitem(ARMS, "again", Arm("?", recipe="cxr_synth.classify.recipes:duplicate"))
+    twin = training_set(Run("again", 0.1, 0, 0), context)
+    assert twin.n_rows == training_set(Run("duplicate", 0.1, 0, 0), context).n_rows
+    with pytest.raises(CxrError, match="Allowed: real"):
+        training_set(Run("unheard", 0.1, 0, 0), context)
+
+
+def mark_all(study, name):
+    "A copy report that marks every normal image."
+    files = [line["file_name"] for line in load_metadata(study, name)]
+    rows = [dict(file_name=f, reason="copy", by="copy report") for f in files if "normal" in f]
+    write_csv(study / f"quality/{name}-copies.csv", ["file_name", "reason", "by"], rows)
+
+
+def test_filtered_without_a_class(copy):
+    run = Run("filtered", 0.1, 0, 0)
+    mark_all(copy, run.subset)
+    with pytest.raises(CxrError, match="Both classes are needed"):
+        training_set(run, context_of(copy))
+
+
+def test_only_and_unknown_executors(copy):
+    cfg = ExperimentsConfig(**SETTINGS, only="real, mixed")
+    stage_experiments(copy, cfg)
+    assert {r["arm"] for r in read_csv(copy / "results.csv")} == {"real", "mixed"}
+    with pytest.raises(CxrError, match="unknown arm for --only: 'guide'"):
+        stage_experiments(copy, replace(cfg, only="guide"))
+    with pytest.raises(CxrError, match="Allowed: serial, processes, dask"):
+        stage_experiments(copy, ExperimentsConfig(**SETTINGS, executor="cloud"))
+    with pytest.raises(CxrError, match="nothing has been planned yet"):
+        stage_experiments(Study(copy.root / "none"))
+
+
+def test_a_second_look_is_exploratory(copy):
+    "Whoever has seen the test, changes a setting and opens it again, is told so."
+    cfg = ExperimentsConfig(**SETTINGS, only="real mixed")
+    stage_experiments(copy, cfg)
+    first = open_test(copy)
+    stage_experiments(copy, replace(cfg, share=0.4), redo=True)
+    assert not any(r["test_auroc"] for r in read_csv(copy / "results.csv"))
+    assert (copy / "runs.redo1").is_dir() and (copy / "results.csv.redo1").exists()
+    assert [e["exploratory"] for e in open_test(copy)["opened"]] == [False, True]
+    assert [e["exploratory"] for e in first["opened"]] == [False]
+
+
+@pytest.mark.parametrize("method", ["probe", "finetune"])
+def test_a_worker_loads_neither_diffusers_nor_transformers(method, serial, tmp_path):
+    "What a spawned process imports to make a run, asked of one that makes it."
+    study = Study(shutil.copytree(serial.root.with_name("before"), tmp_path / "study"))
+    settings = dict(SETTINGS, method=method)
+    if method == "finetune":
+        settings |= dict(network="small_cnn", steps=2, batch_size=16, warmup=1)
+    job = Job.of(context_of(study, **settings), 1)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        record = pool.submit(do_run, Run("mixed", 0.1, 0, 0), job).result()
+        loaded = pool.submit(loaded_modules).result()
+    assert record["status"] == "done", record
+    assert not {"diffusers", "transformers", "peft", "gradio"} & set(loaded)
+    assert "cxr_synth.classify.executors" in loaded
 
 
 def test_the_sealed_test_opens_once(serial, copy):
@@ -167,11 +269,8 @@ def test_the_sealed_test_opens_once(serial, copy):
     shutil.copy(serial / "results.csv", copy / "results.csv")
     assert not any(r["test_auroc"] for r in read_csv(copy / "results.csv"))
     assert [e["exploratory"] for e in open_test(copy)["opened"]] == [False]
-    for r in read_csv(copy / "results.csv"):
-        t = pd.read_csv(
-            copy
-            / f"runs/{r['arm']}/real{round(100 * float(r['real_fraction'])):03d}-rep{r['replicate']}-seed{r['seed']}/test.csv"
-        )
-        assert list(t.columns) == [*PREDICTION_COLUMNS, "prob"] and float(
-            r["test_auroc"]
-        ) == pytest.approx(roc_auc_score(t.label, t.prob), abs=1e-12)
+    for run in load_plan(copy).runs():
+        t = pd.read_csv(copy / run.folder / "test.csv")
+        assert list(t.columns) == [*PREDICTION_COLUMNS, "prob"]
+        auroc = float(row_of(copy, run)["test_auroc"])
+        assert auroc == pytest.approx(roc_auc_score(t.label, t.prob), abs=1e-12)
