@@ -37,6 +37,7 @@ from cxr_synth.base.files import (
 from .base.records import Study, open_stage
 from .base.settings import CLASSES, GuideConfig
 from .classify.finetune import Classifier
+from .images.images import PICTURE_SUFFIXES, has_suffix
 from .images.networks import torchvision_net
 from .images.study_images import load_manifest
 from .protocol.dataset import parse_name
@@ -44,9 +45,6 @@ from .protocol.sets import load_metadata
 from .stats.auc import auroc
 
 # %% ../nbs/08_guide.ipynb #7cc67863
-_SUFFIXES = (".png", ".jpg", ".jpeg")  # the guide's
-
-
 def _random_part(
     files: list,  # to draw from, in an order that no computer changes
     ratio: float,  # part of them to use, 0-1
@@ -69,10 +67,10 @@ def _folder_part(
             f"{source}_ratio {ratio} is not possible.\n"
             "Allowed: 0 to 1, the part of the files to use."
         )
-    files = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in _SUFFIXES)
+    files = sorted(p for p in Path(folder).glob("*") if has_suffix(p, PICTURE_SUFFIXES))
     if not files:
         raise CxrError(
-            f"{folder} holds no images.\nExpected a folder of .png, .jpg or .jpeg files."
+            f"{folder} holds no images.\nExpected files that end with {', '.join(PICTURE_SUFFIXES)}."
         )
     return _random_part(files, ratio, seed_for(seed, "subset", source, Path(folder).name))
 

@@ -1,14 +1,18 @@
-"The image path and the pixel cache where a notebook can't show them: several processes, killed ones, damage at random, the real originals."
+"""The image path and the pixel cache where a notebook can't show them.
 
-import io, os, subprocess, sys, time
+Several processes, killed ones, damage at random, the real originals.
+"""
+
+import ast, io, os, struct, subprocess, sys, time, zlib
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from unittest.mock import patch
-import numpy as np, pytest
+import numpy as np, pydicom, pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 from cxr_synth.base.files import CxrError
+from cxr_synth.images import images
 from cxr_synth.images.images import (
     decode_image,
     decode_upright,
@@ -50,10 +54,10 @@ def left(folder):
 BUILD = """
 import sys, time
 from pathlib import Path
-from cxr_synth import images
+from cxr_synth.images import images
 paths, slow = sorted(Path(sys.argv[2]).rglob("*.png")), float(sys.argv[3])
-real = images.decode
-images.decode = lambda *a: time.sleep(slow) or real(*a)
+real = images.decode_image
+images.decode_image = lambda *a: time.sleep(slow) or real(*a)
 print(images.pixel_cache(sys.argv[1], [p.stem for p in paths], paths, 48, workers=1)[paths[5].stem].sum())
 """
 
@@ -101,7 +105,10 @@ def test_killed_builder_leaves_no_half_cache(tmp_path, drawn):
 def test_killed_reader_does_no_harm(tmp_path, drawn):
     cache = pixel_cache(tmp_path, names(drawn), drawn, 48)
     before = cache[names(drawn)]
-    code = "import sys, time, numpy as np; x = np.load(sys.argv[1], mmap_mode='r'); print(x[3].sum(), flush=True); time.sleep(60)"
+    code = (
+        "import sys, time, numpy as np; x = np.load(sys.argv[1], mmap_mode='r'); "
+        "print(x[3].sum(), flush=True); time.sleep(60)"
+    )
     p = subprocess.Popen(
         [sys.executable, "-c", code, str(cache.path)], stdout=subprocess.PIPE, text=True
     )
@@ -155,7 +162,7 @@ def test_faster_process_on_windows(tmp_path, drawn):
 
 
 def test_changed_file(tmp_path):
-    "Same size, written again at once: the clock may not even have ticked. A reader of the old cache goes on undisturbed."
+    "Same size, written again at once, before the clock ticks; a reader of the old cache goes on."
     paths = [tmp_path / f"{k}.bmp" for k in range(4)]
     for k, p in enumerate(paths):
         Image.fromarray(draw_phantom(k, 0, 0)).save(p)
@@ -195,7 +202,7 @@ def test_full_disk(tmp_path, drawn):
             raise OSError(28, "No space left on device")
 
     with (
-        patch("cxr_synth.images.open", lambda p, mode: Full(p, "w"), create=True),
+        patch("cxr_synth.images.images.open", lambda p, mode: Full(p, "w"), create=True),
         pytest.raises(OSError, match="No space left"),
     ):
         pixel_cache(tmp_path, names(drawn), drawn, 48)
@@ -212,17 +219,96 @@ def test_unreadable_file(tmp_path, drawn):
         pixel_cache(tmp_path / "cache", ["a"], [path], 32)
 
 
-# --- damage at random
+# --- files that are no X-ray
 
 
 def film():
     return Image.fromarray(draw_phantom(3, 0, 1, size=96)).crop((0, 12, 96, 84))
 
 
-def stored(fmt, **kw):
+def stored(fmt, image=None, **kw):
     f = io.BytesIO()
-    film().save(f, fmt, **kw)
+    (image or film()).save(f, fmt, **kw)
     return f.getvalue()
+
+
+def bomb(width, height):
+    "A PNG of 60 bytes that claims to be huge."
+
+    def part(kind, data):
+        checksum = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + checksum
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", header) + part(b"IDAT", b"") + part(b"IEND", b"")
+
+
+def dicom(x, **tags):
+    "The bytes of a DICOM file that holds the array, with some tags changed."
+    ds = pydicom.Dataset()
+    ds.file_meta = pydicom.dataset.FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    ds.SOPClassUID = pydicom.uid.DigitalXRayImageStorageForPresentation
+    ds.SOPInstanceUID = "1.2.3.4"
+    ds.set_pixel_data(x, "MONOCHROME2", 8, generate_instance_uid=False)
+    for name, value in tags.items():
+        if value is None:
+            delattr(ds, name)
+        else:
+            setattr(ds, name, value)
+    f = io.BytesIO()
+    ds.save_as(f, enforce_file_format=True)
+    return f.getvalue()
+
+
+X8 = np.asarray(film())
+REFUSED = {
+    "bomb.png": (bomb(50_000, 40_000), "decompression bomb"),
+    "large.png": (bomb(9000, 9000), "the most is 64 million"),
+    "dot.png": (stored("PNG", film().resize((1, 1))), "it is 1 x 1 px"),
+    "moving.png": (stored("PNG", save_all=True, append_images=[film().rotate(9)]), "2 frames"),
+    "float.tif": (stored("TIFF", Image.fromarray(X8 / 255.0)), "floating-point"),
+    "truncated.dcm": (dicom(X8)[:2000], "truncated.dcm"),
+    "frames.dcm": (dicom(np.stack([X8] * 3), NumberOfFrames=3), "3 frames"),
+    "hsv.dcm": (dicom(X8, PhotometricInterpretation="HSV"), "photometric interpretation"),
+    "report.dcm": (dicom(X8, PixelData=None), "without an image"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_no_xray(name, tmp_path):
+    "Each reader refuses it, names the file and says why; nothing is written."
+    raw, why = REFUSED[name]
+    for read in (
+        lambda: decode_image(raw, name),
+        lambda: inspect_file(raw, name),
+        lambda: prepare_file(raw, name, tmp_path / "out.png", 64),
+    ):
+        with pytest.raises(CxrError, match=f"cannot read the image {name}: ") as e:
+            read()
+        assert why in str(e.value)
+    assert left(tmp_path) == []
+
+
+def test_unknown_fit_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(CxrError, match="unknown fit 'stretch'"):
+        prepare_file(b"", "a.png", tmp_path / "out.png", 64, "stretch")
+
+
+def test_one_list_of_suffixes():
+    "No other module has a list of image suffixes of its own."
+    package = Path(images.__file__).parents[1]
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.Tuple, ast.List, ast.Set)):
+                texts = {n.value for n in node.elts if isinstance(n, ast.Constant)}
+                if len(texts & set(images.PICTURE_SUFFIXES)) > 1:
+                    found.append(f"{path.relative_to(package).as_posix()}:{node.lineno}")
+    assert [f.split(":")[0] for f in found] == ["images/images.py"], found
+
+
+# --- damage at random
 
 
 FILES = {
@@ -281,21 +367,19 @@ def test_any_size_fits(width, height, resolution, fit, seed):
     assert (np.asarray(prepare_image(plain, resolution, fit)) == np.asarray(plain)).all()
 
 
+def prepare_all(paths, folder, workers):
+    "The files of a set, prepared in threads."
+
+    def one(path):
+        return prepare_file(path.read_bytes(), path.name, folder / path.name, 64)
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(one, paths))
+    return [(folder / p.name).read_bytes() for p in paths]
+
+
 def test_same_bytes_whatever_the_number_of_threads(tmp_path, drawn):
-    for workers in (1, 4):
-        with ThreadPoolExecutor(workers) as pool:
-            list(
-                pool.map(
-                    lambda p: prepare_file(
-                        p.read_bytes(), p.name, tmp_path / f"{workers}" / p.name, 64
-                    ),
-                    drawn,
-                )
-            )
-    assert all(
-        (tmp_path / "1" / p.name).read_bytes() == (tmp_path / "4" / p.name).read_bytes()
-        for p in drawn
-    )
+    assert prepare_all(drawn, tmp_path / "1", 1) == prepare_all(drawn, tmp_path / "4", 4)
 
 
 # --- the real originals
