@@ -16,7 +16,7 @@ from ..base.files import CxrError, one_of, read_csv, write_csv
 from ..base.records import Study
 from ..base.settings import CLASSES
 from ..protocol.schema import MARK_COLUMNS
-from ..protocol.sets import load_metadata, set_marks
+from ..protocol.sets import MARK_FILES, load_metadata, set_marks
 
 # %% ../../nbs/quality/gallery.ipynb #5ad6c130
 REASONS = ("anatomy", "artefact", "wrong class", "blurred", "copy", "other")
@@ -39,7 +39,7 @@ class Gallery:
             self.names[line["class_name"]].append(line["file_name"])
         self.class_name = CLASSES[0]
         self.page = 0
-        self.path = study / f"curation/{generator}.csv"
+        self.path = study / MARK_FILES["person"].format(generator)
         self.marks = {}
         self._history = []
         if self.path.exists():

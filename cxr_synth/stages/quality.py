@@ -15,7 +15,8 @@ from ..base.files import CxrError, read_json, write_csv, write_json
 from ..base.records import Study, open_stage
 from ..base.settings import CLASSES, QualityConfig, is_scratch
 from ..images.networks import find_network
-from ..protocol.sets import MARK_COLUMNS
+from ..protocol.schema import MARK_COLUMNS
+from ..protocol.sets import MARK_FILES
 from ..quality.copies import plot_copies, plot_pairs
 from ..quality.figures import comparison_grid, plot_bars, plot_map, save_quality_figure
 from cxr_synth.quality.measure import (
@@ -105,7 +106,8 @@ def save_copies(
         for ax, (c, report) in zip(np.ravel(axes), found.items()):
             plot_copies(report, ax, c)
         save_quality_figure(fig, folder / "copies.png")
-    write_csv(real.study / f"quality/{synthetic.name}-copies.csv", MARK_COLUMNS, marks)
+    path = MARK_FILES["copy report"].format(synthetic.name)
+    write_csv(real.study / path, MARK_COLUMNS, marks)
 
 # %% ../../nbs/05_quality.ipynb #39892785
 def measure_generator(
