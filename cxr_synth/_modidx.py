@@ -165,6 +165,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'cxr_synth/base/records.py'),
                                         'cxr_synth.base.records.Study.writer': ( 'base/records.html#study.writer',
                                                                                  'cxr_synth/base/records.py'),
+                                        'cxr_synth.base.records._new_record': ( 'base/records.html#_new_record',
+                                                                                'cxr_synth/base/records.py'),
                                         'cxr_synth.base.records.differences': ( 'base/records.html#differences',
                                                                                 'cxr_synth/base/records.py'),
                                         'cxr_synth.base.records.generator_name': ( 'base/records.html#generator_name',

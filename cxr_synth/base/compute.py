@@ -51,7 +51,7 @@ def pick_precision(
     device: str,  # from `pick_device`
     wanted: str = "auto",  # auto, no, bf16 or fp16
 ) -> str:  # no, bf16 or fp16; raises `CxrError` for fp16 on a CPU
-    "The precision that is fast on a device: bf16 where its hardware multiplies in it, else fp16 on a GPU and float32 on a CPU."
+    "bf16 where the hardware multiplies in it, else fp16 on a GPU and float32 on a CPU."
     import torch
 
     one_of(wanted, ("auto", "no", "bf16", "fp16"), "mixed_precision")

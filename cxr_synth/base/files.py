@@ -80,7 +80,8 @@ def write_json(
     except ValueError as e:
         raise CxrError(
             f"{path} was not written, because of {not_finite(obj)}: {e}.\n"
-            "Allowed: finite numbers and null. A training that has diverged leaves such numbers; lower its learning rate."
+            "Allowed: finite numbers and null. A training that has diverged leaves such numbers; "
+            "lower its learning rate."
         ) from e
     write_text(path, text + "\n")
 
@@ -125,7 +126,9 @@ def read_json(
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as e:
         raise CxrError(
-            f"{path} is not valid JSON ({e}).\nRestore it from a copy; or give what it belongs to another name, and run the stage again."
+            f"{path} is not valid JSON ({e}).\n"
+            "Restore it from a copy; or give what it belongs to another name, and run the stage "
+            "again."
         ) from e
 
 # %% ../../nbs/base/files.ipynb #77c1378a
@@ -153,7 +156,7 @@ def read_csv(
 def is_left_behind(
     path,  # under a temporary name
 ) -> bool:
-    "Whether its writer is gone: this thread (which begins anew), no such process, or one that is younger than the file."
+    "Whether its writer is gone: this thread (which begins anew), or no process that old."
     pid = int(TEMPORARY.fullmatch(path.name)[2])
     if path.name == temporary_for(path.with_name(TEMPORARY.fullmatch(path.name)[1])).name:
         return True
@@ -193,7 +196,7 @@ def remove_files(
     folder,  # where they lie
     names,  # relative names of files that we made; those that are gone are passed over
 ):
-    "Remove these files, what killed processes left of them, and then the folders that are empty; all else stays."
+    "Remove these files, what killed processes left of them, then empty folders; all else stays."
     folder, paths = Path(folder), [Path(folder) / n for n in names]
     for path in paths:
         if path.is_file() or path.is_symlink():
@@ -252,7 +255,7 @@ def claim(
     facts: dict,  # what else it says
     beside=(),  # names in the folder that may be there before
 ):
-    "Note that a folder is ours, if it is new or was ours before; raises `CxrError` that names a file of somebody else's."
+    "Note that a folder is ours, if it is new or was ours; raises `CxrError` for foreign files."
     found = None if (Path(folder) / record).exists() else first_file(folder, beside)
     if found:
         raise CxrError(
@@ -273,7 +276,7 @@ def digest_file(
 def digest_folder(
     path,  # folder to walk
 ) -> str:
-    "SHA-256 over the sorted relative names and bytes of every file below `path`; hidden files and cards (README.md), which describe and do not determine, are left out."
+    "SHA-256 over names and bytes of every file below `path` but hidden ones and cards (README.md)."
     h = hashlib.sha256()
     for p in sorted(
         q

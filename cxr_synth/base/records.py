@@ -193,7 +193,7 @@ class Stage:
         write_json(self.study.record_path(self.out), self.record)
 
     def compute_on(self, device: str) -> str:
-        "Pick the device and compute with the recorded number of torch threads (another number changes low bits); both are noted."
+        "Pick device and number of torch threads (another number changes low bits); note both."
         import torch
 
         torch.set_num_threads(self.record.setdefault("threads", torch.get_num_threads()))
@@ -224,7 +224,10 @@ def move_aside(
     out: str,  # output of a stage, relative to the study
 ) -> Path:  # where the output went
     "Rename a stage's output (and its record) to the first free NAME.redoN."
-    target = next(t for n in range(1, 10_000) if not (t := study / f"{out}.redo{n}").exists())
+    number = 1
+    while (study / f"{out}.redo{number}").exists():
+        number += 1
+    target = study / f"{out}.redo{number}"
     record = study.record_path(out)
     if not (study / out).is_dir() and record.exists():
         os.replace(record, target.with_name(target.name + ".stage.json"))
@@ -266,6 +269,29 @@ def input_digests(
     }
 
 # %% ../../nbs/base/records.ipynb #c83e823c
+def _new_record(
+    study: Study,  # the study
+    stage: str,  # a key of `STAGES`
+    out: str,  # what it writes, relative to the study
+    config: Config,  # its settings
+    digests: dict,  # input -> fingerprint
+) -> Stage:
+    "Write the record of a stage that begins."
+    record = {
+        "stage": stage,
+        "output": out,
+        "status": "running",
+        "started": now(),
+        "settings": json.loads(json.dumps(config.settings())),
+        "runtime": config.runtimes(),
+        "inputs": digests,
+        "versions": library_versions(),
+    }
+    begun = Stage(study, out, record)
+    begun.save()
+    return begun
+
+
 def open_stage(
     study: Study,  # the study
     stage: str,  # one of `STAGES`
@@ -275,34 +301,23 @@ def open_stage(
     redo: bool = False,  # move an output with other settings or inputs aside, instead of stopping
     adopt: bool = False,  # start a new record over an output that the caller has made
 ) -> Stage:
-    "Check settings and inputs against the record, or start one; raises `CxrError` that names what differs, or files that no record knows."
-    settings, path = json.loads(json.dumps(config.settings())), study.record_path(out)
+    "Check settings and inputs against the record, or start one; `CxrError` names what differs."
+    settings = json.loads(json.dumps(config.settings()))
+    path = study.record_path(out)
     old = read_json(path) if path.exists() and not adopt else None
     digests = input_digests(study, inputs, old)
-    if not old and not adopt:
-        make_room(study, stage, out, redo)
     if old:
         changed = [f"{stage}.{d}" for d in differences(old["settings"], settings)]
         stale = [k for k in digests if old["inputs"].get(k) != digests[k]]
-        if (changed or stale) and not redo:
-            raise CxrError(refusal(study, stage, out, changed, stale))
         if not (changed or stale):
             return Stage(study, out, old)
+        if not redo:
+            raise CxrError(refusal(study, stage, out, changed, stale))
         digests = input_digests(study, inputs)  # to make it again, all inputs must be here
         move_aside(study, out)
-    record = dict(
-        stage=stage,
-        output=out,
-        status="running",
-        started=now(),
-        settings=settings,
-        runtime=config.runtimes(),
-        inputs=digests,
-        versions=library_versions(),
-    )
-    s = Stage(study, out, record)
-    s.save()
-    return s
+    elif not adopt:
+        make_room(study, stage, out, redo)
+    return _new_record(study, stage, out, config, digests)
 
 # %% ../../nbs/base/records.ipynb #012bcddb
 def refusal(
@@ -318,7 +333,8 @@ def refusal(
             f"{study / out} was made with other settings:\n  "
             + "; ".join(changed[:3])
             + ("; ..." if len(changed) > 3 else "")
-            + "\nDrop the flag to go on as recorded, use another study folder,\nor repeat the command with --redo to move the old output aside."
+            + "\nDrop the flag to go on as recorded, use another study folder,\n"
+            "or repeat the command with --redo to move the old output aside."
         )
     return (
         f"{study / out} is stale: {', '.join(stale)} changed since it was made.\n"
@@ -329,7 +345,7 @@ def refusal(
 def stale_stages(
     study: Study,  # the study
 ) -> list[str]:  # one line per stale output
-    "Outputs whose recorded inputs differ from the files now there; a complete stage's input that is not here at all is no difference."
+    "Outputs whose recorded inputs differ from the files now there; a missing one is no difference."
 
     def same(rel, r):
         return (
@@ -349,7 +365,7 @@ def stale_stages(
 def not_here(
     study: Study,  # the study
 ) -> dict:  # output -> its inputs that are not here
-    "What complete stages were made from and this copy of the study lacks, such as models that were not packed."
+    "What complete stages were made from and this copy lacks, such as models that were not packed."
     found = {
         out: [rel for rel in r["inputs"] if not (study / rel).exists()]
         for out, r in study.records().items()

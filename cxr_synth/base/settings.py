@@ -61,12 +61,18 @@ class DataConfig(Config):
     "Settings of the data stage."
 
     source: str = "phantom"  # phantom, hub, or the path of a folder with one folder per class
-    classes: str = ""  # folder or label names of the classes, normal=NORMAL,pneumonia=BACTERIA+VIRUS; empty: by rule
-    patient_rule: str = ""  # regular expression with one group, or a CSV (image, patient_id); empty: this data set's names
+    classes: str = (
+        ""  # names of the classes, normal=NORMAL,pneumonia=BACTERIA+VIRUS; empty: by rule
+    )
+    patient_rule: str = (
+        ""  # regex with one group, or a CSV (image, patient_id); empty: by known names
+    )
     on_bad: str = (
         "stop"  # what to do about an unreadable image: stop, or skip it and say so in the audit
     )
-    fit: str = "pad"  # how an image becomes square: pad (black bars), crop (the middle) or squash (guide, section 6)
+    fit: str = (
+        "pad"  # how it becomes square: pad (black bars), crop (middle) or squash (guide, section 6)
+    )
     resolution: int = 64  # side of the prepared square images, px; the generator draws at this size
     val_share: float = (
         0.15  # share of the patients of official train + val that becomes val (analysis plan)
@@ -81,7 +87,7 @@ class DataConfig(Config):
     revision: str = "main"  # hub only: branch, tag or commit; the commit found is recorded
     card: str = runtime(
         ""
-    )  # hub and folder: whose data these are, a name in `dataset.CARDS` or a JSON file; empty: recognised by names
+    )  # hub and folder: whose data, a name in `CARDS` or a JSON file; empty: recognised
     workers: int = runtime(4)  # threads that decode images
 
     @property
@@ -110,12 +116,16 @@ class PlanConfig(Config):
     pool: int = 1000  # most synthetic images in `mixed`, both classes together
     seed: int = 0  # study seed: generators, images and classifiers derive theirs from it
     arms: str = ""  # arms besides those of the tier, such as mixed-share25 mixed-pool500
-    builtin: str = ""  # phantom only: a generator whose worth is known, in place of trained ones: truth, copy, wrong or leaky
+    builtin: str = (
+        ""  # phantom only: a known generator in place of trained ones: truth, copy, wrong, leaky
+    )
     network: str = (
         "efficientnet_lite0"  # frozen network with which the plan reads the `real` arms on internal
     )
     size: int = 128  # side to which images are resized for it, px
-    my_guess: str = ""  # what you expect of the primary contrast, percentage points of AUROC, sealed with the plan: +1.5
+    my_guess: str = (
+        ""  # your guess of the primary contrast, points of AUROC, sealed with the plan: +1.5
+    )
     because: str = ""  # and why
 
 # %% ../../nbs/base/settings.ipynb #07cd6746
@@ -154,7 +164,9 @@ class TrainConfig(ScratchConfig):
     train_text_encoder: bool = True  # tune the text encoder too
     text_encoder_lr: float = 0.0  # its own peak; 0: the same
     text_encoder_steps: int = 0  # it stands still after so many steps; 0: never
-    prior: str = "other"  # prior images: other (real ones of the other class) or generated (by the base, from class_prompt)
+    prior: str = (
+        "other"  # prior images: other (real ones of the other class) or generated (by the base)
+    )
     prior_loss_weight: float = 0.0  # weight of their loss; 0 switches them off (guide: 1.0)
     class_prompt: str = "a chest xray image"  # prior generated: prompt (guide)
     num_class_images: int = 200  # prior generated: how many (guide)
@@ -164,10 +176,14 @@ class TrainConfig(ScratchConfig):
         0.995  # exponential moving average of the trained weights; 0 keeps the last weights
     )
     use_8bit_adam: bool = False  # 8-bit optimizer states; needs bitsandbytes and a CUDA device
-    mixed_precision: str = "auto"  # no, bf16, fp16 or auto (see `pick_precision`): autocast; trained weights stay float32 (guide: fp16)
+    mixed_precision: str = (
+        "auto"  # autocast: no, bf16, fp16 or auto; weights stay float32 (guide: fp16)
+    )
     heldout_images: int = 64  # noised images of val patients whose loss is watched; 0 is none
     heldout_steps: int = 100  # optimizer steps between two looks at it
-    weights: str = "last"  # which weights the model gets: last, or best (by held-out loss); the other ones lie beside it
+    weights: str = (
+        "last"  # the model gets the last ones, or best (by held-out loss); the others lie beside it
+    )
     preview_steps: int = runtime(200)  # optimizer steps between two previews; 0 is none
     preview_images: int = runtime(4)  # images per prompt in a preview
     preview_guidance: float = runtime(3.0)  # classifier-free guidance of the previews
@@ -205,8 +221,12 @@ class GenerateConfig(Config):
     guidance_scale: float = 3.0  # classifier-free guidance; 1 is none (guide: 7.5)
     scheduler: str = "dpmsolver++"  # dpmsolver++ (guide), ddim, euler or unipc
     negative_prompt: str = ""  # what to steer away from; needs guidance above 1
-    resolution: int = 0  # side at which images are drawn, px; 0: the study's, to which they are brought in any case
-    batch_size: int = 0  # images per call; 0: found before the first image, then recorded; every call is padded to it
+    resolution: int = (
+        0  # side at which images are drawn, px; 0: the study's, to which they come anyway
+    )
+    batch_size: int = (
+        0  # images per call, padded to it; 0: found before the first image, then recorded
+    )
     threads: int = 0  # CPU threads of a process; 0: as found at the first start, then recorded
     mixed_precision: str = "auto"  # no, bf16, fp16 or auto (see `pick_precision`)
     compile: bool = False  # torch.compile for the U-Net's blocks
@@ -238,12 +258,18 @@ class QualityConfig(Config):
 class ExperimentsConfig(Config):
     "Settings of the experiments (guide, section 11; analysis plan, section 2)."
 
-    method: str = "probe"  # probe (frozen features under a logistic head) or finetune (the whole network learns)
-    network: str = "efficientnet_lite0"  # densenet121, resnet50, efficientnet_b0, vit_b_16, mobilenet_v2, efficientnet_lite0 or small_cnn
+    method: str = (
+        "probe"  # probe (frozen features, logistic head) or finetune (the whole network learns)
+    )
+    network: str = "efficientnet_lite0"  # a name in `NETWORKS`, such as densenet121 or small_cnn
     size: int = 128  # side to which images are resized for the network, px
-    views: int = 3  # probe: views computed per real training image, the first unaltered; a seed draws one of them per image
-    share: float = 0.5  # part of each batch, or of the total sample weight, that synthetic images get in `mixed`
-    C: float = 0.0  # probe: inverse regularisation strength; 0: chosen on `real` by patient-grouped cross-validation
+    views: int = (
+        3  # probe: views per real training image, the first unaltered; a seed draws one each
+    )
+    share: float = 0.5  # part of a batch, or of the sample weight, that is synthetic in `mixed`
+    C: float = (
+        0.0  # probe: inverse regularisation; 0: by patient-grouped cross-validation on `real`
+    )
     steps: int = (
         800  # finetune: optimizer steps of every arm (guide: 20 epochs, 1640 on real images alone)
     )
@@ -441,12 +467,16 @@ PRESETS = {
 def resolve(
     stage: str,  # one of `CONFIGS`
     preset: str = "tiny",  # one of `PRESETS`
-    recorded: dict = {},  # settings that the stage ran with before
+    recorded: dict | None = None,  # settings that the stage ran with before
     **flags,  # what the user asks for now
 ) -> Config:
     "The settings of a stage: flag > recorded > preset > default."
-    over = PRESETS[one_of(preset, PRESETS, "preset")].get(stage, {})
-    known = {f.name for f in dataclasses.fields(CONFIGS[stage])}
-    for k in flags:
-        one_of(k, known, f"setting of {stage}:")
-    return CONFIGS[stage](**over | {k: v for k, v in recorded.items() if k in known} | flags)
+    config = CONFIGS[one_of(stage, CONFIGS, "stage")]
+    known = {f.name for f in dataclasses.fields(config)}
+    for name in flags:
+        one_of(name, known, f"setting of {stage}:")
+    values = dict(PRESETS[one_of(preset, PRESETS, "preset")].get(stage, {}))
+    for name, value in (recorded or {}).items():
+        if name in known:
+            values[name] = value
+    return config(**values | flags)

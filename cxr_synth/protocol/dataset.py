@@ -41,11 +41,17 @@ class DatasetCard:
 # %% ../../nbs/protocol/dataset.ipynb #da7a000a
 KERMANY = DatasetCard(
     name="Chest X-Ray Images (Pneumonia)",
-    citation="Kermany, Zhang and Goldbaum, Labeled Optical Coherence Tomography (OCT) and Chest X-Ray Images for Classification, "
-    "Mendeley Data 2018, https://doi.org/10.17632/rscbjbr9sj; described in Kermany et al., Identifying Medical Diagnoses and "
-    "Treatable Diseases by Image-Based Deep Learning, Cell 172 (2018), https://doi.org/10.1016/j.cell.2018.02.010",
+    citation=(
+        "Kermany, Zhang and Goldbaum, Labeled Optical Coherence Tomography (OCT) and Chest X-Ray "
+        "Images for Classification, Mendeley Data 2018, https://doi.org/10.17632/rscbjbr9sj; "
+        "described in Kermany et al., Identifying Medical Diagnoses and Treatable Diseases by "
+        "Image-Based Deep Learning, Cell 172 (2018), https://doi.org/10.1016/j.cell.2018.02.010"
+    ),
     licence="CC BY 4.0",
-    population="children of one to five years, from one hospital (Guangzhou Women and Children's Medical Center)",
+    population=(
+        "children of one to five years, from one hospital (Guangzhou Women and Children's Medical "
+        "Center)"
+    ),
     patient_rule="kind and number: person12_bacteria_7 shows bacteria-12, IM-0115-0001 shows normal-IM-0115",
     home_page="https://doi.org/10.17632/rscbjbr9sj",
 )
@@ -158,7 +164,7 @@ def write_card_file(
 def dataset_card(
     study: Study,  # after data
 ) -> DatasetCard:  # of its real images
-    "The card of a study's real images; every text that speaks of licence, source or population reads it here."
+    "The card of a study's real images: what every text on licence, source or population reads."
     if (study / FILE).is_file():
         return read_card(str(study / FILE))
     settings = study.records().get("data", {}).get("settings", {})
@@ -212,18 +218,24 @@ def lineage(
     elif card.citation == UNKNOWN:
         data = "The generator was trained on a data set whose source is not recorded."
     else:
-        data = f"The generator was trained on {card.citation}. Name this source when you pass the images on: they are made from it."
+        data = (
+            f"The generator was trained on {card.citation}. Name this source when you pass the "
+            "images on: they are made from it."
+        )
     terms = "The model was trained from nothing on the same images."
     if not is_scratch(base):
         known = known_base(base)
-        terms = f"The model was fine-tuned from `{base}`, whose own licence applies too ({known.licence if known else 'see its page'})."
+        licence = known.licence if known else "see its page"
+        terms = (
+            f"The model was fine-tuned from `{base}`, whose own licence applies too ({licence})."
+        )
     return f"{data} {terms}\n\n{LICENCE_LINE}{card.licence}.\n\nPopulation: {card.population}."
 
 # %% ../../nbs/protocol/dataset.ipynb #da7a001b
 def stated(
     card: DatasetCard,  # of the real images
     licence: str = "",  # what the user says; empty: nothing
-) -> DatasetCard:  # with that licence; raises `CxrError` for a text that is no licence, and for one that contradicts the card
+) -> DatasetCard:  # with it; raises `CxrError` for no licence, and one that contradicts the card
     "The card with the licence that its user states."
     text = " ".join(licence.split())
     if not text:
