@@ -21,7 +21,7 @@ from ..base.files import CxrError, digest_json, one_of
 from ..base.records import Study
 from ..base.settings import CLASSES, SOURCE_SETTINGS, DataConfig
 from ..images.images import IMAGE_SUFFIXES
-from ..images.phantom import DRAWING, STRENGTH_RANGE, write_phantoms
+from ..images.phantom import DRAWING_VERSION, STRENGTH_RANGE, write_phantoms
 from ..protocol.dataset import DatasetCard, find_card, parse_name, read_card
 
 # %% ../../nbs/data/sources.ipynb #9c1b7b10
@@ -466,7 +466,7 @@ def phantom_source(
         shift=cfg.shift,
         shortcut=cfg.shortcut,
     )
-    folder = study / "cache" / f"phantom-{digest_json(what | dict(drawing=DRAWING))[:12]}"
+    folder = study / "cache" / f"phantom-{digest_json(what | dict(drawing=DRAWING_VERSION))[:12]}"
     if not folder.is_dir():
         write_phantoms(folder, **what)
     return folder_source(folder)
