@@ -1,4 +1,6 @@
-"The guide's loader against batches from the pixel cache, and the training loop against a bare one. --folder: class folders of original images."
+"""The guide's loader against batches from the pixel cache, and the training loop against a bare one.
+--folder: class folders of original images.
+"""
 
 import argparse, os, statistics, tempfile, time
 from pathlib import Path

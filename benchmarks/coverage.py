@@ -1,4 +1,6 @@
-"Does the interval keep its promise? 20,000 studies by the linear model in six scenarios, the crossed bootstrap beside it, and 500 studies with simulated scores. Minutes on one core."
+"""Does the interval keep its promise? 20,000 studies by the linear model in six scenarios, the
+crossed bootstrap beside it, and 500 studies with simulated scores. Minutes on one core.
+"""
 
 import argparse, time
 import numpy as np
@@ -31,7 +33,10 @@ def scored(n, K=3, S=4, sd_rep=0.08, sd_seed=0.04):
         for x in ("mixed", "real")
     )
     iv = auroc_difference(a, b, 500, seed=n)
-    auc = lambda x, sd2=0: 100 * stats.norm.cdf(separation_for(x) / np.sqrt(2 + sd2))
+
+    def auc(x, sd2=0):
+        return 100 * stats.norm.cdf(separation_for(x) / np.sqrt(2 + sd2))
+
     true = auc(0.87, sd_rep**2 + sd_seed**2) - auc(0.85)
     return iv["low"] <= true <= iv["high"], iv["low"] > true
 

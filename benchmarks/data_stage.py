@@ -1,8 +1,11 @@
-"""The data stage on a whole data set, part by part: reading, splits, prepared images, audit, pixel caches; seconds and peak memory.
+"""The data stage on a whole data set, part by part: reading, splits, prepared images, audit, pixel
+caches; seconds and peak memory.
 
     python benchmarks/data_stage.py [--data FOLDER] [--workers 2]
 
-Without --data it draws 2,000 phantom patients. Each part is timed once, since all of it takes minutes; run it on a quiet machine.
+Without --data it draws 2,000 phantom patients. Each part is timed once, since all of it takes
+minutes; run it on a quiet machine.
+
 """
 
 import argparse, os, resource, tempfile, time

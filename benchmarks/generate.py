@@ -1,8 +1,13 @@
-"""Generation on the small pipeline, untrained, 64 px: images/s of the whole stage, of the bare pipeline, and of the guide's own loop.
+"""Generation on the small pipeline, untrained, 64 px: images/s of the whole stage, of the bare
+pipeline, and of the guide's own loop.
 
-python benchmarks/generate.py [images] [rounds]      medians of the rounds, taken in turn (defaults 160 and 3)
-python benchmarks/generate.py thousand               1,000 images with the settings of `tiny`: minutes and GiB
-python benchmarks/generate.py processes              64 images by 1, 2 and 4 processes of one thread: seconds, and the same bytes
+python benchmarks/generate.py [images] [rounds]      medians of the rounds, taken in turn
+(defaults 160 and 3)
+python benchmarks/generate.py thousand               1,000 images with the settings of `tiny`:
+minutes and GiB
+python benchmarks/generate.py processes              64 images by 1, 2 and 4 processes of one
+thread: seconds, and the same bytes
+
 """
 
 import os, sys, tempfile, time

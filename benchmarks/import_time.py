@@ -1,4 +1,6 @@
-"What `import cxr_synth` and `cxr-synth --help` cost beside a bare Python: medians of several fresh processes."
+"""What `import cxr_synth` and `cxr-synth --help` cost beside a bare Python: medians of several fresh
+processes.
+"""
 
 import argparse, shutil, statistics, subprocess, sys, sysconfig, time
 

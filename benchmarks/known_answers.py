@@ -1,6 +1,9 @@
-"""Does the whole study find what is known? 900 drawn children to train on, 2,099 to test on, and generators whose worth is written down; 5 replicates x 6 seeds.
+"""Does the whole study find what is known? 900 drawn children to train on, 2,099 to test on, and
+generators whose worth is written down; 5 replicates x 6 seeds.
 
-python benchmarks/known_answers.py [--kinds truth copy wrong leaky] [--study FOLDER]     about five minutes a kind on two cores; FOLDER keeps the studies
+python benchmarks/known_answers.py [--kinds truth copy wrong leaky] [--study FOLDER]     about
+five minutes a kind on two cores; FOLDER keeps the studies
+
 """
 
 import argparse, os, shutil, tempfile, time
@@ -38,7 +41,9 @@ def calibrate(study, kind):
 
 
 def show(kind, analysis):
-    "Print the contrasts; is the expected one as it must be, `duplicate` nothing, and `permuted` below `real`?"
+    """Print the contrasts; is the expected one as it must be, `duplicate` nothing, and `permuted`
+    below `real`?
+    """
     found = {
         (c["arm"], c["control"], c["split"]): c
         for c in analysis["contrasts"]

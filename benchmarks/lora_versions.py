@@ -2,7 +2,10 @@
 
 In one environment:   python benchmarks/lora_versions.py save FOLDER
 in another one:       python benchmarks/lora_versions.py load FOLDER
-FOLDER gets a small base and one LoRA per environment that saved; `load` prints, for each, the largest difference from the answers noted at saving: through this library, and through plain diffusers.
+FOLDER gets a small base and one LoRA per environment that saved; `load` prints, for each, the
+largest difference from the answers noted at saving: through this library, and through plain
+diffusers.
+
 """
 
 import os, sys

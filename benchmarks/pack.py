@@ -1,6 +1,9 @@
-"""Pack, unpack and copy a study beside `cp -r` and plain hashing of the same files: medians of several rounds in one process.
+"""Pack, unpack and copy a study beside `cp -r` and plain hashing of the same files: medians of
+several rounds in one process.
 
-Small files measure calls, one large file measures bytes. Each round does all tasks one after the other, so that a busy moment hits all alike; targets are removed outside the timed part.
+Small files measure calls, one large file measures bytes. Each round does all tasks one after the
+other, so that a busy moment hits all alike; targets are removed outside the timed part.
+
 """
 
 import argparse, hashlib, os, shutil, statistics, subprocess, tempfile, time
@@ -70,7 +73,10 @@ def copy_all(source, target, force):
 def tasks(study, what, work):
     "Name -> call; each makes its own target anew."
     zipped = work / "x.zip"
-    gone = lambda *ps: [shutil.rmtree(p) if p.is_dir() else p.unlink() for p in ps if p.exists()]
+
+    def gone(*ps):
+        return [shutil.rmtree(p) if p.is_dir() else p.unlink() for p in ps if p.exists()]
+
     return {
         "cp -r": (lambda: copy_all(study.root, work / "copy", False), lambda: gone(work / "copy")),
         "cp -r, then fsync": (

@@ -1,10 +1,13 @@
-"""How good can one be at telling ill phantoms from healthy ones? A small network and a Hotelling template, both taught by thousands of phantoms.
+"""How good can one be at telling ill phantoms from healthy ones? A small network and a Hotelling
+template, both taught by thousands of phantoms.
 
-After Zhou, Li & Anastasio (IEEE TMI 2019): where the ideal observer has no formula, a network trained on endless simulated images approximates it from below.
+After Zhou, Li & Anastasio (IEEE TMI 2019): where the ideal observer has no formula, a network
+trained on endless simulated images approximates it from below.
 
     python benchmarks/phantom_ceiling.py [--strengths A B ...] [--patients N] [--epochs N]
 
 Without --strengths: the preset's own range. Strength 0 must give 0.5.
+
 """
 
 import argparse, time

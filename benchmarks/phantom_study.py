@@ -1,6 +1,9 @@
-"""Real-only AUROC of the study-sized phantom set, by the project's own path (data stage, frozen features, logistic head).
+"""Real-only AUROC of the study-sized phantom set, by the project's own path (data stage, frozen
+features, logistic head).
 
-python benchmarks/phantom_study.py [--strength LOW HIGH] [--shift SHARE] [--size PX] [--replicates N]
+python benchmarks/phantom_study.py [--strength LOW HIGH] [--shift SHARE] [--size PX] [--replicates
+N]
+
 """
 
 import argparse, os, tempfile, time

@@ -1,4 +1,6 @@
-"The pixels of the data stage: every step on the 224 px set; then full-size originals to PNGs, the loop of the guide's section 6 against `prepare_file`, median ratio of rounds taken in turn."
+"""The pixels of the data stage: every step on the 224 px set; then full-size originals to PNGs, the
+loop of the guide's section 6 against `prepare_file`, median ratio of rounds taken in turn.
+"""
 
 import argparse, os, shutil, sys, tempfile, time
 from concurrent.futures import ProcessPoolExecutor

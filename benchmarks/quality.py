@@ -1,8 +1,15 @@
-"""The quality suite: how long the whole of it takes on the real set, and two comparisons with pytorch-fid.
-python benchmarks/quality.py suite [FOLDER]   2 x 1,200 images at 224 px against the real training classes; FOLDER: kermany-224; expected: at most 240 s and 4 GiB on two cores, 20 s again
-python benchmarks/quality.py copies [FOLDER]  1 % planted copies among real images that the generator never saw, both classes, at 224 px; expected: at least 90 % found, about 1 % of the others flagged
-python benchmarks/quality.py frechet          the Fréchet step at d = 2048, 1,200 images a side; expected: at least 20 times faster
-python benchmarks/quality.py fid              both classes through one stand-in network, 300 images a folder; expected: at least 2 times faster"""
+"""The quality suite: how long the whole of it takes on the real set, and two comparisons with
+pytorch-fid.
+python benchmarks/quality.py suite [FOLDER]   2 x 1,200 images at 224 px against the real training
+classes; FOLDER: kermany-224; expected: at most 240 s and 4 GiB on two cores, 20 s again
+python benchmarks/quality.py copies [FOLDER]  1 % planted copies among real images that the
+generator never saw, both classes, at 224 px; expected: at least 90 % found, about 1 % of the
+others flagged
+python benchmarks/quality.py frechet          the Fréchet step at d = 2048, 1,200 images a side;
+expected: at least 20 times faster
+python benchmarks/quality.py fid              both classes through one stand-in network, 300
+images a folder; expected: at least 2 times faster
+"""
 
 import os, sys, tempfile, time, warnings
 from pathlib import Path
@@ -69,7 +76,9 @@ def suite(folder="../shared/data/kermany-224", n=1200):
 
 
 def copies(folder="../shared/data/kermany-224", side=224):
-    "Three piles of patients: seen, unseen (the alarm's), fresh. The synthetic set: the fresh pile, and 1 % disguised copies of the seen one."
+    """Three piles of patients: seen, unseen (the alarm's), fresh. The synthetic set: the fresh pile,
+    and 1 % disguised copies of the seen one.
+    """
     from cxr_synth.quality.copies import feature_space, pixel_space, wilson
     from cxr_synth.protocol.dataset import parse_name
     from cxr_synth.images.images import prepare_image

@@ -1,4 +1,6 @@
-"A report page in headless Chromium: megabytes, seconds until it is there (the browser's own start subtracted), console messages, network requests. `report_page.py STUDY/report/index.html`"
+"""A report page in headless Chromium: megabytes, seconds until it is there (the browser's own start
+subtracted), console messages, network requests. `report_page.py STUDY/report/index.html`
+"""
 
 import argparse, re, shutil, statistics, subprocess, tempfile, time
 from pathlib import Path

@@ -1,4 +1,6 @@
-"Analysis of 1,000 runs x 2,900 images with 5,000 patient draws: seconds and peak memory, reading included. Limits: 60 s and 2 GiB on two cores."
+"""Analysis of 1,000 runs x 2,900 images with 5,000 patient draws: seconds and peak memory, reading
+included. Limits: 60 s and 2 GiB on two cores.
+"""
 
 import argparse, resource, tempfile, time
 from pathlib import Path

@@ -1,6 +1,8 @@
-"""Images per second of the trainer beside a bare forward-backward-step loop on tensors in memory: same pipeline, batch, precision; medians, in turn.
+"""Images per second of the trainer beside a bare forward-backward-step loop on tensors in memory:
+same pipeline, batch, precision; medians, in turn.
 
 python benchmarks/train_speed.py [--batch 32] [--precision bf16] [--rounds 9] [--steps 3]
+
 """
 
 import argparse, tempfile, time
@@ -75,7 +77,8 @@ def compare(base, root, trained, args):
     choose_weights(plain, cfg)
     bar = progress(total=10**6 * args.batch)
     steps = dict(
-        bare=bare(plain, cfg, device), ours=lambda: trainer.loop.take_step(trainer.losses, "speed", bar)
+        bare=bare(plain, cfg, device),
+        ours=lambda: trainer.loop.take_step(trainer.losses, "speed", bar),
     )
     times = {name: [] for name in steps}
     for _ in range(args.rounds + 1):

@@ -1,4 +1,6 @@
-"Set before any test imports torch, and inherited by the processes that tests start: one thread, no screen, no network, no bars."
+"""Set before any test imports torch, and inherited by the processes that tests start: one thread, no
+screen, no network, no bars.
+"""
 
 import os
 

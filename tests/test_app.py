@@ -1,4 +1,6 @@
-"The installed command: help, mistakes, refusals. Each mistake ends with status 2 and at most five lines, and leaves earlier work alone."
+"""The installed command: help, mistakes, refusals. Each mistake ends with status 2 and at most five
+lines, and leaves earlier work alone.
+"""
 
 import shutil, subprocess, sys
 from pathlib import Path

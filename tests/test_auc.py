@@ -1,4 +1,6 @@
-"One AUROC and one threshold wherever they are asked for; no NaN or infinity in any JSON; a distance that is never negative."
+"""One AUROC and one threshold wherever they are asked for; no NaN or infinity in any JSON; a
+distance that is never negative.
+"""
 
 import json
 
@@ -37,7 +39,9 @@ def test_the_report_and_the_runs_use_one_threshold():
 
 
 def test_thresholds_are_finite_and_as_good_as_any():
-    "Of all cuts, also the one at infinity, none has a better balanced accuracy, and no equally good one is nearer 0.5."
+    """Of all cuts, also the one at infinity, none has a better balanced accuracy, and no equally
+    good one is nearer 0.5.
+    """
     for labels, probs in small_sets():
         cut = auc.youden_threshold(labels, probs)
         wrong, right, cuts = roc_curve(labels, probs, drop_intermediate=False)
@@ -67,7 +71,9 @@ def test_sensitivity_threshold_is_the_highest_that_finds_enough():
 
 
 def test_every_auroc_is_the_same_number():
-    "In results.csv, in the report, in the audit, among the metrics and in the paired intervals: equal to the last bit."
+    """In results.csv, in the report, in the audit, among the metrics and in the paired intervals:
+    equal to the last bit.
+    """
     for labels, probs in small_sets(100):
         found = {
             auc.auroc(labels, probs),

@@ -1,4 +1,6 @@
-"The audit on the real set (Kermany et al. 2018): 5,856 images of 224 px, and 87 originals. What is known about them stands in their README and metadata.csv."
+"""The audit on the real set (Kermany et al. 2018): 5,856 images of 224 px, and 87 originals. What is
+known about them stands in their README and metadata.csv.
+"""
 
 import io, os
 from pathlib import Path
@@ -81,7 +83,9 @@ def test_exact_copies(report):
 
 
 def test_no_near_copies_but_those_that_are_planted(squares, report):
-    "Different children are never taken for copies; ten disguises of 20 images are all found, and nothing else."
+    """Different children are never taken for copies; ten disguises of 20 images are all found, and
+    nothing else.
+    """
     assert report["near_duplicates"]["across"]["patients"] == 0
     t, small = squares
     picked = np.random.default_rng(0).choice(len(t), 20, replace=False)
@@ -177,7 +181,9 @@ def test_bytes_give_the_class_away_before_the_image_path_only(originals):
 
 
 def test_the_encoder_is_gone_from_prepared_images(originals, tmp_path):
-    "Fine originals, stored again at quality 75 before the image path: a third of the bytes, but the same prepared size within 2 %."
+    """Fine originals, stored again at quality 75 before the image path: a third of the bytes, but
+    the same prepared size within 2 %.
+    """
     fine = originals[0][originals[0].quality > 85]
     assert len(fine) > 25
     before, after = [], []

@@ -1,4 +1,6 @@
-"A cache must not answer a question that was not asked: its key holds all on which the result depends, and a damaged file is made anew."
+"""A cache must not answer a question that was not asked: its key holds all on which the result
+depends, and a damaged file is made anew.
+"""
 
 import functools
 
@@ -317,7 +319,9 @@ def test_damaged_views_are_made_anew(study, capsys):
 
 
 def test_round_trip_of_a_generator_trained_anew(study, tmp_path, monkeypatch):
-    "The inputs of the training are the same, its settings or seed are not, and so the autoencoder is another."
+    """The inputs of the training are the same, its settings or seed are not, and so the autoencoder
+    is another.
+    """
     model = study / "models/real050-rep0/normal"
     (model / "vae").mkdir(parents=True)
     monkeypatch.setattr("cxr_synth.stages.generate.model_of", lambda *a: (model, None, []))

@@ -1,4 +1,6 @@
-"Whose images these are, and which base was tuned: one owner of each fact, and no claim about data that nobody knows."
+"""Whose images these are, and which base was tuned: one owner of each fact, and no claim about data
+that nobody knows.
+"""
 
 import os, re
 from dataclasses import replace

@@ -1,4 +1,6 @@
-"Two processes share one synthetic set without a coordinator; killed processes go on; the bytes are those of one undisturbed process."
+"""Two processes share one synthetic set without a coordinator; killed processes go on; the bytes are
+those of one undisturbed process.
+"""
 
 import json, os, random, subprocess, sys, time
 from collections import Counter
@@ -76,7 +78,10 @@ def bytes_of(study):
 
 def kill_after(study, more, processes):
     "Start, and kill all processes without warning as soon as so many more images are there."
-    there = lambda: len(unexpected_files(study / "synthetic" / NAME, []))
+
+    def there():
+        return len(unexpected_files(study / "synthetic" / NAME, []))
+
     wanted = there() + more
     p = subprocess.Popen(
         command(study, processes=processes), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -144,7 +149,9 @@ def test_shares_do_not_overlap(study, calm):
 
 
 def test_killed_twice(study, calm):
-    "SIGKILL at two random moments, one and two processes in turn; then the set is that of an undisturbed process, with nothing beside it."
+    """SIGKILL at two random moments, one and two processes in turn; then the set is that of an
+    undisturbed process, with nothing beside it.
+    """
     clear(study)
     for processes, more in ((1, 1), (2, random.randint(1, 3))):
         kill_after(study, more, processes)
@@ -183,7 +190,9 @@ def test_lines_cut_by_a_kill_do_not_count(study, tmp_path):
 
 
 def test_set_completed_by_a_forgotten_process(study, calm):
-    "Processes that outlived their launcher finish the set under the hands of a new one, which has then nothing to do."
+    """Processes that outlived their launcher finish the set under the hands of a new one, which has
+    then nothing to do.
+    """
     clear(study)
     stage_generate(study, GenerateConfig(**CFG), plan=PLAN, card=None)
     table = ImageSetWriter(study / "synthetic" / NAME, PLAN.generators[0].images)

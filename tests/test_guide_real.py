@@ -1,4 +1,6 @@
-"The guide's cells of sections 10 and 11 on folders of real films, as the guide calls them; the network and the number of epochs are small."
+"""The guide's cells of sections 10 and 11 on folders of real films, as the guide calls them; the
+network and the number of epochs are small.
+"""
 
 import os
 from pathlib import Path
@@ -21,7 +23,9 @@ CLASSES = dict(normal="NORMAL", pneumonia="PNEUMONIA")
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    "The guide's data/: real, test and (real films of other children in their place) synthetic, a few of each, as links."
+    """The guide's data/: real, test and (real films of other children in their place) synthetic, a
+    few of each, as links.
+    """
     root = tmp_path_factory.mktemp("data")
 
     def some(part, split, first, n):

@@ -364,7 +364,9 @@ REVIEWED = {  # file:function -> why nothing of a user's is lost
 
 
 def is_remover(call):
-    "Whether a call removes, moves or writes over files, by its name; `text.replace(a, b)` and `replace(config, a=b)` do not."
+    """Whether a call removes, moves or writes over files, by its name; `text.replace(a, b)` and
+    `replace(config, a=b)` do not.
+    """
     if isinstance(call.func, ast.Name):
         return call.func.id in REMOVERS
     if not isinstance(call.func, ast.Attribute):

@@ -1,4 +1,6 @@
-"The instrument, calibrated: whole small studies of drawn children with generators whose worth is known, from plan to words. The full size is in benchmarks/known_answers.py."
+"""The instrument, calibrated: whole small studies of drawn children with generators whose worth is
+known, from plan to words. The full size is in benchmarks/known_answers.py.
+"""
 
 import shutil
 

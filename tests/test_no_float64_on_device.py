@@ -1,4 +1,6 @@
-"Apple's GPUs have no float64: a stand-in for such a device, on the CPU, refuses it wherever training, features and quality compute."
+"""Apple's GPUs have no float64: a stand-in for such a device, on the CPU, refuses it wherever
+training, features and quality compute.
+"""
 
 from unittest.mock import patch
 
@@ -221,9 +223,12 @@ def test_activations_of_a_folder(device, tmp_path):
 
 def test_likeness_and_copies(device):
     x, _ = phantoms(24)
-    see = lambda images: features.compute_features(
-        images, lambda b: torch.from_numpy(b).to("mps").float().flatten(1).cpu(), 32, "mps"
-    )
+
+    def see(images):
+        return features.compute_features(
+            images, lambda b: torch.from_numpy(b).to("mps").float().flatten(1).cpu(), 32, "mps"
+        )
+
     space = copies.feature_space(see, flip=True)
     assert (copies.nearest_neighbours(space, x, space.reference(x))[2] == np.arange(24)).all()
     assert metrics.ms_ssim(x, [0, 1], [0, 1]) == pytest.approx([1, 1])

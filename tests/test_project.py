@@ -1,4 +1,6 @@
-"What holds the project together: one version, a light import, notebooks in their order and tidy, README in step."
+"""What holds the project together: one version, a light import, notebooks in their order and tidy,
+README in step.
+"""
 
 import json, os, re, subprocess, sys, tomllib
 from configparser import ConfigParser

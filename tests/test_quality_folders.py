@@ -1,4 +1,6 @@
-"What users give to the folder functions: one image, other sizes and modes, odd suffixes, damaged files, equal folders, missing classes."
+"""What users give to the folder functions: one image, other sizes and modes, odd suffixes, damaged
+files, equal folders, missing classes.
+"""
 
 import warnings
 import numpy as np

@@ -1,4 +1,6 @@
-"The quality suite on the real set (Kermany et al. 2018): collapse, planted copies, fresh images, and its own speed in pieces."
+"""The quality suite on the real set (Kermany et al. 2018): collapse, planted copies, fresh images,
+and its own speed in pieces.
+"""
 
 import os
 from pathlib import Path

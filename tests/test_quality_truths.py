@@ -1,4 +1,6 @@
-"Metrics against values known by hand, against published values, and against the libraries that people use for them."
+"""Metrics against values known by hand, against published values, and against the libraries that
+people use for them.
+"""
 
 import numpy as np
 import pytest
@@ -128,7 +130,10 @@ def test_kid_agrees_with_torch_fidelity():
     peer = pytest.importorskip("torch_fidelity.metric_kid")
     x, y = (m[:60] for m in matrices())
     for kernel, mine in (("poly", kid(x, y)), ("rbf", None)):
-        unit = lambda v: v / np.linalg.norm(v, axis=1, keepdims=True)
+
+        def unit(v):
+            return v / np.linalg.norm(v, axis=1, keepdims=True)
+
         a, b = (x, y) if kernel == "poly" else (unit(x), unit(y))
         want = peer.kernel_mmd(
             a,
@@ -146,10 +151,13 @@ def test_kid_agrees_with_torch_fidelity():
 
 def test_kid_agrees_with_its_formula():  # the unbiased estimator, written as loops
     x, y = (m[:12, :5] for m in matrices())
-    k = lambda a, b: (a @ b / 5 + 1) ** 3
-    within = lambda s: np.mean(
-        [k(s[i], s[j]) for i in range(len(s)) for j in range(len(s)) if i != j]
-    )
+
+    def k(a, b):
+        return (a @ b / 5 + 1) ** 3
+
+    def within(s):
+        return np.mean([k(s[i], s[j]) for i in range(len(s)) for j in range(len(s)) if i != j])
+
     assert kid(x, y) == pytest.approx(
         within(x) + within(y) - 2 * np.mean([k(a, b) for a in x for b in y]), rel=1e-10
     )

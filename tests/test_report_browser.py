@@ -1,4 +1,6 @@
-"The report in a real browser: it opens, asks nothing of the network, logs nothing, and shows what the files say."
+"""The report in a real browser: it opens, asks nothing of the network, logs nothing, and shows what
+the files say.
+"""
 
 import re, subprocess, sys
 from html import unescape

@@ -311,7 +311,10 @@ def large(tmp_path_factory):
 
 def test_killed_pack(large, tmp_path):
     calm, out = digest_file(pack(large, tmp_path / "calm.zip")), tmp_path / "out.zip"
-    parts = lambda: list(tmp_path.glob(".out.zip.*.tmp"))
+
+    def parts():
+        return list(tmp_path.glob(".out.zip.*.tmp"))
+
     kill_when(
         child("pack(Study(sys.argv[1]), sys.argv[2])", large.root, out),
         lambda: any(p.stat().st_size > 10**6 for p in parts()),
@@ -324,7 +327,10 @@ def test_killed_unpack(large, tmp_path):
     file, home = pack(large, tmp_path / "large.zip"), tmp_path / "s"
     for cls in ("normal", "pneumonia"):
         (home / "synthetic" / NAME / cls).mkdir(parents=True)  # so that files are moved one by one
-    start = lambda: child("unpack(sys.argv[1], Study(sys.argv[2]))", file, home)
+
+    def start():
+        return child("unpack(sys.argv[1], Study(sys.argv[2]))", file, home)
+
     kill_when(start(), lambda: len(list(home.glob(f".unpack/*/synthetic/{NAME}/normal/*"))) > 300)
     assert not list(home.glob("synthetic/*/*/*.png"))
     kill_when(start(), lambda: (home / "synthetic" / NAME / "normal/000010.png").exists())

@@ -1,4 +1,6 @@
-"The rooms of the house: which may import which, one home for each public name, notebooks and modules in step."
+"""The rooms of the house: which may import which, one home for each public name, notebooks and
+modules in step.
+"""
 
 import ast
 import json
@@ -123,7 +125,17 @@ def test_every_notebook_has_its_module():
     assert found - expected == {ROOT / "nbs/index.ipynb"}
 
 
-HEAVY = "torch diffusers transformers pandas sklearn matplotlib peft accelerate datasets".split()
+HEAVY = [
+    "torch",
+    "diffusers",
+    "transformers",
+    "pandas",
+    "sklearn",
+    "matplotlib",
+    "peft",
+    "accelerate",
+    "datasets",
+]
 LIGHT = {  # what runs often, or in many processes, and what it must not load
     "cxr_synth": HEAVY,
     "cxr_synth.base.settings": HEAVY,

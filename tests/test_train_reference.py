@@ -1,4 +1,6 @@
-"The trainer learns exactly what a plain loop does: the same items, the same losses to 1e-4 over 20 steps in float32."
+"""The trainer learns exactly what a plain loop does: the same items, the same losses to 1e-4 over 20
+steps in float32.
+"""
 
 import math
 
@@ -37,7 +39,9 @@ def images():
 
 
 def reference(pipe, images, prior, gamma, weight):
-    "20 steps of a plain loop: no caches, both halves apart, AdamW and the schedule as PyTorch has them. Only the random numbers are the trainer's."
+    """20 steps of a plain loop: no caches, both halves apart, AdamW and the schedule as PyTorch has
+    them. Only the random numbers are the trainer's.
+    """
     tok = pipe.tokenizer
     sch = pipe.scheduler
     vae = pipe.vae
@@ -45,11 +49,14 @@ def reference(pipe, images, prior, gamma, weight):
     text = pipe.text_encoder
     params = [p for m in (unet, text) for p in m.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(params, lr=PEAK, weight_decay=1e-2, fused=False, foreach=False)
-    cosine = lambda k: (
-        (k + 1) / WARMUP
-        if k < WARMUP
-        else 0.5 * (1 + math.cos(math.pi * (k - WARMUP) / (STEPS - WARMUP)))
-    )
+
+    def cosine(k):
+        return (
+            (k + 1) / WARMUP
+            if k < WARMUP
+            else 0.5 * (1 + math.cos(math.pi * (k - WARMUP) / (STEPS - WARMUP)))
+        )
+
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, cosine)
     abar = torch.cumprod(
         1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0

@@ -476,7 +476,5 @@ def resolve(
     for name in flags:
         one_of(name, known, f"setting of {stage}:")
     values = dict(PRESETS[one_of(preset, PRESETS, "preset")].get(stage, {}))
-    for name, value in (recorded or {}).items():
-        if name in known:
-            values[name] = value
+    values |= {k: v for k, v in (recorded or {}).items() if k in known}
     return config(**values | flags)
