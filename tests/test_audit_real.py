@@ -17,7 +17,7 @@ DATA = Path(os.environ.get("CXR_DATA") or Path(__file__).parents[2] / "shared" /
 SQUARES, ORIGINALS = DATA / "kermany-224", DATA / "kermany-originals"
 pytestmark = pytest.mark.skipif(
     not (SQUARES.is_dir() and ORIGINALS.is_dir()),
-    reason=f"no real data in {DATA} (set CXR_DATA to the folder that holds kermany-224 and kermany-originals); phantoms cover the code",
+    reason=f"no real data in {DATA}: set CXR_DATA to the folder of kermany-224",
 )
 
 

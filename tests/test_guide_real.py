@@ -16,7 +16,7 @@ REAL = (
 )
 pytestmark = pytest.mark.skipif(
     not REAL.is_dir(),
-    reason=f"no real data set in {REAL.parent} (set CXR_DATA to the folder that holds kermany-224); phantoms cover the code",
+    reason=f"no real data set in {REAL.parent}: set CXR_DATA to the folder of kermany-224",
 )
 CLASSES = dict(normal="NORMAL", pneumonia="PNEUMONIA")
 

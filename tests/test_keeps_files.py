@@ -339,12 +339,12 @@ REMOVERS = {
     "save_pretrained",
 }
 REVIEWED = {  # file:function -> why nothing of a user's is lost
-    "base/files:atomic_path": "its own temporary name; the target is checked by who calls it: a record, or `claim`",
+    "base/files:atomic_path": "its own temporary name; who calls it checks the target: a record, or `claim`",
     "base/files:remove_temporary": "refuses every name but our temporary ones",
     "base/files:remove_files": "the names that it is given, and folders that are empty",
     "base/records:move_aside": "to a name that is free: nothing is lost",
     "diffusion/dreambooth:choose_saved_weights": "into the temporary folder of `save_model`",
-    "diffusion/dreambooth:save_model": "out of our temporary folder, into a model folder that `claim_model` found new, empty or ours",
+    "diffusion/dreambooth:save_model": "out of our temporary folder, into a folder that `claim_model` found ours",
     "diffusion/command:remove_checkpoints": "our log, in a folder that .training.json says is ours",
     "classify/runs:make_run": "our log, in a run folder under the record of runs/",
     "classify/executors:do_run": "the checkpoint of this run, under the record of runs/",

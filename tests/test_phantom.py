@@ -3,7 +3,10 @@
 import os, subprocess, sys, time
 from cxr_synth.images.phantom import phantom_files, write_phantoms
 
-SCRIPT = "from cxr_synth.images.phantom import write_phantoms; write_phantoms({folder!r}, patients={patients}, size=64, workers=2, shift=.5, shortcut=.5)"
+SCRIPT = (
+    "from cxr_synth.images.phantom import write_phantoms; write_phantoms({folder!r}, "
+    "patients={patients}, size=64, workers=2, shift=.5, shortcut=.5)"
+)
 
 
 def start(folder, patients):

@@ -80,7 +80,10 @@ def test_nbdev_test_passes_options_on(
     (tmp_path / "pyproject.toml").write_text(
         (ROOT / "pyproject.toml").read_text(encoding="utf-8"), encoding="utf-8"
     )
-    code = "import sys; from cxr_synth.app import nbdev_test; sys.argv = ['nbdev_test', '--no_such_option', '1']; sys.exit(nbdev_test())"
+    code = (
+        "import sys; from cxr_synth.app import nbdev_test; "
+        "sys.argv = ['nbdev_test', '--no_such_option', '1']; sys.exit(nbdev_test())"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,

@@ -109,7 +109,8 @@ def test_remarks_of_a_bare_fid(tmp_path):
     (a / "notes.txt").write_text("x")
     with pytest.warns(
         UserWarning,
-        match="10 real and 10 synthetic images in 16 dimensions.*fewer than 50.*10 files are in both.*1 files are no images",
+        match="10 real and 10 synthetic images in 16 dimensions.*fewer than 50.*"
+        "10 files are in both.*1 files are no images",
     ):
         assert calculate_fid(a, a, model=Means()) == pytest.approx(0, abs=1e-9)
 

@@ -36,7 +36,7 @@ REAL = (
 )
 pytestmark = pytest.mark.skipif(
     not REAL.is_dir(),
-    reason=f"no real data set in {REAL.parent} (set CXR_DATA to the folder that holds kermany-224); phantoms cover the code",
+    reason=f"no real data set in {REAL.parent}: set CXR_DATA to the folder of kermany-224",
 )
 
 
@@ -111,7 +111,8 @@ def test_a_collapsed_set_is_called_less_diverse(normals):
     assert alike[1] > alike[0] + 0.05
 
 
-def test_torchvision_weights_from_a_folder_see_pneumonia():  # MobileNetV2's real ImageNet file, named by its folder
+def test_torchvision_weights_from_a_folder_see_pneumonia():
+    # MobileNetV2's real ImageNet file, named by its folder.
     weights = REAL.parent / "weights" / "imagenet"
     if not (weights / "mobilenet_v2-b0353104.pth").is_file():
         pytest.skip(f"no mobilenet_v2-b0353104.pth in {weights}")

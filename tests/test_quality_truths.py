@@ -85,7 +85,9 @@ def test_frechet_depends_on_no_order():
     )
 
 
-def test_mean_term_of_the_same_distribution():  # exact in expectation: trace * (1/N + 1/M), 0.2369 for trace 150 and 1,200 against 1,341 images
+def test_mean_term_of_the_same_distribution():
+    # Exact in expectation: trace * (1/N + 1/M), 0.2369 for trace 150 and 1,200 against 1,341
+    # images.
     assert round(150 * (1 / 1200 + 1 / 1341), 4) == 0.2369
     r, s = rng(), np.sqrt(1 / np.arange(1, 301))
     n = 120
@@ -163,7 +165,8 @@ def test_kid_agrees_with_its_formula():  # the unbiased estimator, written as lo
     )
 
 
-def test_kid_of_a_set_with_itself_is_not_zero():  # a pair with itself is left out within the sets, but not between them
+def test_kid_of_a_set_with_itself_is_not_zero():
+    # A pair with itself is left out within the sets, but not between them.
     x, _ = matrices()
     assert kid(x, x) < 0
 
@@ -186,7 +189,8 @@ def test_density_and_coverage_of_the_same_distribution():
     assert got.mean(0) == pytest.approx([1, expected_coverage(160, 100)], abs=0.02)
 
 
-def test_density_and_coverage_in_many_dimensions():  # prdc's README: 1.0555 and 0.9735 for one draw of 10,000 in 1,000 dimensions
+def test_density_and_coverage_in_many_dimensions():
+    # Prdc's README: 1.0555 and 0.9735 for one draw of 10,000 in 1,000 dimensions.
     r = rng()
     got = [
         density_coverage(r.normal(size=(700, 1000)), r.normal(size=(700, 1000))) for _ in range(3)
@@ -196,7 +200,8 @@ def test_density_and_coverage_in_many_dimensions():  # prdc's README: 1.0555 and
     )[1] == pytest.approx(expected_coverage(700, 700), abs=0.015)
 
 
-def test_tight_cloud_inside_a_wide_one():  # dense, but it covers little; swapped arguments would say the opposite
+def test_tight_cloud_inside_a_wide_one():
+    # Dense, but it covers little; swapped arguments would say the opposite.
     r = rng()
     wide, tight = r.normal(size=(200, 16)) * 3, r.normal(size=(200, 16)) * 0.1
     density, coverage = density_coverage(wide, tight)

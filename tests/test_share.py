@@ -285,7 +285,8 @@ def child(code, *args, **env):
         [
             sys.executable,
             "-c",
-            f"import sys; from cxr_synth.base.records import Study; from cxr_synth.ship.pack import *; {code}",
+            "import sys; from cxr_synth.base.records import Study; "
+            f"from cxr_synth.ship.pack import *; {code}",
             *map(str, args),
         ],
         stdout=subprocess.PIPE,
@@ -665,7 +666,10 @@ def test_push_of_unknown_images_needs_a_licence(study, tmp_path, hub):
 def test_a_card_of_an_older_version_is_not_published_with_its_claim(study, tmp_path):
     copy = Study(shutil.copytree(study.root, tmp_path / "copy"))
     write_card_file(copy, CARDS["unknown"])
-    old = "---\nlicense: cc-by-4.0\n---\nTrained on Kermany. These images are changed material in the sense of that licence: name the source.\n"
+    old = (
+        "---\nlicense: cc-by-4.0\n---\nTrained on Kermany. These images are changed material in "
+        "the sense of that licence: name the source.\n"
+    )
     (copy / "synthetic" / NAME / "README.md").write_text(old, encoding="utf-8")
     with pytest.raises(CxrError, match="written by an older version"):
         push(copy, NAME, "anna/lungs", licence="MIT")
