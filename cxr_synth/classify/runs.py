@@ -21,7 +21,7 @@ from .recipes import RunContext, TrainingSet, training_set
 from ..images.study_images import assert_disjoint
 from ..protocol.plan import Run
 from ..protocol.schema import PREDICTION_COLUMNS
-from ..stats.auc import score, youden_threshold
+from ..stats.auc import rates_at, score, youden_threshold
 
 # %% ../../nbs/classify/runs.ipynb #2aeee69b
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ def at_threshold(
     threshold = youden_threshold(parts["val"].label, parts["val"].prob)
     reached = {}
     for split, t in parts.items():
-        scores = score(t.label, t.prob, threshold)
-        reached[split] = {name: scores[name] for name in ("sensitivity", "specificity")}
+        sensitivity, specificity = rates_at(t.label, t.prob, threshold)
+        reached[split] = dict(sensitivity=sensitivity, specificity=specificity)
     return dict(threshold=threshold, at_threshold=reached)
 
 # %% ../../nbs/classify/runs.ipynb #b81abf94

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['THRESHOLD_RULES', 'SCORES', 'auroc', 'placements', 'fold_auc', 'cluster_error', 'operating_points',
-           'youden_threshold', 'sensitivity_threshold', 'three_thresholds', 'Score', 'score', 'weighted_ap', 'delong',
-           'mcnemar']
+           'youden_threshold', 'sensitivity_threshold', 'three_thresholds', 'rates_at', 'Score', 'score', 'weighted_ap',
+           'delong', 'mcnemar']
 
 # %% ../../nbs/stats/auc.ipynb #7a3d2735
 from collections.abc import Callable
@@ -165,6 +165,37 @@ def three_thresholds(
         "sens95": sensitivity_threshold(labels, probs, 0.95),
     }
 
+# %% ../../nbs/stats/auc.ipynb #6e10c5b3
+def rates_at(
+    labels,  # 0 or 1 (N,)
+    probs,  # P(pneumonia) (N,)
+    threshold: float,  # at and above it the answer is "pneumonia"
+) -> tuple[float, float]:  # 0 to 1; NaN for a class that is missing
+    "Sensitivity and specificity at a threshold."
+    y = np.asarray(labels) == 1
+    calls = np.asarray(probs) >= threshold
+    return _share(calls[y]), _share(~calls[~y])
+
+
+def _share(marks):  # of true ones in (N,) bool
+    return float(marks.mean()) if len(marks) else float("nan")
+
+
+def _f1(y, calls):
+    "Twice the hits over twice the hits, the misses and the false alarms; 0 without any of these."
+    hits, total = int((y * calls).sum()), int(y.sum() + calls.sum())
+    return 2 * hits / total if total else 0.0
+
+
+def _mcc(y, calls):
+    "Correlation of labels and calls (Matthews, 1975); 0 where either is constant."
+    n, ill, called = len(y), int(y.sum()), int(calls.sum())
+    right = int((y == calls).sum())
+    together = right * n - (ill * called + (n - ill) * (n - called))
+    spread_y = n * n - (ill**2 + (n - ill) ** 2)
+    spread_calls = n * n - (called**2 + (n - called) ** 2)
+    return together / np.sqrt(spread_y * spread_calls) if spread_y * spread_calls else 0.0
+
 # %% ../../nbs/stats/auc.ipynb #7f846a2e
 @dataclass(frozen=True)
 class Score:
@@ -189,34 +220,34 @@ SCORES = {
     "accuracy": Score(
         "accuracy",
         "How many are called rightly?",
-        lambda y, p, calls: metrics.accuracy_score(y, calls),
+        lambda y, p, calls: (y == calls).mean(),
         in_report=False,
     ),
     "balanced_accuracy": Score(
         "balanced accuracy",
         "How many would be, were both classes equally frequent?",
-        lambda y, p, calls: metrics.balanced_accuracy_score(y, calls),
+        lambda y, p, calls: sum(rates_at(y, calls, 1)) / 2,
     ),
     "sensitivity": Score(
         "sensitivity",
         "Which share of the ill is found?",
-        lambda y, p, calls: metrics.recall_score(y, calls),
+        lambda y, p, calls: rates_at(y, calls, 1)[0],
     ),
     "specificity": Score(
         "specificity",
         "Which share of the healthy is left in peace?",
-        lambda y, p, calls: metrics.recall_score(y, calls, pos_label=0),
+        lambda y, p, calls: rates_at(y, calls, 1)[1],
     ),
     "f1": Score(
         "F1",
         "Are the ill found without false alarms?",
-        lambda y, p, calls: metrics.f1_score(y, calls, zero_division=0),
+        lambda y, p, calls: _f1(y, calls),
         in_report=False,
     ),
     "mcc": Score(
         "MCC",
         "Do calls and labels correlate (-1 to 1)?",
-        lambda y, p, calls: metrics.matthews_corrcoef(y, calls),
+        lambda y, p, calls: _mcc(y, calls),
         in_report=False,
     ),
     "brier": Score(
