@@ -166,7 +166,9 @@ def unfinished_stages(
 
 def provenance(
     study: Study,  # the study
-) -> dict:  # records, settings {stage: settings}, runs (record or None), digests, set_aside, unfinished
+) -> (
+    dict
+):  # records, settings {stage: settings}, runs (record or None), digests, set_aside, unfinished
     "What ran when, with which settings, from which bytes."
     records = [r for r in study.records().values() if r["stage"] != "report"]
     latest = {r["stage"]: r for r in records}

@@ -30,7 +30,7 @@ from cxr_synth.base.files import (
 )
 from ..base.records import STAGES, Stage, Study, make_room, move_aside, open_stage
 from ..base.settings import CLASSES, DataConfig
-from ..data.audit import audit, audit_figure, write_audit
+from ..data.audit import audit, audit_figure
 from ..data.sources import SOURCES, ImageSource, card_of, open_source
 from ..data.splits import draw_fractions, too_small
 from ..data.survey import image_ids, inspect_source, write_prepared
@@ -38,6 +38,7 @@ from ..images.images import map_threads, prepare_image
 from ..images.study_images import load_manifest
 from ..protocol.dataset import dataset_card, read_card, write_card_file
 from ..protocol.schema import FRACTION_COLUMNS, MANIFEST_COLUMNS
+from ..report.audit_page import write_audit
 
 # %% ../../nbs/01_data.ipynb #6bbca638
 _PLACES = [name for stage in STAGES.values() for name in stage.writes]  # within a study
