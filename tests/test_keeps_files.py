@@ -344,7 +344,7 @@ REVIEWED = {  # file:function -> why nothing of a user's is lost
     "base/files:remove_files": "the names that it is given, and folders that are empty",
     "base/records:move_aside": "to a name that is free: nothing is lost",
     "diffusion/dreambooth:choose_saved_weights": "into the temporary folder of `save_model`",
-    "diffusion/dreambooth:save_model": "out of our temporary folder, into a folder that `claim_model` found ours",
+    "diffusion/dreambooth:save_model": "from our temporary folder into one that `claim_model` found ours",
     "diffusion/command:remove_checkpoints": "our log, in a folder that .training.json says is ours",
     "classify/runs:make_run": "our log, in a run folder under the record of runs/",
     "classify/executors:do_run": "the checkpoint of this run, under the record of runs/",

@@ -43,7 +43,6 @@ def reference(pipe, images, prior, gamma, weight):
     them. Only the random numbers are the trainer's.
     """
     tok = pipe.tokenizer
-    sch = pipe.scheduler
     vae = pipe.vae
     unet = pipe.unet
     text = pipe.text_encoder
