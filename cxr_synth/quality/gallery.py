@@ -8,8 +8,14 @@ __all__ = ['REASONS', 'Gallery', 'GalleryView', 'gallery_figure']
 # %% ../../nbs/quality/gallery.ipynb #b79c6314
 import math
 from pathlib import Path
-import ipywidgets as widgets, matplotlib.pyplot as plt
+
+import matplotlib.pyplot as plt
 from PIL import Image
+
+try:
+    import ipywidgets as widgets
+except ImportError:  # it comes with the extra `jupyter`
+    widgets = None
 
 # %% ../../nbs/quality/gallery.ipynb #883ac6a2
 from ..base.files import CxrError, one_of, read_csv, write_csv
@@ -121,6 +127,8 @@ class GalleryView:
         size: int = 128,  # of an image on the screen, px
         columns: int = 6,  # images in a row
     ):
+        if widgets is None:
+            raise CxrError('the gallery needs ipywidgets.\nInstall it: pip install ".[jupyter]"')
         self.gallery = gallery
         self.size = size
         self.classes = widgets.ToggleButtons(options=CLASSES, value=gallery.class_name)
