@@ -5,9 +5,16 @@
 # %% auto #0
 __all__ = ['assert_fresh', 'write_texts', 'stage_report', 'cli_compare']
 
-# %% ../../nbs/07_report.ipynb #4e5a5375
+# %% ../../nbs/07_report.ipynb #aa53090c
 from ..base.files import CxrError, null_for_nan, write_json, write_text
-from ..base.records import Study, generator_name, move_aside, open_stage, stale_stages
+from cxr_synth.base.records import (
+    Stage,
+    Study,
+    generator_name,
+    move_aside,
+    open_stage,
+    stale_stages,
+)
 from ..base.settings import ReportConfig
 from ..report.cards import classifier_card, results_table, study_rows, talking_points
 from ..report.compare import compare_studies
@@ -32,23 +39,45 @@ def assert_fresh(
         )
 
 # %% ../../nbs/07_report.ipynb #74cb789a
+def _open_report(
+    study: Study,  # the study
+    cfg: ReportConfig,  # settings
+    redo: bool,  # keep the old report aside
+) -> Stage:
+    "Start the record of a report over an older report, or where there is none."
+    optional = [n for n in ("results.csv", "opened.json", "quality") if (study / n).exists()]
+    inputs = ["data/manifest.csv", "plan.json", "runs", *optional]
+    if redo and (study / "report").exists():
+        move_aside(study, "report")
+    known = study.record_path("report").exists()  # what is there is an older report's
+    stage = open_stage(study, "report", "report", cfg, inputs, adopt=known)
+    if not known and (study / "analysis.json").exists():
+        move_aside(study, "analysis.json")
+    return stage
+
+
 def write_texts(
     ev: Evidence,  # the study
     analysis: dict,  # from `analyse`
 ):
     "Cards, results table and talking points under report/."
-    study = ev.study
-    plan = ev.plan
-    split = ev.splits[-1]
-    write_text(study / "report/model-card.md", classifier_card(study, analysis, plan))
-    write_text(study / "report/talking-points.md", talking_points(study, analysis, plan))
+    study, plan, split = ev.study, ev.plan, ev.splits[-1]
     rows = study_rows(ev, split)
-    note = f"{split}, threshold 0.5 | † vs real images of the same fraction | no stars: the words are in index.html"
-    write_text(study / "report/results-table.txt", results_table(rows, note=note) + "\n")
-    write_text(study / "report/results-table.md", results_table(rows, True, note) + "\n")
+    note = (
+        f"{split}, threshold 0.5 | † vs real images of the same fraction | "
+        "no stars: the words are in index.html"
+    )
+    texts = {
+        "model-card.md": classifier_card(study, analysis, plan),
+        "talking-points.md": talking_points(study, analysis, plan),
+        "results-table.txt": results_table(rows, note=note) + "\n",
+        "results-table.md": results_table(rows, True, note) + "\n",
+    }
     name = generator_name(plan.primary.fraction, 0)
     if (study / f"synthetic/{name}/metadata.jsonl").is_file():
-        write_text(study / "report/data-card.md", card_text(study, name))
+        texts["data-card.md"] = card_text(study, name)
+    for file, text in texts.items():
+        write_text(study / "report" / file, text)
 
 # %% ../../nbs/07_report.ipynb #e900b96a
 def stage_report(
@@ -59,26 +88,13 @@ def stage_report(
     "Write analysis.json and report/: page, figures, cards, tables and talking points."
     ev = Evidence(study)
     assert_fresh(study)
-    inputs = ["data/manifest.csv", "plan.json", "runs"] + [
-        n for n in ("results.csv", "opened.json", "quality") if (study / n).exists()
-    ]
-    if redo and (study / "report").exists():
-        move_aside(study, "report")
-    known = study.record_path(
-        "report"
-    ).exists()  # then the files that are there are an older report's
-    stage = open_stage(study, "report", "report", cfg, inputs, adopt=known)
-    if not known and (study / "analysis.json").exists():
-        move_aside(study, "analysis.json")
+    stage = _open_report(study, cfg, redo)
     analysis = analyse(study, cfg.draws, ev)
     analysis["unfinished"] = unfinished_stages(study)
     write_json(study / "analysis.json", null_for_nan(analysis))
-    write_text(
-        study / "report/index.html",
-        report_page(
-            study, analysis, draw_figures(ev, analysis, cfg.poster), stage.record["started"]
-        ),
-    )
+    figures = draw_figures(ev, analysis, cfg.poster)
+    page = report_page(study, analysis, figures, stage.record["started"])
+    write_text(study / "report/index.html", page)
     write_texts(ev, analysis)
     stage.finish(word=analysis["verdict"]["word"], contrasts=len(analysis["contrasts"]))
 
@@ -86,7 +102,7 @@ def stage_report(
 def cli_compare(
     folders: list[str],  # study folders, two or more
     cfg: ReportConfig = ReportConfig(),  # settings of reports that are not there yet
-) -> str:  # what to print
+) -> str:  # what to print; raises `CxrError` for one study alone
     "Compare studies, after making the reports that are missing."
     studies = [Study(f) for f in folders]
     for s in studies:
