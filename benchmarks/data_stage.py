@@ -8,6 +8,7 @@ minutes; run it on a quiet machine.
 
 """
 
+from functools import partial
 import argparse, os, resource, tempfile, time
 from pathlib import Path
 from cxr_synth.base.files import write_csv, write_json
@@ -73,9 +74,8 @@ if __name__ == "__main__":
         write_csv(done / "data/manifest.csv", MANIFEST_COLUMNS, t.to_dict("records"))
         write_json(done.record_path("data"), dict(settings=cfg.settings()))
         for size in (cfg.resolution, 64):
-            x, s = timed(
-                f"pixel cache at {size} px", lambda: load_images(done, t.image_id[:1], size=size)
-            )
+            load = partial(load_images, done, t.image_id[:1], size=size)
+            x, s = timed(f"pixel cache at {size} px", load)
             e += s
         print(
             f"{'all':28} {a + b + c + d + e:7.1f} s   {len(t) / (a + b + c + d + e):.0f} images/s"

@@ -10,6 +10,7 @@ thread: seconds, and the same bytes
 
 """
 
+from functools import partial
 import os, sys, tempfile, time
 
 os.environ["CXR_QUIET"] = "1"
@@ -166,13 +167,10 @@ def processes(study, n=64):
                 sys.executable,
             ]
         )
-        seconds = timed(
-            lambda: subprocess.run(
-                [sys.executable, *launcher, "-c", code, study.root, json.dumps(plan(n).to_json())],
-                check=True,
-                stdout=subprocess.DEVNULL,
-            )
-        )
+        command = [sys.executable, *launcher, "-c", code, study.root]
+        command.append(json.dumps(plan(n).to_json()))
+        run = partial(subprocess.run, check=True, stdout=subprocess.DEVNULL)
+        seconds = timed(run, command)
         folder = study / f"synthetic/{NAME}"
         found.append(
             {

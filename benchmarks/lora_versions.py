@@ -8,6 +8,7 @@ diffusers.
 
 """
 
+from functools import partial
 import os, sys
 from pathlib import Path
 
@@ -50,9 +51,11 @@ def load(root, versions):
     print("here:", versions)
     for folder in sorted(p.parent for p in root.glob("*/lora.json")):
         noted = torch.load(folder / "answers.pt", weights_only=True)
-        for name, get in dict(
-            cxr_synth=lambda: load_pipeline(folder), diffusers=lambda: plain(root, folder)
-        ).items():
+        loaders = {
+            "cxr_synth": partial(load_pipeline, folder),
+            "diffusers": partial(plain, root, folder),
+        }
+        for name, get in loaders.items():
             try:
                 got = {k: (v - noted[k]).abs().max().item() for k, v in answers(get()).items()}
             except (IndexError, TypeError, ValueError) as e:
@@ -63,5 +66,8 @@ def load(root, versions):
 if __name__ == "__main__":
     if len(sys.argv) != 3 or sys.argv[1] not in ("save", "load"):
         sys.exit(__doc__)
-    versions = f"torch-{torch.__version__.split('+')[0]}_diffusers-{diffusers.__version__}_transformers-{transformers.__version__}_peft-{peft.__version__}"
+    versions = (
+        f"torch-{torch.__version__.split('+')[0]}_diffusers-{diffusers.__version__}_"
+        f"transformers-{transformers.__version__}_peft-{peft.__version__}"
+    )
     dict(save=save, load=load)[sys.argv[1]](Path(sys.argv[2]), versions)

@@ -6,6 +6,7 @@ other, so that a busy moment hits all alike; targets are removed outside the tim
 
 """
 
+import json
 import argparse, hashlib, os, shutil, statistics, subprocess, tempfile, time
 from pathlib import Path
 
@@ -31,7 +32,6 @@ def small_study(root):
     "A finished set of PNGs: smoothed noise, which compresses about as well as a 64-px X-ray."
     folder = root / "synthetic/real100-rep0"
     lines = []
-    name = "real100-rep0"
     rng = np.random.default_rng(0)
     for k in range(args.images):
         cls = ("normal", "pneumonia")[k % 2]
@@ -39,9 +39,15 @@ def small_study(root):
         path.parent.mkdir(parents=True, exist_ok=True)
         noise = Image.fromarray(rng.integers(0, 255, (32, 32), dtype=np.uint8))
         noise.resize((64, 64), Image.BICUBIC).save(path)
-        lines.append(
-            f'{{"file_name": "{cls}/{path.name}", "label": {k % 2}, "class_name": "{cls}", "base_model": "tiny", "sha256": "{digest_file(path)}"}}\n'
-        )
+        line = {
+            "file_name": f"{cls}/{path.name}",
+            "label": k % 2,
+            "class_name": cls,
+            "base_model": "tiny",
+            "generator": "real100-rep0",
+            "sha256": digest_file(path),
+        }
+        lines.append(json.dumps(line) + "\n")
     (folder / "metadata.jsonl").write_text("".join(lines))
     write_json(root / "study.json", dict(name="small", source="phantom"))
     return Study(root), packing.DEFAULT_PARTS

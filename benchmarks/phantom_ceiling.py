@@ -48,7 +48,7 @@ def network():
 def train(net, x, y, epochs, batch=64):
     opt = torch.optim.AdamW(net.parameters(), weight_decay=0.01)
     plan = torch.optim.lr_scheduler.OneCycleLR(opt, 4e-3, total_steps=epochs * (len(x) // batch))
-    for epoch in range(epochs):
+    for _ in range(epochs):
         for i in torch.randperm(len(x))[: len(x) // batch * batch].split(batch):
             loss = nn.functional.binary_cross_entropy_with_logits(net(x[i])[:, 0], y[i])
             opt.zero_grad()

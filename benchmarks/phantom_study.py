@@ -74,8 +74,10 @@ def main(args):
         for s, runs in found.items():
             a, p = [r["auroc"] for r in runs], held[s].patient_id.nunique()
             print(
-                f"  {s}: {p} patients, {len(held[s])} images; AUROC mean {np.mean(a):.3f}, sd {np.std(a):.3f}, {min(a):.3f} to {max(a):.3f}; "
-                f"specificity {np.mean([r['specificity'] for r in runs]):.2f}, sensitivity {np.mean([r['sensitivity'] for r in runs]):.2f}"
+                f"  {s}: {p} patients, {len(held[s])} images; AUROC mean {np.mean(a):.3f}, "
+                f"sd {np.std(a):.3f}, {min(a):.3f} to {max(a):.3f}; "
+                f"specificity {np.mean([r['specificity'] for r in runs]):.2f}, "
+                f"sensitivity {np.mean([r['sensitivity'] for r in runs]):.2f}"
             )
     print(f"{time.time() - start:.0f} s")
 

@@ -181,7 +181,8 @@ if __name__ == "__main__":
     print(
         f"\n{len(files)} originals of the real set"
         if files
-        else "\nno kermany-originals (set CXR_DATA): drawn phantoms with noise as stand-ins, so other numbers than on the real files"
+        else "\nno kermany-originals (set CXR_DATA): drawn phantoms with noise as stand-ins, so other "
+        "numbers than on the real files"
     )
     originals(files or stand_ins(out), args.rounds, args.workers, out)
     shutil.rmtree(out)

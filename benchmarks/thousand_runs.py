@@ -31,7 +31,7 @@ def build(root, arms, patients):
         0.05,
         0.03,
     )
-    for n, arm in enumerate(arms):
+    for arm in arms:
         for k, s in np.ndindex(5, 6):
             table = seen[["image_id", "patient_id", "split", "label"]].assign(
                 prob=np.round(base["real" if arm == "real" else "mixed"][k, s], 6)
