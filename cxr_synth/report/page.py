@@ -15,8 +15,8 @@ from ..base.records import Study
 from ..protocol.dataset import UNKNOWN, dataset_card
 from ..protocol.plan import Contrast, Run, load_plan
 from .contrasts import OTHER_METRICS
-from .evidence import RESULT_SPLITS
-from .figures import distances, fd_name, guess_of, load_quality
+from ..protocol.schema import SPLITS
+from .figures import distances, fd_name, load_quality
 from .render import pairs_wrong, render
 from ..stats.auc import SCORES, THRESHOLD_RULES
 
@@ -128,7 +128,7 @@ def split_counts(
     "Images and patients of each split, from the manifest."
     rows = read_csv(study / "data/manifest.csv")
     counts = {}
-    for split in ("train", *RESULT_SPLITS):
+    for split in ("train", *SPLITS):
         patients = [r["patient_id"] for r in rows if r["split"] == split]
         counts[split] = len(patients), len(set(patients))
     return counts
@@ -213,7 +213,7 @@ def report_data(
         card=dataset_card(study),
         unknown=UNKNOWN,
         plan=plan,
-        guess=guess_of(plan),
+        guess=plan.guess_pp,
         planned_images=sum(sum(g.images.values()) for g in plan.generators),
         analysis=analysis,
         primary=primary,
