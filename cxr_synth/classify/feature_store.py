@@ -13,7 +13,7 @@ from PIL import Image
 # %% ../../nbs/classify/feature_store.ipynb #20c11f40
 from ..base.cache import cached
 from ..base.compute import seed_for
-from ..base.files import CxrError, digest_file, digest_folder, digest_json, one_of
+from ..base.files import CxrError, digest_file, digest_json, one_of
 from ..base.records import Study, generator_name
 from ..base.settings import CLASSES, ExperimentsConfig
 from .augment import ALTERATIONS, AUGMENT_VERSION, augment
@@ -21,6 +21,7 @@ from ..images.features import extract_features, features_key
 from ..images.networks import network_key
 from ..images.images import IMAGE_PATH_VERSION, pixel_cache, prepare_image
 from ..images.study_images import load_images, split_rows, training_rows
+from ..protocol.round_trips import read_round_trips, round_trip_set
 from ..protocol.sets import load_metadata
 
 # %% ../../nbs/classify/feature_store.ipynb #55dc8a9f
@@ -44,16 +45,6 @@ def _store_key(
         method=cfg.method,
         seen_by=seen_by,
     )
-
-# %% ../../nbs/classify/feature_store.ipynb #24b5ad1f
-def _autoencoder_key(
-    model,  # folder of a pipeline, or of a LoRA
-):  # a part of the key of a cache, see `cached`
-    "Which autoencoder a model decodes with: the digest of its files, or name and commit on the Hub."
-    from cxr_synth.diffusion.lora import lora_base
-
-    source, revision = lora_base(model) if (Path(model) / "lora.json").is_file() else (model, None)
-    return digest_folder(Path(source) / "vae") if Path(source).is_dir() else [str(source), revision]
 
 # %% ../../nbs/classify/feature_store.ipynb #1a6e6e79
 class FeatureStore:
@@ -143,29 +134,17 @@ class FeatureStore:
         return x, np.array([line["label"] for line in lines]), names
 
     def roundtrip(self, fraction: float, replicate: int):  # in the order of `training_rows`
-        "The real training images of a fraction after the round trip through their generator's autoencoder."
-        from cxr_synth.diffusion.pipelines import load_pipeline, round_trip
-        from cxr_synth.stages.generate import model_of
-
-        name = generator_name(fraction, replicate)
-        rows = training_rows(self.study, fraction, replicate)
-        model = Path(model_of(self.study, name, CLASSES[0])[0])
-        if not model.exists():
-            raise CxrError(
-                f"{model} is missing: the arm roundtrip needs this generator's autoencoder.\n"
-                f"Train it: cxr-synth train {self.study.root}, or keep the model after "
-                "generation."
-            )
+        "The real training images of a fraction after their generator's autoencoder, as `generate` wrote them."
+        generator = generator_name(fraction, replicate)
+        ids = training_rows(self.study, fraction, replicate).image_id.tolist()
+        paths = read_round_trips(self.study, generator, ids)
+        name = round_trip_set(generator)
 
         def make():
-            x = load_images(self.study, rows.image_id, None)
-            x = round_trip(load_pipeline(model, device=self.device).vae, x, f"round trip, {name}")
-            if self.side:
-                x = np.stack(
-                    [np.asarray(prepare_image(Image.fromarray(im), self.side)) for im in x]
-                )
-            return self.represent(x, f"features, round trip {name}")
+            size = self.side or self.key["resolution"]
+            names = [f"{name}/{p.name}" for p in paths]
+            pixels = pixel_cache(self.study / "cache" / "pixels", names, paths, size)
+            return self.represent(pixels[names], f"features, round trip {generator}")
 
-        return self.cached(
-            f"roundtrip-{name}", [_autoencoder_key(model), rows.image_id.tolist()], make
-        )
+        about = [digest_file(paths[0].parent / "metadata.jsonl"), ids]
+        return self.cached(name, about, make)

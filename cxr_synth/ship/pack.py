@@ -29,6 +29,7 @@ from cxr_synth.base.files import (
     remove_leftovers,
 )
 from ..base.records import Study
+from ..protocol.round_trips import is_round_trip_set
 from .set_card import assert_same_images, current_card, read_set, visible_files
 
 # %% ../../nbs/ship/pack.ipynb #bccb3bc5
@@ -167,7 +168,8 @@ def pack_contents(
         g: read_set(study, g)
         for g in sorted({n.split("/")[1] for n in found if n.startswith("synthetic/")})
     }
-    cards = {f"synthetic/{g}/README.md": current_card(study, g).encode() for g in sets}
+    drawn = [g for g in sets if not is_round_trip_set(g)]
+    cards = {f"synthetic/{g}/README.md": current_card(study, g).encode() for g in drawn}
     return dict(sorted((found | cards).items())), sets
 
 

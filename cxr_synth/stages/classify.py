@@ -29,6 +29,7 @@ from ..classify.recipes import RunContext
 from ..classify.runs import split_scores
 from ..images.study_images import split_rows
 from ..protocol.plan import Plan, Run, load_plan
+from ..protocol.round_trips import planned_round_trips, round_trip_set
 from ..protocol.schema import result_columns
 
 # %% ../../nbs/06_classify.ipynb #3c5526f1
@@ -78,6 +79,7 @@ def stage_experiments(
     wanted = _chosen_runs(runs, cfg.only)
     inputs = ["plan.json", "data/manifest.csv", "data/fractions.csv", "data/images"]
     inputs += [f"synthetic/{g.name}" for g in plan.generators]
+    inputs += [f"synthetic/{round_trip_set(g)}" for g in planned_round_trips(plan)]
     results = study / "results.csv"
     stage = open_stage(study, "experiments", "runs", cfg, inputs, redo)
     if stage.done and results.exists() and not cfg.retry_failed:

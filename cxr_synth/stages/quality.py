@@ -33,6 +33,7 @@ from cxr_synth.quality.measure import (
     similarity_rows,
 )
 from ..quality.metrics import FRECHET
+from ..protocol.round_trips import is_round_trip_set
 
 # %% ../../nbs/05_quality.ipynb #e8e40588
 def synthetic_sets(
@@ -40,7 +41,7 @@ def synthetic_sets(
 ) -> list[str]:  # names of generators, sorted; raises `CxrError` when there is none
     "The generators whose synthetic set is there."
     found = [p.parent.name for p in (study / "synthetic").glob("*/metadata.jsonl")]
-    found = sorted(name for name in found if ".redo" not in name)
+    found = sorted(n for n in found if ".redo" not in n and not is_round_trip_set(n))
     if not found:
         raise CxrError(
             f"{study / 'synthetic'} holds no synthetic set.\n"
