@@ -9,9 +9,11 @@ os.environ |= dict(CXR_QUIET="1", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import test_generate_shards as shards
 from cxr_synth.base.settings import GenerateConfig
+from cxr_synth.protocol.plan import Plan, PlannedGenerator
 from cxr_synth.stages.generate import stage_generate
 
-shards.PLAN["generators"][0]["images"] = dict(normal=50, pneumonia=50)
+fifty = {"normal": 50, "pneumonia": 50}
+shards.PLAN = Plan(generators=(PlannedGenerator(shards.NAME, images=fifty),))
 with tempfile.TemporaryDirectory() as root:
     study = shards.untrained_study(Path(root) / "study")
     moment = random.Random(int(sys.argv[1]) if len(sys.argv) > 1 else 0)

@@ -2,7 +2,7 @@
 depends, and a damaged file is made anew.
 """
 
-import functools
+import functools, json
 
 import numpy as np, pytest, torch
 from PIL import Image
@@ -14,8 +14,10 @@ from cxr_synth.images import features, images
 from cxr_synth.quality import folders as quality_folders
 from cxr_synth.quality import measure, metrics
 from cxr_synth.base.cache import cached, recorded
+from cxr_synth.base.files import digest_file
 from cxr_synth.base.records import Study
 from cxr_synth.base.settings import DataConfig, ExperimentsConfig
+from cxr_synth.images.study_images import training_rows
 from cxr_synth.stages.data import stage_data
 
 # -- the helper
@@ -318,23 +320,19 @@ def test_damaged_views_are_made_anew(study, capsys):
     ).all() and "is made anew" in capsys.readouterr().err
 
 
-def test_round_trip_of_a_generator_trained_anew(study, tmp_path, monkeypatch):
-    """The inputs of the training are the same, its settings or seed are not, and so the autoencoder
-    is another.
-    """
-    model = study / "models/real050-rep0/normal"
-    (model / "vae").mkdir(parents=True)
-    monkeypatch.setattr("cxr_synth.stages.generate.model_of", lambda *a: (model, None, []))
-    monkeypatch.setattr(
-        "cxr_synth.diffusion.pipelines.load_pipeline",
-        lambda *a, **k: type("Pipe", (), dict(vae=None))(),
-    )
-    monkeypatch.setattr(
-        "cxr_synth.diffusion.pipelines.round_trip",
-        lambda vae, x, desc: np.full_like(x, int((model / "vae/w.safetensors").read_text())),
-    )
+def test_round_trips_made_anew(study):
+    "The same images in the same places, through another autoencoder: other files, so another array."
+    folder = study / "synthetic/real050-rep0-roundtrip"
+    folder.mkdir(parents=True)
+    ids = training_rows(study, 0.5, 0).image_id.tolist()
     found = []
-    for value in ("7", "9"):
-        (model / "vae/w.safetensors").write_text(value)
+    for value in (7, 9):
+        lines = []
+        for image_id in ids:
+            path = folder / f"{image_id}.png"
+            Image.fromarray(np.full((32, 32), value, np.uint8)).save(path)
+            line = dict(file_name=path.name, image_id=image_id, sha256=digest_file(path))
+            lines.append(json.dumps(line) + "\n")
+        (folder / "metadata.jsonl").write_text("".join(lines))
         found.append(int(np.array(pixels_store(study).roundtrip(0.5, 0)).max()))
     assert found == [7, 9]

@@ -13,7 +13,7 @@ from cxr_synth.base.records import Study
 from cxr_synth.base.settings import BASES, BaseModel, DataConfig, TrainConfig
 from cxr_synth.stages.data import stage_data
 from cxr_synth.protocol.dataset import CARDS, dataset_card, find_card, lineage
-from cxr_synth.stages.train import train_generator
+from cxr_synth.diffusion.generator import train_generator
 from cxr_synth.images.phantom import write_phantoms
 
 ROOT = Path(__file__).resolve().parent.parent

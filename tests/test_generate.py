@@ -1,18 +1,20 @@
 "Generators of every kind, and what goes wrong on the way."
 
-import json, shutil
+import json, re, shutil
 from collections import namedtuple
+from dataclasses import replace
 
 import numpy as np
 import pytest, torch
-from cxr_synth.diffusion import image_writer
-from cxr_synth.stages import generate
+from cxr_synth.diffusion import image_set, image_writer
 from cxr_synth.base.files import CxrError, read_json, write_json
 from cxr_synth.base.records import Study, stale_stages
 from cxr_synth.base.settings import DataConfig, GenerateConfig, resolve
 from cxr_synth.stages.data import stage_data
 from cxr_synth.images.study_images import load_synthetic
-from cxr_synth.stages.generate import regenerate_image, stage_generate
+from cxr_synth.diffusion.image_set import regenerate_image
+from cxr_synth.diffusion.sampling import check_settings
+from cxr_synth.stages.generate import stage_generate
 from cxr_synth.diffusion.lora import add_lora, save_lora
 from cxr_synth.diffusion.pipelines import fuse, load_pipeline
 from cxr_synth.protocol.plan import Plan, PlannedGenerator
@@ -35,12 +37,12 @@ def run(study, plan=FEW, **cfg):
 
 
 def test_seed_and_prompt_decide(study):
-    a, b = run(study), run(study, FEW | dict(seed=1))
+    a, b = run(study), run(study, replace(FEW, seed=1))
     assert not any(np.array_equal(x, y) for x, y in zip(a, b))
 
 
 def test_number_per_class_may_be_a_rule(study):
-    assert len(run(study, dict(seed=0, generators=[dict(name=NAME, images="2")]))) == 4
+    assert len(run(study, Plan(generators=(PlannedGenerator(NAME, images="2"),)))) == 4
 
 
 def test_larger_drawing_takes_the_image_path(study):
@@ -49,15 +51,15 @@ def test_larger_drawing_takes_the_image_path(study):
 
 def test_out_of_memory_later(study, monkeypatch):
     clear(study)
-    paint, calls = generate.Sampler.__call__, []
+    draw, calls = image_set.Sampler.__call__, []
 
     def fails(self, seeds):
         calls.append(len(seeds))
         if len(calls) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return paint(self, seeds)
+        return draw(self, seeds)
 
-    monkeypatch.setattr(generate.Sampler, "__call__", fails)
+    monkeypatch.setattr(image_set.Sampler, "__call__", fails)
     with pytest.raises(CxrError, match="--generate.batch-size 1 --redo"):
         stage_generate(study, GenerateConfig(**CFG), plan=FEW, card=None)
     assert len(list((study / "synthetic" / NAME).rglob("*.png"))) == 2  # what was finished stays
@@ -92,9 +94,9 @@ def test_images_without_a_record_are_not_touched(study):
 
 
 def test_gate_flags_and_keeps(study, monkeypatch):
-    paint = generate.Sampler.__call__
+    draw = image_set.Sampler.__call__
     monkeypatch.setattr(
-        generate.Sampler, "__call__", lambda self, seeds: paint(self, seeds) * np.nan
+        image_set.Sampler, "__call__", lambda self, seeds: draw(self, seeds) * np.nan
     )
     assert len(run(study)) == 6
     flags = (study / "synthetic" / NAME / "flags.csv").read_text().splitlines()
@@ -206,10 +208,10 @@ def test_killed_between_the_last_image_and_the_metadata(study, monkeypatch):
     clear(study)
     with monkeypatch.context() as m:
 
-        def killed(table):
+        def killed(writer):
             raise KeyboardInterrupt
 
-        m.setattr(generate, "complete", killed)
+        m.setattr(image_set, "complete_set", killed)
         with pytest.raises(KeyboardInterrupt):
             stage_generate(study, GenerateConfig(**CFG), plan=FEW, card=None)
     stage_generate(study, GenerateConfig(**CFG), plan=FEW, card=None)
@@ -255,3 +257,18 @@ def test_there_and_back(study, tmp_path):
     assert {m["sha256"]: np.asarray(m["image"].convert("L")).tobytes() for m in ds} == {
         m["sha256"]: im.tobytes() for m, im in zip(load_metadata(study, NAME), images)
     }
+
+
+@pytest.mark.parametrize(
+    "bad, said",
+    [
+        (dict(num_inference_steps=0), "not possible"),
+        (dict(guidance_scale=-1.0), "not possible"),
+        (dict(resolution=100), "not possible"),
+        (dict(batch_size=-8), "not possible"),
+        (dict(scheduler="heun"), "Allowed: , dpmsolver++, ddim, euler, unipc"),
+    ],
+)
+def test_settings_that_cannot_be(bad, said):
+    with pytest.raises(CxrError, match=re.escape(said)):
+        check_settings(GenerateConfig(**bad))

@@ -9,7 +9,7 @@ import psutil, pytest
 from cxr_synth.base.records import Study, move_aside, open_stage
 from cxr_synth.base.settings import DataConfig, GenerateConfig, PROMPTS, TrainConfig
 from cxr_synth.stages.data import stage_data
-from cxr_synth.diffusion.image_writer import ImageSetWriter
+from cxr_synth.diffusion.image_writer import ImageSetWriter, image_names
 from cxr_synth.protocol.sets import unexpected_files
 from cxr_synth.protocol.plan import Plan, PlannedGenerator
 from cxr_synth.stages.generate import stage_generate
@@ -47,10 +47,10 @@ def untrained_study(root):
 
 def command(study, cfg=(), redo="", processes=1):
     run = (
-        [sys.executable, "-c", CODE]
+        [sys.execuwriter, "-c", CODE]
         if processes == 1
         else [
-            sys.executable,
+            sys.execuwriter,
             "-m",
             "torch.distributed.run",
             "--nproc-per-node",
@@ -58,7 +58,7 @@ def command(study, cfg=(), redo="", processes=1):
             "--master-port",
             "0",
             "--no-python",
-            sys.executable,
+            sys.execuwriter,
             "-c",
             CODE,
         ]
@@ -179,12 +179,12 @@ def test_redo_in_two_processes(study, calm):
 
 
 def test_lines_cut_by_a_kill_do_not_count(study, tmp_path):
-    table = ImageSetWriter(tmp_path, dict(normal=1, pneumonia=0))
-    table.parts.mkdir()
-    (table.parts / "1.jsonl").write_text(
+    writer = ImageSetWriter(tmp_path, ["normal/000000.png"])
+    writer.parts.mkdir()
+    (writer.parts / "1.jsonl").write_text(
         '{"file_name": "normal/000000.png", "sha256": "ab"}\n{"file_name": "normal/0000'
     )
-    assert table.noted() == {
+    assert writer.noted() == {
         "normal/000000.png": {"ab": {"file_name": "normal/000000.png", "sha256": "ab"}}
     }
 
@@ -195,6 +195,6 @@ def test_set_completed_by_a_forgotten_process(study, calm):
     """
     clear(study)
     stage_generate(study, GenerateConfig(**CFG), plan=PLAN, card=None)
-    table = ImageSetWriter(study / "synthetic" / NAME, PLAN.generators[0].images)
-    table.put(Image.new("L", (32, 32)), dict(file_name="normal/000000.png"))
+    writer = ImageSetWriter(study / "synthetic" / NAME, image_names(PLAN.generators[0].images))
+    writer.put(Image.new("L", (32, 32)), dict(file_name="normal/000000.png"))
     assert bytes_of(study) == calm

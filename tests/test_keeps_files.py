@@ -345,7 +345,7 @@ REVIEWED = {  # file:function -> why nothing of a user's is lost
     "base/records:move_aside": "to a name that is free: nothing is lost",
     "diffusion/dreambooth:choose_saved_weights": "into the temporary folder of `save_model`",
     "diffusion/dreambooth:save_model": "from our temporary folder into one that `claim_model` found ours",
-    "diffusion/command:remove_checkpoints": "our log, in a folder that .training.json says is ours",
+    "diffusion/command:_remove_checkpoints": "our log, in a folder that .training.json says is ours",
     "classify/runs:make_run": "our log, in a run folder under the record of runs/",
     "classify/executors:do_run": "the checkpoint of this run, under the record of runs/",
     "stages/classify:_forget_failures": "run.json that says of itself that it failed, on demand",
@@ -358,7 +358,7 @@ REVIEWED = {  # file:function -> why nothing of a user's is lost
     "ship/pack:resume_copy": "a partial copy under a name of our own",
     "ship/pack:mirror_file": "only where no file is",
     "diffusion/image_writer:agree_on_settings": "our temporary folder; fails where a folder is",
-    "diffusion/image_writer:ImageSetWriter.write": "an image of the set, under the record of the set",
+    "diffusion/image_writer:ImageSetWriter._write": "an image of the set, under the record of the set",
     "diffusion/image_writer:clear_unfinished": "`.parts`, to a temporary name, if every name in it is ours",
 }
 

@@ -125,3 +125,21 @@ def test_the_guides_model_is_gone(tmp_path):
 
     with pytest.raises(CxrError, match="sd2-community"):
         train_dreambooth(**parse_command(LORA) | dict(output_dir=str(tmp_path / "x")))
+
+
+NEEDED = dict(
+    pretrained_model_name_or_path="x", instance_data_dir="x", output_dir="x", instance_prompt="x"
+)
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (NEEDED | dict(resolution=30), "multiples of 8"),
+        (NEEDED | dict(learning_rat=1), "unknown argument 'learning_rat'"),
+        (dict(output_dir="x"), "needs pretrained_model_name_or_path"),
+    ],
+)
+def test_flags_that_cannot_be(flags, said):
+    with pytest.raises(CxrError, match=said):
+        guide_flags(flags)

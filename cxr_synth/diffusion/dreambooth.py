@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TRAINING', 'read_prompts', 'TrainingTask', 'class_task', 'model_key', 'check_class_images', 'make_class_images',
-           'generate_class_images', 'resolve_precision', 'choose_weights', 'latent_task', 'add_hooks', 'make_trainer',
-           'choose_saved_weights', 'load_trained_weights', 'generator_facts', 'generator_card', 'save_model',
-           'print_preflight', 'claim_model', 'fine_tune', 'scratch_vae', 'train_base']
+           'generate_class_images', 'resolve_precision', 'choose_weights', 'make_trainer', 'choose_saved_weights',
+           'load_trained_weights', 'generator_facts', 'generator_card', 'save_model', 'print_preflight', 'claim_model',
+           'fine_tune', 'train_base']
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #79521d8f
 import dataclasses, hashlib, json, os, shutil
@@ -144,35 +144,22 @@ def make_class_images(
     guidance: float = 7.5,  # classifier-free (guide: 7.5)
     batch: int = 8,  # images per call; always padded to it, so that image k depends on seed k alone
     precision: str = "no",  # no, bf16 or fp16
-) -> np.ndarray:  # (n, S, S) uint8
-    "Draw the class images that are missing; image k has seed k. Raises `CxrError` if the folder was made with other settings."
-    folder = Path(folder)
-    facts = dict(
-        prompt=prompt,
-        model=model_key(pipe),
-        resolution=resolution,
-        steps=steps,
-        guidance=guidance,
-        batch=batch,
-        precision=precision,
-    )
-    check_class_images(folder, facts)
-    missing = [k for k in range(n) if not (folder / f"{k:04d}.png").exists()]
+) -> np.ndarray:  # (n, S, S) uint8; raises `CxrError` if the folder was made with other settings
+    "Draw the class images that are missing; image k has seed k."
+    made = dict(steps=steps, guidance=guidance, batch=batch, precision=precision)
+    about = dict(prompt=prompt, model=model_key(pipe), resolution=resolution)
+    check_class_images(folder, about | made)
+    paths = [Path(folder) / f"{k:04d}.png" for k in range(n)]
+    missing = [k for k, path in enumerate(paths) if not path.exists()]
+    side = resolution // pipe.vae_scale_factor
     for i in progress(range(0, len(missing), batch), "class images", unit="batch"):
-        part = missing[i : i + batch]
-        drawn = sample_images(
-            pipe,
-            [prompt] * batch,
-            part + part[:1] * (batch - len(part)),
-            steps,
-            guidance,
-            precision,
-            resolution // pipe.vae_scale_factor,
-        )
-        for k, image in zip(part, drawn):
-            with atomic_path(folder / f"{k:04d}.png") as tmp:
+        seeds = missing[i : i + batch]
+        padded = seeds + seeds[:1] * (batch - len(seeds))
+        drawn = sample_images(pipe, [prompt] * batch, padded, steps, guidance, precision, side)
+        for k, image in zip(seeds, drawn):
+            with atomic_path(paths[k]) as tmp:
                 Image.fromarray(image).save(tmp, format="PNG")
-    return np.stack([np.asarray(Image.open(folder / f"{k:04d}.png")) for k in range(n)])
+    return np.stack([np.asarray(Image.open(path)) for path in paths])
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #21ccc0f0
 def generate_class_images(
@@ -185,20 +172,12 @@ def generate_class_images(
     batch_size: int = 8,  # images per call
     device: str = "auto",  # auto, cuda, mps or cpu
 ) -> str:  # `output_dir`
-    "Draw class images for prior preservation (guide, section 6); image k has seed k, and what exists is kept."
+    "Draw class images for prior preservation (guide, section 6); image k has seed k, what exists is kept."
     device = pick_device(device)
     pipe = load_pipeline(base, device=device)
-    make_class_images(
-        pipe,
-        output_dir,
-        prompt,
-        num_images,
-        pipe.unet.config.sample_size * pipe.vae_scale_factor,
-        steps,
-        guidance_scale,
-        batch_size,
-        "fp16" if device == "cuda" else "no",
-    )
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    how = (steps, guidance_scale, batch_size, "fp16" if device == "cuda" else "no")
+    make_class_images(pipe, output_dir, prompt, num_images, side, *how)
     return output_dir
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #56e45178
@@ -207,37 +186,33 @@ def resolve_precision(
 ) -> tuple[str, TrainConfig]:  # device; the settings with the precision that `auto` means there
     "What `auto` means here."
     device = pick_device(cfg.device)
-    return device, dataclasses.replace(
-        cfg, mixed_precision=pick_precision(device)
-    ) if cfg.mixed_precision == "auto" else cfg
+    if cfg.mixed_precision == "auto":
+        cfg = dataclasses.replace(cfg, mixed_precision=pick_precision(device))
+    return device, cfg
 
 
-def choose_weights(
+_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def _add_lora_weights(
     pipe,  # the base in float32; changed in place
     cfg: TrainConfig,  # settings
-    seed: int = 0,  # of the initial LoRA weights
+    seed: int,  # of the initial LoRA weights
 ):
-    "Mark what is trained, add LoRA if asked, and switch on what saves memory or time."
-    one_of(cfg.method, ("full", "lora"), "method")
-    half = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
-        one_of(cfg.mixed_precision, ("no", "bf16", "fp16"), "mixed_precision")
-    ]
-    if cfg.method == "lora":
-        for m in (pipe.unet, pipe.text_encoder):
-            torch.nn.Module.to(
-                m, half
-            )  # the plain cast: diffusers' own warns about parts that no model here has
-        add_lora(
-            pipe.unet,
-            pipe.text_encoder if cfg.train_text_encoder else None,
-            cfg.rank,
-            cfg.lora_alpha,
-            seed=seed,
-        )
-    else:
-        pipe.unet.requires_grad_(True)
-    if cfg.method == "full" or not cfg.train_text_encoder:
-        pipe.text_encoder.requires_grad_(cfg.train_text_encoder)
+    "Store the frozen weights in the precision of the run, and add trainable ones in float32."
+    half = _DTYPES[cfg.mixed_precision]
+    for part in (pipe.unet, pipe.text_encoder):
+        # the plain cast: diffusers' own warns about parts that no model here has
+        torch.nn.Module.to(part, half)
+    text = pipe.text_encoder if cfg.train_text_encoder else None
+    add_lora(pipe.unet, text, cfg.rank, cfg.lora_alpha, seed=seed)
+
+
+def _save_memory(
+    pipe,  # the base; changed in place
+    cfg: TrainConfig,  # settings
+):
+    "Switch on what saves memory or time."
     if cfg.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
         if cfg.train_text_encoder:
@@ -249,8 +224,25 @@ def choose_weights(
     if cfg.compile:
         pipe.unet.compile_repeated_blocks()
 
+
+def choose_weights(
+    pipe,  # the base in float32; changed in place
+    cfg: TrainConfig,  # settings
+    seed: int = 0,  # of the initial LoRA weights
+):
+    "Mark what is trained, add LoRA if asked, and switch on what saves memory or time."
+    one_of(cfg.method, ("full", "lora"), "method")
+    one_of(cfg.mixed_precision, _DTYPES, "mixed_precision")
+    if cfg.method == "lora":
+        _add_lora_weights(pipe, cfg, seed)
+    else:
+        pipe.unet.requires_grad_(True)
+    if cfg.method == "full" or not cfg.train_text_encoder:
+        pipe.text_encoder.requires_grad_(cfg.train_text_encoder)
+    _save_memory(pipe, cfg)
+
 # %% ../../nbs/diffusion/dreambooth.ipynb #b40e4fda
-def latent_task(
+def _latent_task(
     pipe,  # whose autoencoder counts
     task: TrainingTask,  # what to learn
     cfg: TrainConfig,  # settings
@@ -263,24 +255,21 @@ def latent_task(
         raise CxrError(
             f"images of {side} px do not fit.\nAllowed: sides divisible by 8, such as 512."
         )
-    latents = lambda images, prompts, which: LatentSet(
-        pipe.vae.to(device), images, prompts, which, device, cache
-    )
-    prior = (
-        latents(task.prior[0], [task.prior[1]], np.zeros(len(task.prior[0]), int))
-        if task.prior and cfg.prior_loss_weight
-        else None
-    )
-    heldout = (
-        latents(*task.heldout)
-        if task.heldout and len(task.heldout[0]) and cfg.heldout_images
-        else None
-    )
+
+    def latents(images, prompts, which):
+        return LatentSet(pipe.vae.to(device), images, prompts, which, device, cache)
+
+    prior = heldout = None
+    if task.prior and cfg.prior_loss_weight:
+        images, prompt = task.prior
+        prior = latents(images, [prompt], np.zeros(len(images), int))
+    if task.heldout and len(task.heldout[0]) and cfg.heldout_images:
+        heldout = latents(*task.heldout)
     return latents(task.images, task.prompts, task.which), prior, heldout
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #8559d548
-def add_hooks(
-    t: Trainer,  # gets hooks and readers
+def _add_hooks(
+    trainer: Trainer,  # gets hooks and readers
     cfg: TrainConfig,  # settings
     heldout=None,  # `LatentSet` of other patients
     previews=None,  # folder for them
@@ -288,32 +277,49 @@ def add_hooks(
     seed: int = 0,  # of the run
 ) -> Trainer:  # the same
     "Add held-out loss, previews and TensorBoard, as the settings say."
+    hooks, checkpoint = trainer.loop.hooks, trainer.loop.checkpoint.path
     if heldout:
-        t.loop.hooks.append(HeldOutLoss(t, heldout, cfg.heldout_images, cfg.heldout_steps, seed))
+        hooks.append(HeldOutLoss(trainer, heldout, cfg.heldout_images, cfg.heldout_steps, seed))
     if previews and cfg.preview_steps:
-        t.loop.hooks.append(
-            Previews(
-                t,
-                previews,
-                prompts,
-                cfg.preview_steps,
-                cfg.preview_images,
-                seed,
-                cfg.preview_guidance,
-            )
-        )
+        how = (cfg.preview_steps, cfg.preview_images, seed, cfg.preview_guidance)
+        hooks.append(Previews(trainer, previews, prompts, *how))
     if cfg.tensorboard:
-        t.loop.log.readers.append(
-            tensorboard_reader(
-                Path(previews or t.loop.checkpoint.path).parent
-                / "tensorboard"
-                / t.loop.checkpoint.path.stem,
-                t.device,
-            )
-        )
-    return t
+        folder = Path(previews or checkpoint).parent / "tensorboard" / checkpoint.stem
+        trainer.loop.log.readers.append(tensorboard_reader(folder, trainer.device))
+    return trainer
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #4a0d303a
+_FINE_TUNING = {  # argument of `Trainer` or `Loop` -> the setting
+    "peak": "learning_rate",
+    "accumulate": "gradient_accumulation_steps",
+    "prior_weight": "prior_loss_weight",
+    "snr_gamma": "snr_gamma",
+    "text_peak": "text_encoder_lr",
+    "text_stop": "text_encoder_steps",
+    "precision": "mixed_precision",
+    "warmup": "lr_warmup_steps",
+    "shape": "lr_scheduler",
+    "ema_decay": "ema_decay",
+    "clip": "max_grad_norm",
+    "eight_bit": "use_8bit_adam",
+    "every": "checkpoint_steps",
+}
+
+
+def _steps_and_batch(
+    cfg: TrainConfig,  # settings
+    n: int,  # instance images
+    n_prior: int,  # prior images; 0: there are none
+    views: int,  # most times an image is seen; 0: steps and batch as set
+) -> tuple[int, int]:  # optimizer steps, images per pass
+    "How long and in what portions to train; a small set gets fewer steps and smaller batches."
+    if not views:
+        return cfg.max_train_steps, cfg.train_batch_size
+    batch = fit_batch(cfg.train_batch_size, min(n, n_prior or n))
+    per_step = batch * cfg.gradient_accumulation_steps
+    return steps_for(n, per_step, cfg.max_train_steps, views), batch
+
+
 def make_trainer(
     pipe,  # the base in float32; changed in place
     task: TrainingTask,  # what to learn
@@ -323,50 +329,19 @@ def make_trainer(
     previews=None,  # folder for them
     cache=None,  # folder for latents
     mirror=None,  # `Mirror`
-    views: int = 0,  # most times an image is seen, and let the batch shrink to a small set; 0: steps and batch as set
-) -> Trainer:
-    "A trainer with all that the settings ask for; raises `CxrError` for a batch larger than the data, and a checkpoint of another run."
+    views: int = 0,  # most times an image is seen; 0: steps and batch as set
+) -> Trainer:  # raises `CxrError` for a batch larger than the data, and a checkpoint of another run
+    "A trainer with all that the settings ask for."
     device, cfg = resolve_precision(cfg)
     config = cfg.settings() | dict(model=model_key(pipe), data=task.key(), seed=seed, views=views)
-    data, prior, heldout = latent_task(pipe, task, cfg, device, cache)
-    batch = (
-        fit_batch(cfg.train_batch_size, min(len(data), len(prior or data)))
-        if views
-        else cfg.train_batch_size
-    )
-    total = (
-        steps_for(len(data), batch * cfg.gradient_accumulation_steps, cfg.max_train_steps, views)
-        if views
-        else cfg.max_train_steps
-    )
+    data, prior, heldout = _latent_task(pipe, task, cfg, device, cache)
+    total, batch = _steps_and_batch(cfg, len(data), len(prior or ()), views)
     choose_weights(pipe, cfg, seed)
-    t = Trainer(
-        pipe,
-        data,
-        path,
-        total,
-        batch,
-        cfg.learning_rate,
-        cfg.gradient_accumulation_steps,
-        0.0,
-        prior,
-        cfg.prior_loss_weight,
-        cfg.snr_gamma,
-        cfg.text_encoder_lr,
-        cfg.text_encoder_steps,
-        seed,
-        device,
-        cfg.mixed_precision,
-        warmup=cfg.lr_warmup_steps,
-        shape=cfg.lr_scheduler,
-        ema_decay=cfg.ema_decay,
-        clip=cfg.max_grad_norm,
-        eight_bit=cfg.use_8bit_adam,
-        every=cfg.checkpoint_steps,
-        config=config,
-        mirror=mirror,
-    )
-    return add_hooks(t, cfg, heldout, previews, task.previews or task.prompts[:4], seed)
+    settings = {argument: getattr(cfg, name) for argument, name in _FINE_TUNING.items()}
+    where = dict(seed=seed, device=device, config=config, mirror=mirror)
+    trainer = Trainer(pipe, data, path, total, batch, prior=prior, **settings, **where)
+    prompts = task.previews or task.prompts[:4]
+    return _add_hooks(trainer, cfg, heldout, previews, prompts, seed)
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #688c05da
 def choose_saved_weights(
@@ -442,48 +417,78 @@ def generator_facts(
     )
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #421111c0
-def generator_card(
-    facts: dict,  # from `generator_facts`
-) -> str:
-    "README.md of a model folder, with the front matter of the Hub."
-    s, card = facts["settings"], DatasetCard(**facts["dataset"])
-    base = known_base(s["base"])
-    licence = (
-        hub_licence(card)
-        if is_scratch(s["base"])
-        else dict(license=base.licence_id)
-        if base
-        else dict(license="unknown")
-    )
-    header = "\n".join(f"{k}: {v}" for k, v in licence.items())
-    load = (
-        'pipe = DiffusionPipeline.from_pretrained(BASE)\npipe.load_lora_weights("THIS_FOLDER")'
-        if s["method"] == "lora"
-        else 'pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER")'
-    )
-    return f"""---
+_MODEL_CARD = """---
 library_name: diffusers
-{header}{chr(10) + "base_model: " + facts["base"] if "/" in facts["base"] else ""}
-tags: [stable-diffusion, text-to-image, chest-xray, synthetic, {"lora" if s["method"] == "lora" else "dreambooth"}]
+{header}
+tags: [stable-diffusion, text-to-image, chest-xray, synthetic, {tag}]
 ---
-# Synthetic chest X-rays ({s["method"]})
+# Synthetic chest X-rays ({method})
 
-Fine-tuned with cxr_synth from `{facts["base"]}` on {facts["images"]} chest X-rays in {facts["steps"]} steps. **For research on training classifiers. Not for diagnosis, and not to be shown as a patient's image.**
+Fine-tuned with cxr_synth from `{base}` on {images} chest X-rays in {steps} steps. {warning}
 
-Prompt: "{facts["prompts"][0]}"
+Prompt: "{prompt}"
 
 ```python
 from diffusers import DiffusionPipeline
 {load}
-image = pipe("{facts["prompts"][0]}").images[0]
+image = pipe("{prompt}").images[0]
 ```
 
 ## Licence and source
 
-{lineage(card, s["base"])}
+{source}
 
-Settings, versions, data and held-out losses: `provenance.json`. A model tuned on few images may repeat them: check for copies (cxr-synth quality) before sharing images or weights.
+Settings, versions, data and held-out losses: `provenance.json`. {copies}
 """
+_WARNING = (
+    "**For research on training classifiers. Not for diagnosis, and not to be shown as a patient's "
+    "image.**"
+)
+_COPIES = (
+    "A model tuned on few images may repeat them: check for copies (cxr-synth quality) before "
+    "sharing images or weights."
+)
+_LOAD = {  # method -> how the model is loaded
+    "full": 'pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER")',
+    "lora": (
+        'pipe = DiffusionPipeline.from_pretrained(BASE)\npipe.load_lora_weights("THIS_FOLDER")'
+    ),
+}
+
+
+def _card_header(
+    facts: dict,  # from `generator_facts`
+    card: DatasetCard,  # of the real images
+) -> str:
+    "Licence and base in the Hub's front matter."
+    name = facts["settings"]["base"]
+    base = known_base(name)
+    licence = dict(license=base.licence_id if base else "unknown")
+    if is_scratch(name):
+        licence = hub_licence(card)
+    if "/" in facts["base"]:
+        licence["base_model"] = facts["base"]
+    return "\n".join(f"{k}: {v}" for k, v in licence.items())
+
+
+def generator_card(
+    facts: dict,  # from `generator_facts`
+) -> str:
+    "README.md of a model folder, with the front matter of the Hub."
+    settings, card = facts["settings"], DatasetCard(**facts["dataset"])
+    return _MODEL_CARD.format(
+        header=_card_header(facts, card),
+        tag="lora" if settings["method"] == "lora" else "dreambooth",
+        method=settings["method"],
+        base=facts["base"],
+        images=facts["images"],
+        steps=facts["steps"],
+        warning=_WARNING,
+        prompt=facts["prompts"][0],
+        load=_LOAD[settings["method"]],
+        source=lineage(card, settings["base"]),
+        copies=_COPIES,
+    )
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #579e60ec
 def save_model(
@@ -498,15 +503,8 @@ def save_model(
     remove_leftovers(out, ["model"])
     choose_saved_weights(trainer, tmp, cfg.weights)
     if cfg.method == "lora":
-        save_lora(
-            out,
-            pipe.unet,
-            pipe.text_encoder if cfg.train_text_encoder else None,
-            base,
-            cfg.rank,
-            cfg.lora_alpha,
-            facts["revision"],
-        )
+        text = pipe.text_encoder if cfg.train_text_encoder else None
+        save_lora(out, pipe.unet, text, base, cfg.rank, cfg.lora_alpha, facts["revision"])
     else:
         pipe.save_pretrained(tmp, safe_serialization=True)
     for p in sorted(p for p in tmp.rglob("*") if p.is_file()):
@@ -514,11 +512,10 @@ def save_model(
         os.replace(p, out / p.relative_to(tmp))
     remove_temporary(tmp)
     write_text(out / "README.md", generator_card(facts))
-    weights = {
-        p.relative_to(out).as_posix(): digest_file(p)
-        for p in sorted(out.rglob("*.safetensors"))
-        if "checkpoints" not in p.parts
-    }
+    weights = {}
+    for p in sorted(out.rglob("*.safetensors")):
+        if "checkpoints" not in p.parts:
+            weights[p.relative_to(out).as_posix()] = digest_file(p)
     write_json(out / "provenance.json", facts | dict(weights=weights))
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #638629ee
@@ -547,7 +544,7 @@ def claim_model(
     out,  # model folder
     base,  # name, folder or Hub id
 ):
-    "Note that a model folder is ours; raises `CxrError` if it holds other files than class images, or overlaps the base."
+    "Note that a model folder is ours; raises `CxrError` if it holds other files, or overlaps the base."
     if Path(str(base)).is_dir():
         check_apart(base, [out])
     claim(out, TRAINING, dict(base=str(base), versions=library_versions()), beside=["class_images"])
@@ -564,8 +561,8 @@ def fine_tune(
     watch: bool = False,  # redraw a figure in the notebook
     card: DatasetCard = DatasetCard(),  # of the images
     **how,  # for `make_trainer`: previews, cache, mirror, views
-) -> list[dict]:  # the log
-    "Fine-tune a base on a task and save the model (Ruiz et al. 2023; guide, section 7); raises `CxrError` if the folder holds other files."
+) -> list[dict]:  # the log; raises `CxrError` if the folder holds other files
+    "Fine-tune a base on a task and save the model (Ruiz et al. 2023; guide, section 7)."
     source = check_source(base, cfg.revision)
     claim_model(out, base)
     pipe = load_pipeline(base, revision=cfg.revision)
@@ -581,35 +578,25 @@ def fine_tune(
     return log
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #73023305
-def scratch_vae(
+def _scratch_vae(
     images: np.ndarray,  # (N, S, S) uint8
     work,  # folder for checkpoint and log
-    cfg: TrainConfig,  # settings
+    cfg: TrainConfig,  # settings, with the precision chosen
+    device: str,  # cuda, mps or cpu
     seed: int = 0,  # of weights, order, noise
     **loop,  # for `Loop`: config, mirror
 ):  # the autoencoder, trained
     "Train a small autoencoder from nothing."
-    (device, cfg), batch = resolve_precision(cfg), fit_batch(cfg.vae_batch_size, len(images))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = tiny_vae(vae_channels(images.shape[-1])).to(device)
+    batch = fit_batch(cfg.vae_batch_size, len(images))
     total = steps_for(len(images), batch, cfg.vae_steps, cfg.vae_views)
-    train_vae(
-        vae,
-        images,
-        Loop(
-            dict(vae=TrainedPart(vae, cfg.vae_learning_rate)),
-            Path(work) / "vae.pt",
-            total,
-            every=cfg.checkpoint_steps,
-            items=batch,
-            **loop,
-        ),
-        batch,
-        seed,
-        device,
-        cfg.mixed_precision,
+    parts = dict(vae=TrainedPart(vae, cfg.vae_learning_rate))
+    loop = Loop(
+        parts, Path(work) / "vae.pt", total, every=cfg.checkpoint_steps, items=batch, **loop
     )
+    train_vae(vae, images, loop, batch, seed, device, cfg.mixed_precision)
     return vae
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #de0e6cd0
@@ -623,37 +610,30 @@ def train_base(
     mirror=None,  # `Mirror`
 ):  # the pipeline
     "Train a small pipeline from nothing on images of both classes."
-    (device, cfg), work, batch = (
-        resolve_precision(cfg),
-        Path(work),
-        fit_batch(cfg.base_batch_size, len(task.images)),
-    )
+    device, cfg = resolve_precision(cfg)
+    work = Path(work)
     loop = dict(config=cfg.settings() | dict(data=task.key(), seed=seed), mirror=mirror)
-    vae = scratch_vae(task.images, work, cfg, seed, **loop)
-    pipe = tiny_pipeline(
-        work / "tokenizer",
-        [*PROMPTS.values(), cfg.class_prompt, *task.prompts],
-        task.images.shape[-1],
-        seed,
-        vae,
-    )
-    data, _, heldout = latent_task(pipe, task, cfg, device)
-    t = Trainer(
+    vae = _scratch_vae(task.images, work, cfg, device, seed, **loop)
+    prompts = [*PROMPTS.values(), cfg.class_prompt, *task.prompts]
+    pipe = tiny_pipeline(work / "tokenizer", prompts, task.images.shape[-1], seed, vae)
+    data, _, heldout = _latent_task(pipe, task, cfg, device)
+    batch = fit_batch(cfg.base_batch_size, len(task.images))
+    total = steps_for(len(data), batch, cfg.base_steps, cfg.base_views)
+    where = dict(seed=seed, device=device, precision=cfg.mixed_precision)
+    trainer = Trainer(
         pipe,
         data,
         work / "base.pt",
-        steps_for(len(data), batch, cfg.base_steps, cfg.base_views),
+        total,
         batch,
         cfg.base_learning_rate,
         drop=0.1,
         snr_gamma=cfg.snr_gamma,
-        seed=seed,
-        device=device,
-        precision=cfg.mixed_precision,
         warmup=50,
         ema_decay=cfg.ema_decay,
         every=cfg.checkpoint_steps,
+        **where,
         **loop,
     )
-    add_hooks(t, cfg, heldout, previews, task.previews, seed).run(desc)
+    _add_hooks(trainer, cfg, heldout, previews, task.previews, seed).run(desc)
     return pipe

@@ -6,12 +6,13 @@
 __all__ = ['SCHEDULERS', 'set_scheduler', 'load_finetuned_model', 'image_seed', 'start_noise', 'unread_prompt', 'check_settings',
            'choose_memory_layout', 'Sampler', 'to_image', 'sample', 'sampler_table', 'show_table', 'slerp',
            'latent_walk', 'AsyncWriter', 'draw_all', 'out_of_memory', 'largest_batch_size', 'find_batch_size',
-           'set_slicing', 'even_batch_size', 'check_output', 'generate_synthetic_dataset']
+           'set_slicing', 'even_batch_size', 'generate_synthetic_dataset']
 
 # %% ../../nbs/diffusion/sampling.ipynb #f574a764
 import logging, math, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, torch
 from PIL import Image
@@ -55,6 +56,15 @@ def set_scheduler(
         pipe.scheduler = kind.from_config(pipe.scheduler.config)
 
 # %% ../../nbs/diffusion/sampling.ipynb #3cbe7423
+def _fuse_lora(
+    pipe,  # with a LoRA; changed in place
+):
+    "Add the LoRA to the weights that it belongs to."
+    parts = [part for part in ("unet", "text_encoder") if lora_layers(getattr(pipe, part))]
+    pipe.fuse_lora(components=parts)
+    pipe.unload_lora_weights()
+
+
 def load_finetuned_model(
     model_path,  # folder in Stable Diffusion format, LoRA folder, Hub id, or name of a base model
     device: str = "auto",  # auto, cuda, mps or cpu
@@ -63,22 +73,17 @@ def load_finetuned_model(
 ) -> StableDiffusionPipeline:  # raises `CxrError` when a part is missing or does not fit
     "Load a fine-tuned pipeline with the fast DPM-Solver++ scheduler (guide, section 8)."
     device = pick_device(device)
-    half = (
-        {"bf16": torch.bfloat16, "fp16": torch.float16}.get(pick_precision(device, mixed_precision))
-        if device == "cuda"
-        else None
-    )
-    is_lora = (Path(str(model_path)) / "lora.json").is_file()
-    pipe = load_pipeline(model_path, None if is_lora else half, revision=revision)
-    if is_lora:  # added in float32, then rounded
-        pipe.fuse_lora(
-            components=[
-                part for part in ("unet", "text_encoder") if lora_layers(getattr(pipe, part))
-            ]
-        )
-        pipe.unload_lora_weights()
+    half = None
+    if device == "cuda":
+        halves = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        half = halves.get(pick_precision(device, mixed_precision))
+    if (Path(str(model_path)) / "lora.json").is_file():
+        pipe = load_pipeline(model_path, revision=revision)
+        _fuse_lora(pipe)  # added in float32, then rounded
         if half:
             pipe.to(dtype=half)
+    else:
+        pipe = load_pipeline(model_path, half, revision=revision)
     set_scheduler(pipe, "dpmsolver++")
     return pipe.to(device)
 
@@ -180,10 +185,12 @@ class Sampler:
         choose_memory_layout(pipe, device, self.precision, self.side)
         set_scheduler(pipe, cfg.scheduler)
         for text in (prompt, cfg.negative_prompt):
-            if lost := unread_prompt(pipe.tokenizer, text):
-                warnings.warn(f"the prompt is too long for this model; it does not read: {lost!r}")
+            unread = unread_prompt(pipe.tokenizer, text)
+            if unread:
+                message = f"the prompt is too long for this model; it does not read: {unread!r}"
+                warnings.warn(message, stacklevel=2)
         with torch.inference_mode(), autocast(device, self.precision):
-            self.words = pipe.encode_prompt(
+            self.embeddings = pipe.encode_prompt(
                 prompt, pipe.device, 1, cfg.guidance_scale > 1, cfg.negative_prompt
             )
 
@@ -203,13 +210,13 @@ class Sampler:
     def draw(self, noise: torch.Tensor) -> np.ndarray:
         "From noise to images: guidance takes both halves of a step in one pass."
         pipe, cfg = self.pipe, self.cfg
-        words, without = (
-            w.expand(len(noise), -1, -1) if w is not None else None for w in self.words
+        prompt, negative = (
+            e if e is None else e.expand(len(noise), -1, -1) for e in self.embeddings
         )
         with autocast(pipe.device.type, self.precision):
             latents = pipe(
-                prompt_embeds=words,
-                negative_prompt_embeds=without,
+                prompt_embeds=prompt,
+                negative_prompt_embeds=negative,
                 latents=noise.to(pipe.device, pipe.unet.dtype),
                 output_type="latent",
                 height=self.resolution,
@@ -310,16 +317,16 @@ def latent_walk(
     cfg: GenerateConfig,
 ) -> list[Image.Image]:
     "Images along a path from one seed's noise to another's."
-    painter = Sampler(pipe, prompt, resolution, cfg, n)
-    a, b = start_noise(list(seeds), pipe.unet.config.in_channels, painter.side)
+    sampler = Sampler(pipe, prompt, resolution, cfg, n)
+    a, b = start_noise(list(seeds), pipe.unet.config.in_channels, sampler.side)
     return [
         to_image(p, resolution)
-        for p in painter.draw(torch.stack([slerp(a, b, k / (n - 1)) for k in range(n)]))
+        for p in sampler.draw(torch.stack([slerp(a, b, k / (n - 1)) for k in range(n)]))
     ]
 
 # %% ../../nbs/diffusion/sampling.ipynb #fcca57b6
 class AsyncWriter:
-    "A thread that works one call behind: call it with a function to run; errors surface at the next call or at the end."
+    "A thread that works one call behind; errors surface at the next call or at the end."
 
     def __enter__(self):
         self.pool = ThreadPoolExecutor(1)
@@ -328,12 +335,15 @@ class AsyncWriter:
 
     def __exit__(self, kind, *_):
         try:
-            self.wait() if kind is None else None
+            if kind is None:
+                self.wait()
         finally:
             self.pool.shutdown()
 
     def wait(self):
-        return self.last.result() if self.last else None
+        "Until the last call has been made; raises its error."
+        if self.last:
+            self.last.result()
 
     def __call__(self, f, *args):
         self.wait()
@@ -341,26 +351,28 @@ class AsyncWriter:
 
 # %% ../../nbs/diffusion/sampling.ipynb #26c2dcc4
 def draw_all(
-    painter: Sampler,  # of one prompt
+    sampler: Sampler,  # of one prompt
     seeds: dict,  # number of an image -> its seed
     put,  # called with number and pixels, in a second thread
     desc: str = "",  # for the progress bar
     total: int = None,  # images of the set; those that are there already count as done
 ):
     "Draw an image per seed and hand each on, while the next ones are being drawn."
-    numbers, total = list(seeds), total or len(seeds)
+    numbers = list(seeds)
+    total = total or len(numbers)
 
-    def hand_on(part, pixels):
-        for k, p in zip(part, pixels):
-            put(k, p)
+    def put_all(part, images):
+        for k, pixels in zip(part, images):
+            put(k, pixels)
 
+    there = total - len(numbers)
     with (
-        progress(total=total, initial=total - len(numbers), desc=desc, unit="image") as bar,
-        AsyncWriter() as behind,
+        progress(total=total, initial=there, desc=desc, unit="image") as bar,
+        AsyncWriter() as writer,
     ):
-        for i in range(0, len(numbers), painter.batch_size):
-            part = numbers[i : i + painter.batch_size]
-            behind(hand_on, part, painter([seeds[k] for k in part]))
+        for i in range(0, len(numbers), sampler.batch_size):
+            part = numbers[i : i + sampler.batch_size]
+            writer(put_all, part, sampler([seeds[k] for k in part]))
             bar.update(len(part))
 
 # %% ../../nbs/diffusion/sampling.ipynb #4ba6b2c5
@@ -368,11 +380,9 @@ def out_of_memory(
     error: Exception,  # any
 ) -> bool:
     "Does an error mean that memory ran out, on a GPU or a CPU?"
-    return (
-        isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        or isinstance(error, RuntimeError)
-        and "memory" in str(error)
-    )
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "memory" in str(error)
 
 
 def largest_batch_size(
@@ -380,12 +390,11 @@ def largest_batch_size(
     most: int,  # where to start
 ) -> tuple[int, bool]:
     "The largest batch size, by halving, that does not run out of memory; with slicing only where that helps."
-    for b, slicing in (
-        (b, s) for b in (most >> i for i in range(most.bit_length())) for s in (False, True)
-    ):
+    halvings = [most >> i for i in range(most.bit_length())]
+    for size, slicing in product(halvings, (False, True)):
         try:
-            works(b, slicing)
-            return b, slicing
+            works(size, slicing)
+            return size, slicing
         except (RuntimeError, MemoryError) as e:
             if not out_of_memory(e):
                 raise
@@ -404,19 +413,27 @@ def find_batch_size(
     "Images per call: as many as the GPU holds; on a CPU a fixed number of pixels."
     if pipe.device.type == "cpu":
         return cfg.batch_size or max(1, min(most, 2**17 // resolution**2)), False
+    short = replace(cfg, num_inference_steps=2)
 
-    def works(b, slicing):
+    def works(size, slicing):
         set_slicing(pipe, slicing)
-        Sampler(pipe, "", resolution, replace(cfg, num_inference_steps=2), b)([0])
+        Sampler(pipe, "", resolution, short, size)([0])
 
-    if cfg.batch_size:
-        works, most = (lambda b, slicing, try_it=works: try_it(cfg.batch_size, slicing)), 1
-    b, slicing = largest_batch_size(works, most)
-    return cfg.batch_size or b, slicing
+    if not cfg.batch_size:
+        return largest_batch_size(works, most)
+    _, slicing = largest_batch_size(lambda _, slicing: works(cfg.batch_size, slicing), 1)
+    return cfg.batch_size, slicing
 
 
-def set_slicing(pipe, on: bool):
-    pipe.vae.enable_slicing() if on else pipe.vae.disable_slicing()
+def set_slicing(
+    pipe,  # a pipeline
+    on: bool,  # whether the decoder works image by image
+):
+    "Switch the decoder's slicing."
+    if on:
+        pipe.vae.enable_slicing()
+    else:
+        pipe.vae.disable_slicing()
 
 
 def even_batch_size(
@@ -427,7 +444,7 @@ def even_batch_size(
     return math.ceil(n / math.ceil(n / most))
 
 # %% ../../nbs/diffusion/sampling.ipynb #b4991664
-def check_output(
+def _check_output(
     folder,  # of images
     facts: dict,  # how they are made now
 ):
@@ -457,34 +474,21 @@ def generate_synthetic_dataset(
     num_inference_steps: int = 30,  # of the pipeline's scheduler
     guidance_scale: float = 7.5,  # classifier-free guidance; 1 for none
 ) -> str:  # `output_dir`; raises `CxrError` if that holds images of other settings
-    "Generate `num_images` images (guide, section 8); image k has seed k, whatever the batch size. Images that exist are kept."
-    cfg = GenerateConfig(
-        num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, scheduler=""
-    )
+    "Generate `num_images` images (guide, section 8); image k has seed k. Images that exist are kept."
+    steps, scale = num_inference_steps, guidance_scale
+    cfg = GenerateConfig(num_inference_steps=steps, guidance_scale=scale, scheduler="")
     check_settings(cfg)
-    check_output(
-        output_dir,
-        dict(
-            model=model_key(pipe),
-            prompt=prompt,
-            steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            scheduler=type(pipe.scheduler).__name__,
-        ),
-    )
+    solver = type(pipe.scheduler).__name__
+    facts = dict(prompt=prompt, steps=steps, guidance_scale=scale, scheduler=solver)
+    _check_output(output_dir, dict(model=model_key(pipe)) | facts)
     resolution = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    path = lambda k: Path(output_dir) / f"synthetic_{k:05d}.png"
+    paths = [Path(output_dir) / f"synthetic_{k:05d}.png" for k in range(num_images)]
 
     def put(k, pixels):
-        with atomic_path(path(k)) as tmp:
+        with atomic_path(paths[k]) as tmp:
             to_image(pixels, resolution).save(tmp, format="PNG")
 
-    missing = {k: k for k in range(num_images) if not path(k).exists()}
-    draw_all(
-        Sampler(pipe, prompt, resolution, cfg, batch_size),
-        missing,
-        put,
-        "Generating images",
-        num_images,
-    )
+    missing = {k: k for k, path in enumerate(paths) if not path.exists()}
+    sampler = Sampler(pipe, prompt, resolution, cfg, batch_size)
+    draw_all(sampler, missing, put, "Generating images", num_images)
     return output_dir

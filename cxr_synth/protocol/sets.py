@@ -13,6 +13,7 @@ from pathlib import Path
 # %% ../../nbs/protocol/sets.ipynb #8200b483
 from ..base.files import CxrError, read_csv
 from ..base.records import Study
+from .round_trips import refuse_round_trips
 
 # %% ../../nbs/protocol/sets.ipynb #1a8c94b2
 def read_lines(
@@ -45,6 +46,7 @@ def load_metadata(
     generator: str,  # name of the set
 ) -> list[dict]:  # one per image; raises `CxrError` for no finished set, or images of another one
     "The lines of a set's metadata."
+    refuse_round_trips(generator)
     path = study / "synthetic" / generator / "metadata.jsonl"
     if not path.exists():
         raise CxrError(

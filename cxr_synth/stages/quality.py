@@ -15,6 +15,7 @@ from ..base.files import CxrError, read_json, write_csv, write_json
 from ..base.records import Study, open_stage
 from ..base.settings import CLASSES, QualityConfig, is_scratch
 from ..images.networks import find_network
+from ..protocol.round_trips import is_round_trip_set
 from ..protocol.schema import MARK_COLUMNS
 from ..protocol.sets import MARK_FILES
 from ..quality.copies import plot_copies, plot_pairs
@@ -33,7 +34,6 @@ from cxr_synth.quality.measure import (
     similarity_rows,
 )
 from ..quality.metrics import FRECHET
-from ..protocol.round_trips import is_round_trip_set
 
 # %% ../../nbs/05_quality.ipynb #e8e40588
 def synthetic_sets(
