@@ -1,21 +1,18 @@
-"""Generation on the small pipeline, untrained, 64 px: images/s of the whole stage, of the bare
-pipeline, and of the guide's own loop.
+"""Generation on the small pipeline, untrained, 64 px.
 
-python benchmarks/generate.py [images] [rounds]      medians of the rounds, taken in turn
-(defaults 160 and 3)
-python benchmarks/generate.py thousand               1,000 images with the settings of `tiny`:
-minutes and GiB
-python benchmarks/generate.py processes              64 images by 1, 2 and 4 processes of one
-thread: seconds, and the same bytes
+Images/s of the whole stage, of the bare pipeline, and of the guide's own loop.
 
+python benchmarks/generate.py [images] [rounds]      medians of the rounds, taken in turn (defaults 160 and 3)
+python benchmarks/generate.py thousand               1,000 images with the settings of `tiny`: minutes and GiB
+python benchmarks/generate.py processes              64 images by 1, 2 and 4 processes: seconds, same bytes
 """
 
-from functools import partial
 import os, sys, tempfile, time
 
 os.environ["CXR_QUIET"] = "1"
 if sys.argv[1:] == ["processes"]:
     os.environ["OMP_NUM_THREADS"] = "1"
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -151,26 +148,13 @@ def processes(study, n=64):
     )
     import json
 
+    torchrun = ["-m", "torch.distributed.run", "--master-port", "0", "--no-python"]
+    job = ["-c", code, study.root, json.dumps(plan(n).to_json())]
     found = []
     for p in (1, 2, 4):
-        launcher = (
-            []
-            if p == 1
-            else [
-                "-m",
-                "torch.distributed.run",
-                "--nproc-per-node",
-                str(p),
-                "--master-port",
-                "0",
-                "--no-python",
-                sys.executable,
-            ]
-        )
-        command = [sys.executable, *launcher, "-c", code, study.root]
-        command.append(json.dumps(plan(n).to_json()))
-        run = partial(subprocess.run, check=True, stdout=subprocess.DEVNULL)
-        seconds = timed(run, command)
+        launcher = [] if p == 1 else [*torchrun, "--nproc-per-node", str(p), sys.executable]
+        command = [sys.executable, *launcher, *job]
+        seconds = timed(partial(subprocess.run, command, check=True, stdout=subprocess.DEVNULL))
         folder = study / f"synthetic/{NAME}"
         found.append(
             {

@@ -1,5 +1,6 @@
-"""Generation killed (SIGKILL) at 10 random moments by 1, 2 and 4 processes in turn, each time
-resumed: the set has the bytes of an undisturbed one, and no stray files.
+"""Generation killed (SIGKILL) at 10 random moments by 1, 2 and 4 processes in turn, each time resumed.
+
+The set must have the bytes of an undisturbed one, and no stray files.
 """
 
 import os, random, sys, tempfile

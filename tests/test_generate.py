@@ -119,9 +119,7 @@ def test_other_bytes_than_the_metadata_says(study):
 
 @pytest.fixture
 def other_models(study):
-    """Other models in place of the untrained ones, and a record that says so; the old ones come back
-    at the end.
-    """
+    "Other models in place of the untrained ones, and a record that says so; the old ones come back."
     folder = study / "models" / NAME
     kept = folder.with_name(".kept")
     shutil.copytree(folder, kept)
@@ -229,9 +227,7 @@ def test_killed_between_the_last_image_and_the_metadata(study, monkeypatch):
 
 
 def test_there_and_back(study, tmp_path):
-    """Made here with its card, packed, unpacked elsewhere without models and images: the stages go
-    on, nothing is stale, `datasets` gives equal pixels.
-    """
+    "Packed and unpacked elsewhere without models and films: the stages go on, nothing is stale."
     from datasets import load_dataset
 
     clear(study)

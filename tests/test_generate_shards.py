@@ -1,6 +1,4 @@
-"""Two processes share one synthetic set without a coordinator; killed processes go on; the bytes are
-those of one undisturbed process.
-"""
+"Processes share a set without a coordinator, and go on after a kill: the bytes are those of one undisturbed."
 
 import json, os, random, subprocess, sys, time
 from collections import Counter
@@ -149,9 +147,7 @@ def test_shares_do_not_overlap(study, calm):
 
 
 def test_killed_twice(study, calm):
-    """SIGKILL at two random moments, one and two processes in turn; then the set is that of an
-    undisturbed process, with nothing beside it.
-    """
+    "SIGKILL at two random moments, one and two processes in turn; the set is that of an undisturbed one."
     clear(study)
     for processes, more in ((1, 1), (2, random.randint(1, 3))):
         kill_after(study, more, processes)
@@ -190,9 +186,7 @@ def test_lines_cut_by_a_kill_do_not_count(study, tmp_path):
 
 
 def test_set_completed_by_a_forgotten_process(study, calm):
-    """Processes that outlived their launcher finish the set under the hands of a new one, which has
-    then nothing to do.
-    """
+    "Processes that outlived their launcher finish the set; a new one has then nothing to do."
     clear(study)
     stage_generate(study, GenerateConfig(**CFG), plan=PLAN, card=None)
     writer = ImageSetWriter(study / "synthetic" / NAME, image_names(PLAN.generators[0].images))

@@ -100,7 +100,7 @@ def _guide_prior(
     number = cfg.num_class_images
     return make_class_images(pipe, folder, cfg.class_prompt, number, resolution, **how)
 
-
+# %% ../../nbs/diffusion/command.ipynb #963e95c7
 def _guide_task(
     pipe,  # the base
     flags: GuideFlags,  # what the user asked for
@@ -144,7 +144,7 @@ def _is_finished(
         )
     return True
 
-
+# %% ../../nbs/diffusion/command.ipynb #f4eabdf7
 def guide_flags(
     flags: dict,  # as `train_dreambooth` takes them
 ) -> (
@@ -180,7 +180,7 @@ def _check_folders(
     if run.class_data_dir and lies_in(out, run.class_data_dir):
         check_apart(run.class_data_dir, [out])
 
-
+# %% ../../nbs/diffusion/command.ipynb #3d5cbb97
 def train_dreambooth(
     **flags,  # fields of `GuideFlags`, and any other of `TrainConfig`: snr_gamma, mirror, device, ...
 ) -> Path:  # the output folder

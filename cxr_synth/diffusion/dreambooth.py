@@ -207,7 +207,7 @@ def _add_lora_weights(
     text = pipe.text_encoder if cfg.train_text_encoder else None
     add_lora(pipe.unet, text, cfg.rank, cfg.lora_alpha, seed=seed)
 
-
+# %% ../../nbs/diffusion/dreambooth.ipynb #e292ebd5
 def _save_memory(
     pipe,  # the base; changed in place
     cfg: TrainConfig,  # settings
@@ -319,7 +319,7 @@ def _steps_and_batch(
     per_step = batch * cfg.gradient_accumulation_steps
     return steps_for(n, per_step, cfg.max_train_steps, views), batch
 
-
+# %% ../../nbs/diffusion/dreambooth.ipynb #5fda21ce
 def make_trainer(
     pipe,  # the base in float32; changed in place
     task: TrainingTask,  # what to learn
@@ -455,7 +455,7 @@ _LOAD = {  # method -> how the model is loaded
     ),
 }
 
-
+# %% ../../nbs/diffusion/dreambooth.ipynb #9e6881a4
 def _card_header(
     facts: dict,  # from `generator_facts`
     card: DatasetCard,  # of the real images
@@ -549,7 +549,7 @@ def claim_model(
         check_apart(base, [out])
     claim(out, TRAINING, dict(base=str(base), versions=library_versions()), beside=["class_images"])
 
-
+# %% ../../nbs/diffusion/dreambooth.ipynb #16357898
 def fine_tune(
     base: str,  # name in `BASES`, folder or Hub id
     task,  # `TrainingTask`, or a function that gives it when called with the pipeline

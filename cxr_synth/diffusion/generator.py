@@ -163,7 +163,7 @@ class _GeneratorJob:
         there = Path(self.cfg.mirror) / self.study.root.name
         return Mirror(there, self.study.root, self.cfg.mirror_gb)
 
-
+# %% ../../nbs/diffusion/generator.ipynb #54e4665a
 def _ready_base(
     job: _GeneratorJob,  # of a generator
 ) -> str:  # name, folder or Hub id
@@ -222,7 +222,7 @@ def _collect_logs(
         columns |= r
     write_csv(Path(folder) / "train.csv", list(columns), rows)
 
-
+# %% ../../nbs/diffusion/generator.ipynb #7a96a549
 def _finish_generator(
     job: _GeneratorJob,  # whose models are there
 ):
@@ -280,7 +280,7 @@ def trained_record(
         )
     return record
 
-
+# %% ../../nbs/diffusion/generator.ipynb #56179189
 def model_of(
     study: Study,  # after train
     name: str,  # generator, such as real010-rep0

@@ -201,7 +201,7 @@ def _choose(
         device=pipe.device.type,
     )
 
-
+# %% ../../nbs/diffusion/image_set.ipynb #8a818ce9
 def prepare_process(
     job: SetJob,  # of the set
     pipe,  # from `load_finetuned_model`

@@ -214,7 +214,7 @@ def _write_lines(
     kept = [{k: v for k, v in m.items() if k != "reason"} for m in lines]
     write_text(folder / "metadata.jsonl", "".join(json.dumps(m) + "\n" for m in kept))
 
-
+# %% ../../nbs/diffusion/image_writer.ipynb #8ad5246a
 def complete_set(
     writer: ImageSetWriter,  # of any process of the set
 ) -> int:  # how many images are not there yet
