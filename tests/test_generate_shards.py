@@ -45,10 +45,10 @@ def untrained_study(root):
 
 def command(study, cfg=(), redo="", processes=1):
     run = (
-        [sys.execuwriter, "-c", CODE]
+        [sys.executable, "-c", CODE]
         if processes == 1
         else [
-            sys.execuwriter,
+            sys.executable,
             "-m",
             "torch.distributed.run",
             "--nproc-per-node",
@@ -56,7 +56,7 @@ def command(study, cfg=(), redo="", processes=1):
             "--master-port",
             "0",
             "--no-python",
-            sys.execuwriter,
+            sys.executable,
             "-c",
             CODE,
         ]
