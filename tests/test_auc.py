@@ -6,7 +6,7 @@ import json
 
 import numpy as np, pytest
 from sklearn.metrics import roc_auc_score, roc_curve
-from cxr_synth.classify import recipes
+from cxr_synth.classify import runs
 from cxr_synth.quality import metrics
 from cxr_synth.report import contrasts
 from cxr_synth.stats import auc
@@ -33,8 +33,7 @@ def test_the_report_and_the_runs_use_one_threshold():
     for labels, probs in small_sets():
         table = pd.DataFrame(dict(split="val", label=labels, prob=probs))
         assert (
-            recipes.at_threshold(table)["threshold"]
-            == auc.three_thresholds(labels, probs)["youden"]
+            runs.at_threshold(table)["threshold"] == auc.three_thresholds(labels, probs)["youden"]
         )
 
 
@@ -71,14 +70,11 @@ def test_sensitivity_threshold_is_the_highest_that_finds_enough():
 
 
 def test_every_auroc_is_the_same_number():
-    """In results.csv, in the report, in the audit, among the metrics and in the paired intervals:
-    equal to the last bit.
-    """
+    "In results.csv, in the audit and in the paired intervals: equal to the last bit."
     for labels, probs in small_sets(100):
         found = {
             auc.auroc(labels, probs),
             auc.score(labels, probs)["auroc"],
-            metrics.auroc(labels, probs),
             auc.fold_auc(labels == 1, probs, np.zeros(len(labels), int))[0],
         }
         names = np.arange(len(labels)).astype(str)
@@ -121,6 +117,53 @@ def test_delong_is_the_formula_over_all_pairs():
 def test_what_cannot_be_ranked_is_refused(ask, labels, scores, said):
     with pytest.raises(CxrError, match=said):
         ask(labels, scores)
+
+
+# -- scores
+
+
+def test_scores_of_calls_are_scikit_learns_to_the_last_bit():
+    import sklearn.metrics as m
+
+    for labels, probs in small_sets():
+        for threshold in (0.1, 0.5, 1.0):
+            calls = (probs >= threshold).astype(int)
+            found = auc.score(labels, probs, threshold)
+            theirs = dict(
+                accuracy=m.accuracy_score(labels, calls),
+                balanced_accuracy=m.balanced_accuracy_score(labels, calls),
+                sensitivity=m.recall_score(labels, calls),
+                specificity=m.recall_score(labels, calls, pos_label=0),
+                f1=m.f1_score(labels, calls, zero_division=0),
+                mcc=m.matthews_corrcoef(labels, calls),
+            )
+            assert {name: found[name] for name in theirs} == theirs
+
+
+def test_a_score_that_is_added_is_scored_recorded_and_reported(monkeypatch):
+    from cxr_synth.protocol.schema import result_columns
+
+    toy = auc.Score("called ill", "How many are called ill?", lambda y, p, calls: calls.mean())
+    monkeypatch.setitem(auc.SCORES, "alarms", toy)
+    assert auc.score([0, 1, 1, 1], [0.1, 0.6, 0.7, 0.2])["alarms"] == 0.5
+    assert result_columns()[-1] == "test_alarms"
+
+
+@pytest.mark.parametrize("room", ["stats", "protocol"])
+def test_statistics_and_protocol_load_no_torch_and_ask_for_no_pandas(room):
+    import ast, subprocess, sys
+    from pathlib import Path
+
+    paths = sorted(Path(auc.__file__).parents[1].joinpath(room).glob("[!_]*.py"))
+    names = [f"cxr_synth.{room}.{p.stem}" for p in paths]
+    code = f"import sys, {', '.join(names)}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            asked = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            asked += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {"torch", "pandas"} & {name.split(".")[0] for name in asked}, path
 
 
 # -- numbers in files

@@ -11,6 +11,7 @@ __all__ = ['TEMPORARY', 'CxrError', 'one_of', 'temporary_for', 'atomic_path', 'w
 # %% ../../nbs/base/files.ipynb #ab6baf77
 import csv, hashlib, io, json, math, os, platform, re, shutil, threading
 from contextlib import contextmanager
+from functools import cache
 from datetime import datetime, UTC
 from importlib import metadata
 from pathlib import Path
@@ -303,6 +304,7 @@ def digest_json(
     return hashlib.sha256(json.dumps(obj, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 # %% ../../nbs/base/files.ipynb #952f821a
+@cache
 def library_versions() -> dict:
     "Versions of Python and of the libraries that results depend on."
     names = [

@@ -122,7 +122,9 @@ def rehearse_images(
     shown = table[table.split.isin(["train", "val"])].groupby(["split", "label"]).head(6)
     _draw_images(study, shown.image_id)
     digest = study.digest("data/manifest.csv")
-    stage.finish(manifest_sha256=digest, images=len(table), commit="", bad=[])
+    content = digest_json(table[["image_id", "sha256"]].values.tolist())
+    about = dict(content=content, commit="", bad=[])
+    stage.finish(manifest_sha256=digest, images=len(table), **about)
     return study
 
 # %% ../../nbs/report/rehearsal.ipynb #14c9e0be
@@ -307,6 +309,7 @@ def rehearse_quality(
         write_csv(study / f"quality/{name}-copies.csv", MARK_COLUMNS, [])
         warning = low_n_warning(60, 1280)
         facts[name] = dict(other_class={}, warning=warning, copies={c: {} for c in CLASSES})
+    stage.record |= dict(threads=1, device="cpu")
     stage.finish(generators=facts)
 
 # %% ../../nbs/report/rehearsal.ipynb #e53471aa
