@@ -101,7 +101,7 @@ def _smaller_class(y, group) -> int:
     "Patients of the smaller class."
     return min(len(set(group[y])), len(set(group[~y])))
 
-
+# %% ../../nbs/data/audit.ipynb #a9680ba8
 def separability(
     x: np.ndarray,  # (N, columns), from `spline_columns` or `one_hot_columns`
     y,  # class of each image, 0 or 1
@@ -246,7 +246,7 @@ def _control(
         aucs.append(separability(x, drawn, group, folds, C=0.1)["auc"])
     return round(float(np.mean(aucs)), 4)
 
-
+# %% ../../nbs/data/audit.ipynb #05549a6e
 def shifts(
     t: pd.DataFrame,  # one row per image
     small: np.ndarray,  # uint8 (N, 32, 32), in the order of t
@@ -371,7 +371,7 @@ def shown(
     "An AUC with its interval."
     return f"AUC {r['auc']:.2f} ({r['low']:.2f} to {r['high']:.2f})"
 
-
+# %% ../../nbs/data/audit.ipynb #3dbcc5cc
 def level_of(
     low: float,  # lower end of an AUC's interval
 ) -> str:
@@ -409,7 +409,7 @@ def _blank_images(r: dict) -> list[dict]:
     done = "They are used as they are; look at them and move what is no X-ray out of the folder."
     return [finding("blank", "warning", found, done)]
 
-
+# %% ../../nbs/data/audit.ipynb #424b5c6c
 def _colour_modes(r: dict) -> list[dict]:
     "Images that are stored in several ways."
     if len({mode for counts in r["modes"].values() for mode in counts}) < 2:
@@ -450,7 +450,7 @@ def _contradicting_names(r: dict) -> list[dict]:
     done = "The folder counts. Look at these files."
     return [finding("names against folders", "warning", found, done)]
 
-
+# %% ../../nbs/data/audit.ipynb #21fcc39f
 def _both_classes(r: dict) -> list[dict]:
     "Patients with images of both classes."
     if not r["both_classes"]:
@@ -463,29 +463,30 @@ def _both_classes(r: dict) -> list[dict]:
     return [finding("both classes", "note", f"{have} images of both classes.", done)]
 
 # %% ../../nbs/data/audit.ipynb #e2e4a394
-def _official_splits(r: dict) -> list[dict]:
-    "Is there an official test, and an official val worth its name?"
-    out, images = [], {s: sum(c.values()) for s, c in r["official_images"].items()}
-    if "test" not in images:
-        done = (
-            "The study speaks of its own test set alone, internal: patients whom no run below 100 % "
-            "trains on."
-        )
-        out.append(finding("official test", "note", "There is no official test set.", done))
-    n = images.get("val", 0)
-    if 0 < n < SMALL_VAL:
-        found = (
-            f"The official val has {many(n, 'image')}: one error more or less moves its accuracy by "
-            f"{100 / n:.1f} points."
-        )
-        done = (
-            "It is no basis for a number. It is pooled with the official train and divided anew by "
-            "patients."
-        )
-        out.append(finding("official val", "note", found, done))
-    return out
+def _official_test(r: dict) -> list[dict]:
+    "Is there an official test?"
+    if "test" in r["official_images"]:
+        return []
+    done = (
+        "The study speaks of its own test set alone, internal: patients whom no run below 100 % trains "
+        "on."
+    )
+    return [finding("official test", "note", "There is no official test set.", done)]
 
 
+def _official_val(r: dict) -> list[dict]:
+    "Is the official val large enough for a number?"
+    n = sum(r["official_images"].get("val", {}).values())
+    if not 0 < n < SMALL_VAL:
+        return []
+    found = (
+        f"The official val has {many(n, 'image')}: one error more or less moves its accuracy by "
+        f"{100 / n:.1f} points."
+    )
+    done = "It is no basis for a number. It is pooled with the official train and divided anew by patients."
+    return [finding("official val", "note", found, done)]
+
+# %% ../../nbs/data/audit.ipynb #fa598366
 def _official_overlap(r: dict) -> list[dict]:
     "Patients of the official test that are in training as well."
     if "test" not in r["official_images"]:
@@ -506,7 +507,7 @@ def _official_overlap(r: dict) -> list[dict]:
         done += f" {left_out} left out all the same: copies tie their patients to it."
     return [finding("official overlap", "ok", found, done)]
 
-
+# %% ../../nbs/data/audit.ipynb #e11266e0
 def _own_splits(r: dict) -> list[dict]:
     "Does anything stand on two sides of the study's own splits?"
     shared = [*r["shared_patients"]["study"].values(), *r["shared_files"]["study"].values()]
@@ -542,62 +543,70 @@ def _where_copies_stand(across: dict) -> str:
     return ", ".join(crossed) or "none across patients, classes or splits"
 
 
-def _exact_copies(r: dict) -> list[dict]:
-    "Pictures that are there more than once, by their pixels."
-    copies = r["duplicates"]["pixels"]
-    across = copies["across"]
-    if not copies["groups"]:
-        found = "No picture is there twice, neither by its bytes nor by its pixels."
-        return [finding("exact copies", "ok", found, "Nothing is to be done.")]
-    pictures = many(copies["groups"], "picture is", "pictures are")
-    where = _where_copies_stand(across)
-    found = f"{pictures} there more than once ({copies['images']:,} images; {where})."
+def _what_of_copies(r: dict, across: dict) -> str:
+    "What becomes of exact copies."
     if across["splits"]:
         stand = many(across["splits"], "group stands", "groups stand")
-        done = (
+        return (
             f"{stand} on two sides of the study's splits: equal pixels in files that differ. Move the "
             "copies out of the folder and make the data stage again."
         )
-        return [finding("exact copies", "warning", found, done)]
     done = "Copies stand on one side of every split."
     if r["left_out"]:
         left_out = many(r["left_out"], "training image")
         done += f" {left_out} with a tie to the official test took no part."
     if across["classes"]:
         done += " The same picture under both classes is a wrong label: look at these."
-    level = "warning" if across["classes"] or across["official"] else "note"
-    return [finding("exact copies", level, found, done)]
+    return done
+
+# %% ../../nbs/data/audit.ipynb #453a2439
+def _exact_copies(r: dict) -> list[dict]:
+    "Pictures that are there more than once, by their pixels."
+    copies = r["duplicates"]["pixels"]
+    if not copies["groups"]:
+        found = "No picture is there twice, neither by its bytes nor by its pixels."
+        return [finding("exact copies", "ok", found, "Nothing is to be done.")]
+    across = copies["across"]
+    where = f"{copies['images']:,} images; {_where_copies_stand(across)}"
+    found = (
+        f"{many(copies['groups'], 'picture is', 'pictures are')} there more than once ({where})."
+    )
+    serious = across["splits"] or across["classes"] or across["official"]
+    level = "warning" if serious else "note"
+    return [finding("exact copies", level, found, _what_of_copies(r, across))]
 
 # %% ../../nbs/data/audit.ipynb #fc40cdfa
-def _near_copies(r: dict) -> list[dict]:
-    "Pictures of different patients that are nearly the same."
-    near = r["near_duplicates"]
-    across = near["across"]
+def _near_copies_found(near: dict) -> str:
+    "How many pairs of pictures are nearly the same."
+    pairs = near["across"]["patients"]
     limit = (
         f"(thumbnails correlate at {near['limit']:.3f} or more, as they are, mirrored or negative)"
     )
-    same_patient = ""
-    if n := near["pairs"] - across["patients"]:
-        same_patient = f" {many(n, 'pair')} of one patient {'does' if n == 1 else 'do'}."
-    if not across["patients"]:
+    found = f"No images of different patients show nearly the same picture {limit}."
+    if pairs:
         found = (
-            f"No images of different patients show nearly the same picture {limit}.{same_patient}"
+            f"{many(pairs, 'pair')} of images of different patients look nearly the same {limit}, "
+            f"{near['across']['official']:,} across official test and training."
         )
-        done = "The closest pairs are listed below."
-        return [finding("near copies", "ok", found, done)]
-    found = (
-        f"{many(across['patients'], 'pair')} of images of different patients look nearly the same {limit}, "
-        f"{across['official']:,} across official test and training.{same_patient}"
-    )
-    if not across["splits"]:
-        done = "None of these pairs stands on two sides of the study's splits."
-        return [finding("near copies", "note", found, done)]
-    done = (
-        f"{many(across['splits'], 'pair stands', 'pairs stand')} on two sides of the study's splits. Look "
-        "at them below; if they are copies, move one of each out of the folder or give both the same "
-        "patient, and make the data stage again."
-    )
-    return [finding("near copies", "warning", found, done)]
+    if n := near["pairs"] - pairs:
+        found += f" {many(n, 'pair')} of one patient {'does' if n == 1 else 'do'}."
+    return found
+
+
+def _near_copies(r: dict) -> list[dict]:
+    "Pictures of different patients that are nearly the same."
+    across = r["near_duplicates"]["across"]
+    level, done = "ok", "The closest pairs are listed below."
+    if across["patients"]:
+        level, done = "note", "None of these pairs stands on two sides of the study's splits."
+    if across["splits"]:
+        level = "warning"
+        stand = many(across["splits"], "pair stands", "pairs stand")
+        done = (
+            f"{stand} on two sides of the study's splits. Look at them below; if they are copies, move "
+            "one of each out of the folder or give both the same patient, and make the data stage again."
+        )
+    return [finding("near copies", level, _near_copies_found(r["near_duplicates"]), done)]
 
 # %% ../../nbs/data/audit.ipynb #077f5cfe
 def _file_traits(r: dict) -> list[dict]:
@@ -618,7 +627,7 @@ def _file_traits(r: dict) -> list[dict]:
     found = "Size, shape and encoding are the same for all files and cannot tell the class."
     return [finding("shortcuts", "ok", found, "Nothing is to be done.")]
 
-
+# %% ../../nbs/data/audit.ipynb #1a8b7d12
 def _best_file_traits(
     classes: str,  # such as normal from pneumonia
     files: list[dict],  # results of `separability` with their name, the best first
@@ -656,6 +665,24 @@ def _explanations(
     return out
 
 
+def _prepared_size_tells(png: dict, why: list[tuple[float, str]]) -> dict:
+    "Prepared images still tell the class: is that more than what explains it?"
+    found = f"The prepared images' bytes per pixel still tell the classes apart: {shown(png)}."
+    if png["low"] > max(high for high, _ in why):
+        found += (
+            f" That is more than {' or '.join(text for _, text in why)}: a trace of the encoder may "
+            "have survived."
+        )
+        done = "Try a smaller resolution, at which fine traces vanish, and compare."
+        return finding("after the image path", "warning", found, done)
+    found += f" So does {', and so does '.join(text for _, text in why)}."
+    done = (
+        "It is part of the pictures, and a classifier may use it. Compare its AUROC with these numbers: "
+        "the rest is what it saw beyond them."
+    )
+    return finding("after the image path", "note", found, done)
+
+# %% ../../nbs/data/audit.ipynb #ad7afe6a
 def _prepared_size(r: dict) -> list[dict]:
     "Is what is left after the image path more than picture and shape tell?"
     traits = {(x["stage"], x["name"]): x for x in r["shortcuts"] if x["part"] == "train"}
@@ -665,34 +692,22 @@ def _prepared_size(r: dict) -> list[dict]:
     if png["low"] < FAINT:
         found = f"The size of the prepared images does not tell the class: {shown(png)}."
         return [finding("after the image path", "ok", found, "Nothing is to be done.")]
-    why = _explanations(traits)
-    found = f"The prepared images' bytes per pixel still tell the classes apart: {shown(png)}."
-    if png["low"] > max(high for high, _ in why):
-        found += (
-            f" That is more than {' or '.join(text for _, text in why)}: a trace of the encoder may "
-            "have survived."
-        )
-        done = "Try a smaller resolution, at which fine traces vanish, and compare."
-        return [finding("after the image path", "warning", found, done)]
-    found += f" So does {', and so does '.join(text for _, text in why)}."
-    done = (
-        "It is part of the pictures, and a classifier may use it. Compare its AUROC with these numbers: "
-        "the rest is what it saw beyond them."
-    )
-    return [finding("after the image path", "note", found, done)]
+    return [_prepared_size_tells(png, _explanations(traits))]
 
 # %% ../../nbs/data/audit.ipynb #f4275262
+def _shift_not_measured(x: dict) -> dict:
+    "One class of which there are too few patients."
+    found = (
+        f"Too few patients to compare the official test with training for {x['class_name']}: "
+        f"{x['patients']} in the smaller part, {2 * FOLDS} are needed."
+    )
+    return finding(f"shift, {x['class_name']}", "note", found, "Nothing was measured.")
+
+
 def _class_shift(
     x: dict,  # one row of `shifts`
 ) -> dict:
     "Official test against official training, for one class."
-    name = f"shift, {x['class_name']}"
-    if x["auc"] is None:
-        found = (
-            f"Too few patients to compare the official test with training for {x['class_name']}: "
-            f"{x['patients']} in the smaller part, {2 * FOLDS} are needed."
-        )
-        return finding(name, "note", found, "Nothing was measured.")
     what, done = "look like", "Nothing is to be done."
     if x["low"] >= FAINT:
         what = "can be told from"
@@ -706,12 +721,12 @@ def _class_shift(
     )
     if x["control"] is not None:
         found += f" Random training patients against the others: {x['control']:.2f}."
-    return finding(name, level_of(x["low"]), found, done)
+    return finding(f"shift, {x['class_name']}", level_of(x["low"]), found, done)
 
-
+# %% ../../nbs/data/audit.ipynb #afa4fe11
 def _test_shift(r: dict) -> list[dict]:
     "Is the official test like the training?"
-    return [_class_shift(x) for x in r["shift"]]
+    return [_shift_not_measured(x) if x["auc"] is None else _class_shift(x) for x in r["shift"]]
 
 # %% ../../nbs/data/audit.ipynb #cab91aba
 CHECKS = (
@@ -722,7 +737,8 @@ CHECKS = (
     _known_patients,
     _contradicting_names,
     _both_classes,
-    _official_splits,
+    _official_test,
+    _official_val,
     _official_overlap,
     _own_splits,
     _class_balance,
@@ -752,7 +768,7 @@ _NEEDED = [
     "pixels_sha256",
 ]
 
-
+# %% ../../nbs/data/audit.ipynb #07c1734a
 def _check_table(
     t: pd.DataFrame,  # one row per image
     small: np.ndarray,  # its thumbnails
@@ -796,7 +812,7 @@ def _shared(
     "What stands in two splits, official ones and the study's."
     return dict(official=crossing(t, "official_split", column), study=crossing(t, "split", column))
 
-
+# %% ../../nbs/data/audit.ipynb #6e1b3133
 def audit(
     t: pd.DataFrame,  # one row per image: the manifest's columns, group, and those of `inspect_file`
     small: np.ndarray,  # uint8 (N, 32, 32), in the order of t

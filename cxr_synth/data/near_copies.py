@@ -147,7 +147,7 @@ def _closest(
         if c[i, j] > 0
     ]
 
-
+# %% ../../nbs/data/near_copies.ipynb #29cc20be
 def near_copies(
     z: np.ndarray,  # from `rank_vectors`
     pixels,  # equal for exact copies
@@ -184,7 +184,7 @@ def _pair_row(
         copy=bool(correlation >= limit),
     )
 
-
+# %% ../../nbs/data/near_copies.ipynb #c718b274
 def near_report(
     t: pd.DataFrame,  # one row per image
     small: np.ndarray,  # uint8 (N, 32, 32), in the order of t

@@ -42,7 +42,7 @@ def _compile_rule(rule: str) -> re.Pattern:
         )
     return pattern
 
-
+# %% ../../nbs/data/sources.ipynb #8209f343
 def patients_by_regex(
     paths: list[str],  # relative paths with /
     rule: str,  # regular expression, searched in each path; its one group is the patient
@@ -72,7 +72,7 @@ def _read_patient_table(table) -> pd.DataFrame:
         one_of(column, list(t.columns), f"{table}: a needed column is missing;")
     return t
 
-
+# %% ../../nbs/data/sources.ipynb #60d9f123
 def patients_by_table(
     paths: list[str],  # relative paths with /
     table,  # CSV file with the columns image and patient_id
@@ -136,7 +136,7 @@ def _named_classes(spec: str) -> list[tuple[str, str]]:
         pairs += [(class_name.strip(), normalise_name(name)) for name in names.split("+")]
     return pairs
 
-
+# %% ../../nbs/data/sources.ipynb #5ab5c340
 def class_rule(
     spec: str = "",  # normal=NAME,pneumonia=NAME+NAME; empty: `CLASS_WORDS`
 ) -> dict:  # normalised name: class
@@ -397,7 +397,7 @@ def _label_names(
         return [feature.int2str(v) for v in t[label]]
     return [str(int(v) if isinstance(v, bool) else v) for v in t[label]]
 
-
+# %% ../../nbs/data/sources.ipynb #9f3d130b
 def _cell_bytes(
     table,  # a datasets.Dataset read with decode=False
     image: str,  # its image column
@@ -408,6 +408,36 @@ def _cell_bytes(
     return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
 
 # %% ../../nbs/data/sources.ipynb #3b8f849d
+def _hub_rows(
+    t,  # a datasets.Dataset, its images not decoded
+    columns: tuple[str, str],  # from `hub_columns`
+    split: str,  # its name in the data set
+    rule: dict,  # from `class_rule`
+):  # yields the row's number, its label, and its facts; no facts for a label that means no class
+    "The rows of one table, with the paths that a folder would have."
+    import pyarrow.compute as pc
+
+    image, label = columns
+    official = SPLIT_FOLDERS.get(split.lower(), "")
+    names = hub_names(pc.struct_field(t.data[image], "path").to_pylist())
+    for k, (name, text) in enumerate(zip(names, _label_names(t, label))):
+        class_name = rule.get(normalise_name(text))
+        path = f"{official or split}/{text}/{name}"
+        facts = dict(path=path, class_name=class_name, official_split=official)
+        yield k, text, facts if class_name else None
+
+
+def _check_labels(rows: list[dict], unknown: Counter, hub_id: str):
+    "Raise `CxrError` if no label, or the label of only one class, was understood."
+    if not rows:
+        found = ", ".join(sorted(unknown)[:5])
+        raise CxrError(
+            f"{hub_id}: no label means normal or pneumonia (found: {found}).\n"
+            "Say which does: --classes normal=NAME,pneumonia=NAME."
+        )
+    check_classes(rows, hub_id)
+
+# %% ../../nbs/data/sources.ipynb #a0a3c939
 def hub_source(
     hub_id: str,  # data set id, or a local folder in the Hub's layout
     revision: str = "main",  # branch, tag or commit
@@ -416,7 +446,6 @@ def hub_source(
 ) -> ImageSource:
     "A Hub data set with an image and a label column as a source."
     from datasets import Image as Column
-    import pyarrow.compute as pc
 
     rule = class_rule(classes)
     tables, commit = hub_tables(hub_id, revision, cache_dir)
@@ -424,32 +453,17 @@ def hub_source(
     for split, t in tables.items():
         image, label = hub_columns(t, hub_id)
         t = t.cast_column(image, Column(decode=False))
-        official = SPLIT_FOLDERS.get(split.lower(), "")
-        names = hub_names(pc.struct_field(t.data[image], "path").to_pylist())
-        for k, (name, text) in enumerate(zip(names, _label_names(t, label))):
-            class_name = rule.get(normalise_name(text))
-            if not class_name:
+        for k, text, row in _hub_rows(t, (image, label), split, rule):
+            if not row:
                 unknown[text] += 1
                 continue
-            path = f"{official or split}/{text}/{name}"
-            cells[path] = t, image, k
-            rows.append(dict(path=path, class_name=class_name, official_split=official))
+            rows.append(row)
+            cells[row["path"]] = t, image, k
     _check_labels(rows, unknown, hub_id)
     notes = [
         f"{n} images with the label {text} were left out." for text, n in sorted(unknown.items())
     ]
     return ImageSource(rows, lambda path: _cell_bytes(*cells[path]), notes, commit)
-
-
-def _check_labels(rows: list[dict], unknown: Counter, hub_id: str):
-    "Raise `CxrError` if no label, or the label of only one class, was understood."
-    if not rows:
-        raise CxrError(
-            f"{hub_id}: no label means normal or pneumonia (found: "
-            f"{', '.join(sorted(unknown)[:5])}).\n"
-            "Say which does: --classes normal=NAME,pneumonia=NAME."
-        )
-    check_classes(rows, hub_id)
 
 # %% ../../nbs/data/sources.ipynb #678028bf
 def phantom_source(

@@ -51,7 +51,7 @@ def _patient_table(
     "The CSV of patients, if there is one."
     return cfg.patient_rule if cfg.settings().get("patient_rule") == "csv" else ""
 
-
+# %% ../../nbs/01_data.ipynb #3b707b40
 def check_place(
     study: Study,  # the study
     cfg: DataConfig,  # as given now
@@ -93,7 +93,7 @@ def other_folder(
             return f"{row.image_id} has other content"
     return ""
 
-
+# %% ../../nbs/01_data.ipynb #a28ed11c
 def other_source(
     study: Study,  # with a finished data stage
     cfg: DataConfig,  # as given now
@@ -112,6 +112,11 @@ def other_source(
     return other_folder(load_manifest(study), open_source(study, cfg), set(record["bad"]))
 
 # %% ../../nbs/01_data.ipynb #aeb3aa9d
+def _made_of_others(study: Study, differs: str) -> str:
+    "The first lines of a refusal."
+    return f"{study / 'data'} was made of other data than is given now:\n  {differs}.\n"
+
+
 def is_data_done(
     study: Study,  # the study
     cfg: DataConfig,  # as given now
@@ -130,8 +135,8 @@ def is_data_done(
     differs = other_source(study, cfg, record)
     if differs and not redo:
         raise CxrError(
-            f"{study / 'data'} was made of other data than is given now:\n  {differs}.\n"
-            "Give the data that the study was made of, use another study folder,\n"
+            _made_of_others(study, differs)
+            + "Give the data that the study was made of, use another study folder,\n"
             "or repeat the command with --redo to move the old output aside."
         )
     if differs:
@@ -153,15 +158,16 @@ def restore_images(
     except CxrError as e:
         why = str(e).splitlines()[0]
         print(
-            f"data: {len(missing):,} prepared images are not here, and neither is their source ({why})\n"
+            f"data: {len(missing):,} prepared images are not here, and neither is their source ({why})"
+        )
+        print(
             f"To make them again, say where it is: cxr-synth data {study.root} --data FOLDER",
             flush=True,
         )
         return
     if differs := other_folder(t, source, set(record["bad"])):
         raise CxrError(
-            f"{study / 'data'} was made of other data than is given now:\n  {differs}.\n"
-            "Give the data that the study was made of."
+            _made_of_others(study, differs) + "Give the data that the study was made of."
         )
     write_prepared(study, source, t, cfg)
 
@@ -210,7 +216,7 @@ def _undo(
     remove_files(stage.path / "images", [f"{i}.png" for i in stage.record["making"]])
     remove_files(stage.path, ["stage.json"])
 
-
+# %% ../../nbs/01_data.ipynb #f3624836
 def _write_images(
     stage: Stage,  # the open stage
     source: ImageSource,  # the source
