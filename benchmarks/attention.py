@@ -1,6 +1,4 @@
-"""Training step of the small U-Net on a CPU: plain attention against PyTorch's fused one. Ratio of
-medians, taken in turn.
-"""
+"Training step of the small U-Net on a CPU: plain attention against PyTorch's fused one; medians, in turn."
 
 import time
 from statistics import median

@@ -1,10 +1,9 @@
-"""A Stable Diffusion of the table of bases at full size with random weights: LoRA training steps on
-this machine, their time and their peak memory beside the estimate.
+"""A base of the table at full size with random weights: LoRA training steps, their time and their memory.
 
-python benchmarks/full_size.py [--base sd21-base] [--resolution 256] [--rank 128] [--batch 1]
-[--steps 2] [--precision bf16] [--limit 20]
-Needs about 12 GiB of free memory and, for a moment, 1.5 GiB of disk; not part of the tests.
-
+python benchmarks/full_size.py [--base sd21-base] [--resolution 256] [--rank 128] [--batch 1] [--steps 2]
+    [--precision bf16] [--limit 20]
+The peak memory is shown beside the estimate. Needs about 12 GiB of free memory and, for a moment, 1.5 GiB of
+disk; not part of the tests.
 """
 
 import argparse, json, os, shutil, tempfile, time
@@ -43,9 +42,7 @@ def timed(what: str, f):
 
 
 def full_size_pipeline(folder, base: str) -> StableDiffusionPipeline:
-    """A base's networks with random weights; the vocabulary is that of the small pipeline, in the
-    first rows of the large table.
-    """
+    "A base's networks with random weights; the vocabulary is the small pipeline's, in the first rows."
     parts = known_parts(base)
     return StableDiffusionPipeline(
         **parts,

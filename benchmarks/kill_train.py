@@ -1,8 +1,7 @@
-"""A 60-step run killed (SIGKILL) at random moments and started again: is everything in its folder,
-to the bit, what an undisturbed run leaves?
+"""A 60-step run killed (SIGKILL) at random moments and started again.
 
+Is everything in its folder, to the bit, what an undisturbed run leaves?
 python benchmarks/kill_train.py [--kills 10] [--seed 0] [--methods full lora]
-
 """
 
 import argparse, multiprocessing, random, shutil, tempfile, time
@@ -94,8 +93,9 @@ def kill_once(ctx, seconds, *args):
 
 
 def killed_and_resumed(ctx, root, method, kills, rng):
-    """Kill the runs of one folder after another, up to twice each, until `kills` have died; every
-    folder must end like the undisturbed one. Returns the steps at which they died.
+    """Kill the runs of one folder after another, up to twice each, until `kills` have died.
+
+    Every folder must end like the undisturbed one. Returns the steps at which they died.
     """
     from cxr_synth.base.files import read_csv
 

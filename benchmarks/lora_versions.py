@@ -2,14 +2,12 @@
 
 In one environment:   python benchmarks/lora_versions.py save FOLDER
 in another one:       python benchmarks/lora_versions.py load FOLDER
-FOLDER gets a small base and one LoRA per environment that saved; `load` prints, for each, the
-largest difference from the answers noted at saving: through this library, and through plain
-diffusers.
-
+FOLDER gets a small base and one LoRA per environment that saved; `load` prints, for each, the largest
+difference from the answers noted at saving: through this library, and through plain diffusers.
 """
 
-from functools import partial
 import os, sys
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("CXR_QUIET", "1")
@@ -47,6 +45,15 @@ def plain(root, folder):
     return pipe
 
 
+def difference(get, noted):
+    "Largest difference of a pipeline's answers from the noted ones, or why it cannot be loaded."
+    try:
+        found = answers(get())
+    except (IndexError, TypeError, ValueError) as e:
+        return f"{type(e).__name__}: {e}"
+    return {k: (v - noted[k]).abs().max().item() for k, v in found.items()}
+
+
 def load(root, versions):
     print("here:", versions)
     for folder in sorted(p.parent for p in root.glob("*/lora.json")):
@@ -56,18 +63,12 @@ def load(root, versions):
             "diffusers": partial(plain, root, folder),
         }
         for name, get in loaders.items():
-            try:
-                got = {k: (v - noted[k]).abs().max().item() for k, v in answers(get()).items()}
-            except (IndexError, TypeError, ValueError) as e:
-                got = f"{type(e).__name__}: {e}"
-            print(f"  {folder.name}  by {name:<10}{got}")
+            print(f"  {folder.name}  by {name:<10}{difference(get, noted)}")
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 3 or sys.argv[1] not in ("save", "load"):
         sys.exit(__doc__)
-    versions = (
-        f"torch-{torch.__version__.split('+')[0]}_diffusers-{diffusers.__version__}_"
-        f"transformers-{transformers.__version__}_peft-{peft.__version__}"
-    )
+    libraries = dict(torch=torch, diffusers=diffusers, transformers=transformers, peft=peft)
+    versions = "_".join(f"{n}-{m.__version__.split('+')[0]}" for n, m in libraries.items())
     dict(save=save, load=load)[sys.argv[1]](Path(sys.argv[2]), versions)

@@ -1,8 +1,7 @@
-"""Images per second of the trainer beside a bare forward-backward-step loop on tensors in memory:
-same pipeline, batch, precision; medians, in turn.
+"""Images per second of the trainer beside a bare forward-backward-step loop on tensors in memory.
 
+Same pipeline, batch and precision; medians, taken in turn:
 python benchmarks/train_speed.py [--batch 32] [--precision bf16] [--rounds 9] [--steps 3]
-
 """
 
 import argparse, tempfile, time
@@ -20,7 +19,7 @@ from cxr_synth.diffusion.small_pipeline import tiny_pipeline, to_device
 
 
 def bare(pipe, cfg, device):
-    "A step of the bare loop: everything that is not forward, backward, clipping and AdamW was done before."
+    "A step of the bare loop: all but forward, backward, clipping and AdamW was done before."
     side = pipe.unet.config.sample_size
     params = [p for m in (pipe.unet, pipe.text_encoder) for p in m.parameters() if p.requires_grad]
     to_device(pipe.unet, device, cfg.mixed_precision).train()

@@ -116,9 +116,8 @@ def test_tensorboard_and_mirror(base, task, tmp_path):
         **args, output_dir=str(tmp_path / "out"), tensorboard=True, mirror=str(tmp_path / "drive")
     )
     assert list(out.rglob("events.out.tfevents*"))
-    assert {
-        p.relative_to(tmp_path / "drive").as_posix() for p in (tmp_path / "drive").rglob("*.*")
-    } == {
+    drive = tmp_path / "drive"
+    assert {p.relative_to(drive).as_posix() for p in drive.rglob("*.*")} == {
         ".mirrored.json",
         "checkpoints/last.pt",
         "checkpoints/last.csv",
@@ -129,9 +128,8 @@ def test_tensorboard_and_mirror(base, task, tmp_path):
     again = train_dreambooth(
         **args, output_dir=str(tmp_path / "new"), mirror=str(tmp_path / "drive")
     )  # another machine, the same drive
-    assert (again / "unet/diffusion_pytorch_model.safetensors").read_bytes() == (
-        out / "unet/diffusion_pytorch_model.safetensors"
-    ).read_bytes()
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (again / weights).read_bytes() == (out / weights).read_bytes()
     with pytest.raises(CxrError, match="cannot write to the mirror"):
         train_dreambooth(
             **args, output_dir=str(tmp_path / "x"), mirror=str(tmp_path / "images/0.png")

@@ -145,6 +145,20 @@ def make_optimizer(
         ) from e
     return AdamW8bit(groups, weight_decay=1e-2)
 
+# %% ../../nbs/base/loop.ipynb #f94bdae8
+def _check_trainable(params: dict):
+    "Raise `CxrError` if there is nothing to train, or something in half precision."
+    if not params:
+        raise CxrError(
+            "nothing is to be trained: no parameter requires a gradient.\n"
+            "Train the U-Net, or add LoRA to it first."
+        )
+    if any(p.dtype != torch.float32 for p in params.values()):
+        raise CxrError(
+            "the trained weights must be float32; mixed precision is for the forward pass.\n"
+            "Load the model without a dtype."
+        )
+
 # %% ../../nbs/base/loop.ipynb #084b8ada
 class OptimizerStep:
     "Optimizer, learning rates, clipping, loss scaling and average of a run's parts."
@@ -212,20 +226,6 @@ class OptimizerStep:
             value.copy_(saved)
         self.adam.load_state_dict(state["opt"])
         self.scaler.load_state_dict(state["scaler"])
-
-
-def _check_trainable(params: dict):
-    "Raise `CxrError` if there is nothing to train, or something in half precision."
-    if not params:
-        raise CxrError(
-            "nothing is to be trained: no parameter requires a gradient.\n"
-            "Train the U-Net, or add LoRA to it first."
-        )
-    if any(p.dtype != torch.float32 for p in params.values()):
-        raise CxrError(
-            "the trained weights must be float32; mixed precision is for the forward pass.\n"
-            "Load the model without a dtype."
-        )
 
 # %% ../../nbs/base/loop.ipynb #a4e463c6
 class Log:
@@ -405,7 +405,7 @@ class Checkpoint:
         if self.mirror:
             self.mirror.copy(self.path)
 
-
+# %% ../../nbs/base/loop.ipynb #2c30ffa8
 def all_tensors(
     state,  # nested dicts and lists
 ):

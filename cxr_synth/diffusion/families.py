@@ -62,7 +62,7 @@ def stable_diffusion_from_config(
         vae=vae_class.from_config(vae),
     )
 
-
+# %% ../../nbs/diffusion/families.ipynb #20a47df9
 def stable_diffusion_published(
     base: BaseModel,  # an entry of `BASES` that is downloaded
 ) -> dict:  # unet, text_encoder, vae
@@ -92,7 +92,7 @@ def millions(
     "How many numbers they hold, in millions."
     return sum(p.numel() for p in parameters) / 1e6
 
-# %% ../../nbs/diffusion/families.ipynb #8487c06d
+# %% ../../nbs/diffusion/families.ipynb #0287095c
 @dataclass(frozen=True)
 class Family:
     "One kind of pipeline: what it consists of, how it is checked, built and called."
@@ -142,7 +142,7 @@ FAMILIES = {
     ),
 }  # the key is what `BaseModel.family` says
 
-# %% ../../nbs/diffusion/families.ipynb #6963b31d
+# %% ../../nbs/diffusion/families.ipynb #a6221130
 def known_parts(
     name: str,  # of a base in `BASES` that is downloaded
 ) -> dict:  # unet, text_encoder, vae; raises `CxrError` for any other name
@@ -150,7 +150,7 @@ def known_parts(
     base = BASES[one_of(name, [n for n, b in BASES.items() if not b.scratch], "base")]
     return FAMILIES[base.family].published(base)
 
-# %% ../../nbs/diffusion/families.ipynb #4005f0ff
+# %% ../../nbs/diffusion/families.ipynb #6daa4826
 _UNSUPPORTED = {  # how the class of a pipeline begins -> the name of its family
     "StableDiffusionXL": "Stable Diffusion XL",
     "StableDiffusion3": "Stable Diffusion 3",
@@ -176,7 +176,7 @@ def allowed_sources() -> str:
         f"{_family_labels()}."
     )
 
-
+# %% ../../nbs/diffusion/families.ipynb #8a95dfc6
 def find_family(
     index: dict,  # content of model_index.json
     source: str,  # what the user asked for
@@ -219,7 +219,7 @@ def check_parts(
             "safetensors.\nCopy it again whole, or save it again with save_pretrained."
         )
 
-
+# %% ../../nbs/diffusion/families.ipynb #baa99e11
 def check_fit(
     folder,  # with a pipeline; configuration and tokenizer suffice
     family: Family = FAMILIES["Stable Diffusion"],  # that it belongs to

@@ -100,7 +100,7 @@ def _check_lora_request(models: list, rank, alpha, targets):
     if any(map(lora_layers, models)):
         raise CxrError("the model carries a LoRA already.\nFuse it first, or load the base again.")
 
-
+# %% ../../nbs/diffusion/lora.ipynb #c7b35c56
 def add_lora(
     unet,  # its own weights are frozen
     text_encoder,  # the same; None to leave it alone
@@ -244,7 +244,7 @@ def _check_lora_weight(pipe, name: str, weight: torch.Tensor, what: str):
             f"{what}: {name} is for {weight.shape[1]} inputs, the layer has {inputs}.{again}"
         )
 
-
+# %% ../../nbs/diffusion/lora.ipynb #4a2801e0
 def check_lora(
     pipe,  # the base
     state: dict,  # from a LoRA file, native names

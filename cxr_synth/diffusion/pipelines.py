@@ -83,7 +83,7 @@ def _open_pipeline(source: PipelineSource, dtype, local_files_only: bool) -> Dif
             f"cannot load the model {source.where}: {download_failure(e)}\n{allowed_sources()}"
         ) from e
 
-
+# %% ../../nbs/diffusion/pipelines.ipynb #a11bf61f
 def load_pipeline(
     source,  # folder, Hub id, name in `BASES`, or LoRA folder (its base is loaded and the LoRA applied)
     dtype=None,  # torch dtype of the weights; None for float32

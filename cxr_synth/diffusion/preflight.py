@@ -93,7 +93,7 @@ def _in_half_precision(cfg: TrainConfig) -> bool:
         return pick_precision(pick_device(cfg.device)) != "no"
     return cfg.mixed_precision != "no"
 
-
+# %% ../../nbs/diffusion/preflight.ipynb #a11d31cc
 def activation_bytes(
     family: Family,  # of the networks
     networks: dict,  # from `base_parts`; their weights are emptied
@@ -139,7 +139,7 @@ def _mark_trained(family: Family, networks: dict, cfg: TrainConfig) -> float:
             inject_lora(network, cfg.rank, cfg.lora_alpha, LORA_TARGETS)
     return millions(p for network in tuned for p in network.parameters() if p.requires_grad)
 
-
+# %% ../../nbs/diffusion/preflight.ipynb #a4f1f439
 def _bytes_of_state(cfg: TrainConfig) -> tuple[int, int]:
     "Bytes for each trained number that the optimizer's moments and the running average take."
     return 2 if cfg.use_8bit_adam else 8, 4 if cfg.ema_decay else 0
@@ -170,7 +170,7 @@ def _disk(cfg: TrainConfig, base: float, trained: float) -> dict:
         checkpoints=2 * (4 + moments + average) * trained * _GIB,
     )
 
-# %% ../../nbs/diffusion/preflight.ipynb #9e68035e
+# %% ../../nbs/diffusion/preflight.ipynb #3198aeb4
 def preflight(
     cfg: TrainConfig,  # settings
     resolution: int,  # side of the images, px

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['load_dtype', 'byte_letters', 'spell', 'word_vocabulary', 'write_tokenizer', 'tiny_text_encoder', 'vae_channels',
-           'vae_shrink', 'tiny_vae', 'tiny_unet', 'to_device', 'tiny_pipeline', 'stable_diffusion_noise', 'to_pixels',
+           'vae_shrink', 'tiny_vae', 'tiny_unet', 'to_device', 'stable_diffusion_noise', 'tiny_pipeline', 'to_pixels',
            'vae_loss', 'train_vae', 'latent_posterior', 'encode_latents', 'decode_latents', 'denoise_steps']
 
 # %% ../../nbs/diffusion/small_pipeline.ipynb #603375be
@@ -170,7 +170,7 @@ def tiny_vae(
         mid_block_add_attention=False,
     )
 
-
+# %% ../../nbs/diffusion/small_pipeline.ipynb #4181de0e
 def tiny_unet(
     side: int,  # side of the latents
     width: int = 64,  # size of a token's vector
@@ -200,6 +200,20 @@ def to_device(
     if device == "cpu":
         unet.set_attn_processor(AttnProcessor() if precision == "bf16" else AttnProcessor2_0())
     return unet.to(device)
+
+# %% ../../nbs/diffusion/small_pipeline.ipynb #7ce91c04
+def stable_diffusion_noise(
+    prediction: str = "epsilon",  # what the U-Net predicts: epsilon or v_prediction
+) -> DDPMScheduler:
+    "The noise schedule of Stable Diffusion: a thousand steps, square roots of beta evenly spaced."
+    return DDPMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        clip_sample=False,
+        prediction_type=prediction,
+    )
 
 # %% ../../nbs/diffusion/small_pipeline.ipynb #fbb64d10
 def tiny_pipeline(
@@ -231,20 +245,6 @@ def tiny_pipeline(
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-    )
-
-
-def stable_diffusion_noise(
-    prediction: str = "epsilon",  # what the U-Net predicts: epsilon or v_prediction
-) -> DDPMScheduler:
-    "The noise schedule of Stable Diffusion: a thousand steps, square roots of beta evenly spaced."
-    return DDPMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        steps_offset=1,
-        clip_sample=False,
-        prediction_type=prediction,
     )
 
 # %% ../../nbs/diffusion/small_pipeline.ipynb #879e7551
