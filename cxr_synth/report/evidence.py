@@ -166,7 +166,7 @@ class Evidence:
         "Whether results.csv says that a run predicts this split."
         return not pd.isna(getattr(row, f"{split}_auroc"))
 
-
+# %% ../../nbs/report/evidence.ipynb #90e635bc
 def run_of(
     row,  # of results.csv, as an object with attributes
 ) -> Run:

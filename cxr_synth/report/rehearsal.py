@@ -191,7 +191,7 @@ def rehearse_plan(
     )
     return _seal(study, plan)
 
-
+# %% ../../nbs/report/rehearsal.ipynb #d9d53f0e
 def _seal(study, plan):
     "Write a plan and its record."
     drawn = sum(sum(g.images.values()) for g in plan.generators)
@@ -293,7 +293,7 @@ def _quality_rows(factor, rng):
             rows.append(make_row(class_name, metric, summarise_draws(metric, *draws, 60), **about))
     return rows
 
-
+# %% ../../nbs/report/rehearsal.ipynb #8cb6da42
 def rehearse_quality(
     study: Study,  # with plan and synthetic sets
 ):
