@@ -286,7 +286,7 @@ def child(code, *args, **env):
             sys.executable,
             "-c",
             "import sys; from cxr_synth.base.records import Study; "
-            f"from cxr_synth.ship.pack import *; {code}",
+            f"from cxr_synth.ship.pack import *; from cxr_synth.ship.hub_push import *; {code}",
             *map(str, args),
         ],
         stdout=subprocess.PIPE,
@@ -350,7 +350,7 @@ def test_killed_mirror(large, tmp_path):
     drive.mkdir()
     part = drive / ".large.zip.cxr-part"
     kill_when(
-        child("mirror(sys.argv[1], sys.argv[2], block=100)", file, drive),
+        child("mirror_file(sys.argv[1], sys.argv[2], block=100)", file, drive),
         lambda: part.exists() and part.stat().st_size > 10**6,
     )
     assert [p.name for p in drive.iterdir()] == [".large.zip.cxr-part"]

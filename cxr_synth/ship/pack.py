@@ -189,11 +189,12 @@ def write_zip(
     sets: dict,  # from `pack_contents`
     path,  # where to
 ):
-    "Write members, then their checksums, and force all to disk; raises `CxrError` for a damaged set."
+    "Write members and their checksums, force all to disk; `CxrError` for a damaged set."
     with zipfile.ZipFile(path, "w") as z:
         sums = {n: add_member(z, n, c) for n, c in progress(found.items(), "packing", unit="file")}
-        for g, lines in sets.items():
-            assert_same_images(study, g, lines, lambda name: sums[f"synthetic/{g}/{name}"])
+        for generator, lines in sets.items():
+            packed = {n.removeprefix(f"synthetic/{generator}/"): s for n, s in sums.items()}
+            assert_same_images(study, generator, lines, packed.get)
         add_member(z, SUMS, "".join(f"{s}  {n}\n" for n, s in sums.items()).encode())
     with open(path, "rb+") as f:
         os.fsync(f.fileno())
@@ -204,7 +205,7 @@ def pack(
     out=None,  # the zip; None: beside the study, under its name
     what=DEFAULT_PARTS,  # names in `PACK_PARTS`
 ) -> Path:  # where the zip is; raises `CxrError` for a damaged set, a link, or no space
-    "Put the named parts of a study into one zip with checksums. An older pack of that name is replaced, any other file is not."
+    "Put the named parts of a study into one zip; an older pack is replaced, any other file is not."
     study.info()
     out = Path(out or study.root.resolve().parent / f"{study.root.resolve().name}.zip")
     if out.exists() and not is_pack(out):
@@ -224,25 +225,35 @@ def pack(
     return out
 
 # %% ../../nbs/ship/pack.ipynb #8249fb7d
+_RESERVED = re.compile(r"(?i)(con|prn|aux|nul|(com|lpt)\d)(\..*)?")
+_NAME_FAULTS = (  # test of a name in a zip -> what is wrong with it
+    (lambda n: n.startswith("/"), "an absolute path"),
+    (lambda n: re.match("[A-Za-z]:", n), "a path with a Windows drive"),
+    (lambda n: "\\" in n, "a path with a backslash"),
+    (lambda n: ".." in n.split("/"), "a path that climbs out with .."),
+    (
+        lambda n: any(not p.strip(". ") or p != p.rstrip(". ") for p in n.split("/")),
+        "a path with an empty part, or one that ends with a dot or a space",
+    ),
+    (
+        lambda n: re.search(r'[\x00-\x1f\x7f<>:"|?*]', n),
+        "a name with characters that not every system allows",
+    ),
+    (
+        lambda n: any(_RESERVED.fullmatch(p) for p in n.split("/")),
+        "a name that Windows reserves for a device",
+    ),
+)
+
+
 def bad_name(
     name: str,  # as it stands in the zip
 ) -> str:  # why it is refused; empty if it is fine
     "Is this a path that means the same harmless place on every system?"
-    parts = name.removesuffix("/").split("/")
-    if name.startswith("/"):
-        return "an absolute path"
-    if re.match("[A-Za-z]:", name):
-        return "a path with a Windows drive"
-    if "\\" in name:
-        return "a path with a backslash"
-    if ".." in parts:
-        return "a path that climbs out with .."
-    if not all(p.strip(". ") and p == p.rstrip(". ") for p in parts):
-        return "a path with an empty part, or one that ends with a dot or a space"
-    if re.search(r'[\x00-\x1f\x7f<>:"|?*]', name):
-        return "a name with characters that not every system allows"
-    if any(re.fullmatch(r"(?i)(con|prn|aux|nul|(com|lpt)\d)(\..*)?", p) for p in parts):
-        return "a name that Windows reserves for a device"
+    path = name.removesuffix("/")
+    for is_bad, why in _NAME_FAULTS:
+        if is_bad(name if why == "an absolute path" else path):
+            return why
     return ""
 
 # %% ../../nbs/ship/pack.ipynb #baa1bca6
@@ -265,38 +276,51 @@ def in_layout(
     return bool(PACK_PATTERN.fullmatch(name)) and not never_packed(name)
 
 # %% ../../nbs/ship/pack.ipynb #f31e00d5
-MAX_BYTES, MAX_RATIO = (
-    200 * 10**9,
-    100,
-)  # most bytes that a pack may unfold to; most that one byte may become
+MAX_BYTES = 200 * 10**9  # most bytes that a pack may unfold to
+MAX_RATIO = 100  # most bytes that one stored byte may become
+
+
+def _bad_size(
+    info: zipfile.ZipInfo,  # from the zip's list
+) -> str:  # why it is refused; empty if it is fine
+    "Would this member unfold to more than anybody can have meant?"
+    size, stored = info.file_size, info.compress_size
+    if size > MAX_BYTES:
+        return f"a bomb: it would unfold to {size / 1e9:,.0f} GB (limit {MAX_BYTES / 1e9:,.0f} GB)"
+    if size > BLOCK and size > MAX_RATIO * stored:
+        return f"a bomb: {stored / 1e6:,.2f} MB would unfold to {size / 1e6:,.0f} MB"
+    return ""
+
+
+def _bad_kind(
+    info: zipfile.ZipInfo,  # from the zip's list
+) -> str:  # why it is refused; empty if it is fine
+    "Is this an ordinary file or folder, stored in an ordinary way?"
+    kind = stat.S_IFMT(info.external_attr >> 16)
+    ordinary = stat.S_IFDIR if info.is_dir() else stat.S_IFREG
+    if kind == stat.S_IFLNK:
+        return "a link"
+    if kind not in (0, ordinary):
+        return "not an ordinary file"
+    if info.flag_bits & 1:
+        return "encrypted"
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return "compressed in a way that packs are not"
+    return ""
 
 
 def bad_member(
     info: zipfile.ZipInfo,  # from the zip's list
 ) -> str:  # why it is refused; empty if it is fine
     "Is this an ordinary file of a believable size in a place that a pack uses?"
-    if why := bad_name(info.orig_filename):
-        return why
-    if info.orig_filename != info.filename:
-        return "a name that different programs read differently"
-    kind, folder = stat.S_IFMT(info.external_attr >> 16), info.filename.endswith("/")
-    if kind == stat.S_IFLNK:
-        return "a link"
-    if kind not in (0, stat.S_IFDIR if folder else stat.S_IFREG):
-        return "not an ordinary file"
-    if info.flag_bits & 1:
-        return "encrypted"
-    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        return "compressed in a way that packs are not"
-    if info.file_size > MAX_BYTES:
-        return f"a bomb: it would unfold to {info.file_size / 1e9:,.0f} GB (limit {MAX_BYTES / 1e9:,.0f} GB)"
-    if info.file_size > BLOCK and info.file_size > MAX_RATIO * info.compress_size:
-        return f"a bomb: {info.compress_size / 1e6:,.2f} MB would unfold to {info.file_size / 1e6:,.0f} MB"
-    return (
-        ""
-        if folder or info.filename == SUMS or in_layout(info.filename)
-        else "in a place that a pack does not use"
-    )
+    why = bad_name(info.orig_filename)
+    if not why and info.orig_filename != info.filename:
+        why = "a name that different programs read differently"
+    why = why or _bad_kind(info) or _bad_size(info)
+    known = info.is_dir() or info.filename == SUMS or in_layout(info.filename)
+    if not why and not known:
+        why = "in a place that a pack does not use"
+    return why
 
 # %% ../../nbs/ship/pack.ipynb #066a0191
 def refuse_member(
@@ -318,39 +342,68 @@ def filesystem_key(
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 # %% ../../nbs/ship/pack.ipynb #e512aa49
+def _check_each(
+    z: zipfile.ZipFile,  # open for reading
+    file,  # its path
+):
+    "Refuse the first member that is bad by itself."
+    size = os.path.getsize(file)
+    for info in z.infolist():
+        why = bad_member(info)
+        if why:
+            refuse_member(file, info.orig_filename, why)
+        if not 0 <= info.header_offset < size:
+            refuse_member(file, info.filename, "damaged: it is not where the zip's list says")
+
+
+def _check_names(
+    infos: list[zipfile.ZipInfo],  # files alone
+    file,  # the zip's path
+):
+    "Refuse members that would land on one another."
+    count = Counter(filesystem_key(i.filename) for i in infos)
+    folders = folders_of(count)
+    for info in infos:
+        key = filesystem_key(info.filename)
+        if count[key] > 1:
+            why = "there twice (names that differ only in case count as one)"
+            refuse_member(file, info.filename, why)
+        if key in folders:
+            refuse_member(file, info.filename, "a file and a folder at once")
+
+
 def check_members(
     z: zipfile.ZipFile,  # open for reading
     file,  # its path
 ) -> dict:  # name -> ZipInfo, folders left out; raises `CxrError` that names the first bad member
     "Judge every member of a zip before any is read."
-    size = os.path.getsize(file)
-    for info in z.infolist():
-        if why := bad_member(info):
-            refuse_member(file, info.orig_filename, why)
-        if not 0 <= info.header_offset < size:
-            refuse_member(file, info.filename, "damaged: it is not where the zip's list says")
+    _check_each(z, file)
     infos = [i for i in z.infolist() if not i.is_dir()]
-    count = Counter(filesystem_key(i.filename) for i in infos)
-    folders = folders_of(count)
-    for i in infos:
-        if count[filesystem_key(i.filename)] > 1:
-            refuse_member(
-                file, i.filename, "there twice (names that differ only in case count as one)"
-            )
-        if filesystem_key(i.filename) in folders:
-            refuse_member(file, i.filename, "a file and a folder at once")
-    total, stored = sum(i.file_size for i in infos), sum(i.compress_size for i in infos)
+    _check_names(infos, file)
+    total = sum(i.file_size for i in infos)
     if total > MAX_BYTES:
-        refuse_member(
-            file,
-            Path(file).name,
-            f"a bomb: it would unfold to {total / 1e9:,.0f} GB (limit {MAX_BYTES / 1e9:,.0f} GB)",
-        )
-    if stored > size:
+        limit = f"limit {MAX_BYTES / 1e9:,.0f} GB"
+        why = f"a bomb: it would unfold to {total / 1e9:,.0f} GB ({limit})"
+        refuse_member(file, Path(file).name, why)
+    if sum(i.compress_size for i in infos) > os.path.getsize(file):
         refuse_member(file, Path(file).name, "a bomb: its members share bytes")
     return {i.filename: i for i in infos}
 
 # %% ../../nbs/ship/pack.ipynb #fc07d139
+def _parse_sums(
+    text: str,  # of the list
+    file,  # the zip's path
+) -> dict:  # name -> SHA-256
+    "The lines of a list of checksums."
+    sums = {}
+    for line in text.splitlines():
+        found = re.fullmatch(r"([0-9a-f]{64})  (.+)", line)
+        if not found:
+            refuse_member(file, SUMS, "damaged")
+        sums[found[2]] = found[1]
+    return sums
+
+
 def read_sums(
     z: zipfile.ZipFile,  # open for reading
     infos: dict,  # from `check_members`
@@ -363,20 +416,26 @@ def read_sums(
         )
     if infos[SUMS].file_size > 2**28:
         refuse_member(file, SUMS, "too large to be a list of checksums")
-    found = [
-        re.fullmatch(r"([0-9a-f]{64})  (.+)", line) for line in z.read(SUMS).decode().splitlines()
-    ]
-    if not all(found):
-        refuse_member(file, SUMS, "damaged")
-    sums = {m[2]: m[1] for m in found}
-    here = set(infos) - {SUMS}
-    if gone := sorted(set(sums) - here):
-        refuse_member(file, gone[0], "missing")
-    if extra := sorted(here - set(sums)):
-        refuse_member(file, extra[0], "an extra file, which the checksums do not name")
+    sums = _parse_sums(z.read(SUMS).decode(), file)
+    there = set(infos) - {SUMS}
+    for name in sorted(set(sums) - there):
+        refuse_member(file, name, "missing")
+    for name in sorted(there - set(sums)):
+        refuse_member(file, name, "an extra file, which the checksums do not name")
     return sums
 
 # %% ../../nbs/ship/pack.ipynb #4595b85b
+_ZIP_ERRORS = (  # what a damaged zip makes Python raise
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    ValueError,
+    NotImplementedError,
+    RuntimeError,
+)
+
+
 @contextmanager
 def open_pack(
     file,  # the zip
@@ -387,51 +446,56 @@ def open_pack(
     try:
         with zipfile.ZipFile(file) as z:
             yield z
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        struct.error,
-        EOFError,
-        ValueError,
-        NotImplementedError,
-        RuntimeError,
-    ) as e:
+    except _ZIP_ERRORS as e:
+        lines = str(e).splitlines() or [type(e).__name__]
         raise CxrError(
-            f"{file} is damaged or only half there: {str(e).splitlines()[0][:150] if str(e) else type(e).__name__}.\n"
+            f"{file} is damaged or only half there: {lines[0][:150]}.\n"
             "Nothing was put into the study. Get the zip again from where it was packed."
         ) from e
 
 # %% ../../nbs/ship/pack.ipynb #62967ac3
+def _check_folders(
+    study: Study,  # where to unpack
+    names,  # of the members
+):
+    "Raise `CxrError` for a folder that leads out of the study by a link."
+    home = study.root.resolve()
+    for folder in sorted(folders_of(names)):
+        if not (study / folder).resolve().is_relative_to(home):
+            raise CxrError(
+                f"{study / folder} leads out of the study by a link.\n"
+                "Put a folder in its place, or unpack into another study folder."
+            )
+
+
+def _is_other(
+    path: Path,  # what lies in the study under a member's name
+    want: str,  # SHA-256 of the member
+) -> bool:
+    "Whether it is another file; a card may have been edited, or know of more marks."
+    if path.is_symlink() or not path.is_file():
+        return True
+    return path.name != "README.md" and digest_file(path) != want
+
+
 def missing_here(
     study: Study,  # where to unpack
     sums: dict,  # name -> SHA-256
     file,  # the zip
-) -> list[
-    str
-]:  # names that are not in the study yet; raises `CxrError` if one is there with other content
+) -> list[str]:  # names not in the study yet; raises `CxrError` if one is there with other content
     "What remains to be unpacked."
-    home = study.root.resolve()
-    todo = []
-    other = []
-    for folder in sorted(folders_of(sums)):
-        if not (study / folder).resolve().is_relative_to(home):
-            raise CxrError(
-                f"{study / folder} leads out of the study by a link.\nPut a folder in its place, or unpack into another study folder."
-            )
-    for n, want in sums.items():
-        p = study / n
-        if not os.path.lexists(p):
-            todo.append(n)
-        elif p.name == "README.md" and p.is_file() and not p.is_symlink():
-            continue  # a card may have been edited, or know of more marks
-        elif p.is_symlink() or not p.is_file() or digest_file(p) != want:
-            other.append(n)
+    _check_folders(study, sums)
+    missing = [name for name in sums if not os.path.lexists(study / name)]
+    there = [name for name in sums if os.path.lexists(study / name)]
+    other = [name for name in there if _is_other(study / name, sums[name])]
     if other:
+        more = ", ..." if len(other) > 3 else ""
         raise CxrError(
-            f"{study.root} holds {len(other)} other files under names that are in {file}:\n  {', '.join(other[:3])}{', ...' if len(other) > 3 else ''}\n"
+            f"{study.root} holds {len(other)} other files under names that are in {file}:\n"
+            f"  {', '.join(other[:3])}{more}\n"
             "Nothing was changed. Unpack into another study folder, or move these files away."
         )
-    return todo
+    return missing
 
 # %% ../../nbs/ship/pack.ipynb #a135b141
 def extract_member(
@@ -466,19 +530,26 @@ def force_to_disk(
         list(pool.map(force, [p for p in Path(folder).rglob("*") if p.is_file()]))
 
 # %% ../../nbs/ship/pack.ipynb #5b673533
+def _last_of_all(
+    path: Path,  # in a folder that is moved
+) -> tuple:
+    "Order of moving: folders, files, then the files that say that the others are whole."
+    declares = path.name == "metadata.jsonl" or path.name.endswith(("stage.json", "study.json"))
+    return path.is_file(), declares, path.name
+
+
 def move_into_place(
     source: Path,  # folder whose files are verified
     target: Path,  # the folder they belong to
 ):
-    "Move everything below `source` to its place below `target`; raises `CxrError` rather than replace another file."
-    declares = lambda p: p.name == "metadata.jsonl" or p.name.endswith(("stage.json", "study.json"))
-    for p in sorted(source.iterdir(), key=lambda p: (p.is_file(), declares(p), p.name)):
-        to = target / p.name
-        if p.is_dir() and to.is_dir():
-            move_into_place(p, to)
+    "Move all below `source` below `target`; raises `CxrError` rather than replace another file."
+    for path in sorted(source.iterdir(), key=_last_of_all):
+        to = target / path.name
+        if path.is_dir() and to.is_dir():
+            move_into_place(path, to)
         elif not os.path.lexists(to):
-            os.replace(p, to)
-        elif p.is_dir() or not to.is_file() or digest_file(p) != digest_file(to):
+            os.replace(path, to)
+        elif path.is_dir() or not to.is_file() or digest_file(path) != digest_file(to):
             raise CxrError(
                 f"{to} appeared while unpacking, with other content.\n"
                 "It was not replaced. Move it away and repeat the command."
@@ -501,24 +572,25 @@ def unpack(
     file,  # the zip
     study: Study,  # where to; made if need be
 ) -> dict:  # new and kept: how many files were unpacked, how many were there already
-    "Unpack a study's zip: everything verified before anything gets its name, no other file replaced."
+    "Unpack a study's zip: all verified before anything gets its name, no other file replaced."
     with open_pack(file) as z:
         infos = check_members(z, file)
         sums = read_sums(z, infos, file)
-        todo, tmp = set(missing_here(study, sums, file)), study / ".unpack" / digest_json(sums)[:16]
-        check_free_space(
-            study.root, sum(infos[n].file_size for n in todo if not (tmp / n).exists())
-        )
+        missing = set(missing_here(study, sums, file))
+        tmp = study / ".unpack" / digest_json(sums)[:16]
+        size = sum(infos[n].file_size for n in missing if not (tmp / n).exists())
+        check_free_space(study.root, size)
         with naming_disk_errors(study.root):
-            for folder in folders_of(todo):
+            for folder in folders_of(missing):
                 (tmp / folder).mkdir(parents=True, exist_ok=True)
-            for n in progress(sums, "unpacking", unit="file"):
-                extract_member(z, infos[n], sums[n], tmp / n if n in todo else None, file)
-            if todo:
+            for name in progress(sums, "unpacking", unit="file"):
+                target = tmp / name if name in missing else None
+                extract_member(z, infos[name], sums[name], target, file)
+            if missing:
                 force_to_disk(tmp)
                 move_into_place(tmp, study.root)
             clear_unpacked(tmp, sums)
-    return dict(new=len(todo), kept=len(sums) - len(todo))
+    return dict(new=len(missing), kept=len(sums) - len(missing))
 
 # %% ../../nbs/ship/pack.ipynb #b10df29e
 def resume_copy(
@@ -546,13 +618,11 @@ def resume_copy(
     return written, h.hexdigest()
 
 # %% ../../nbs/ship/pack.ipynb #69e2c43d
-def mirror_file(
-    file,  # what to copy
-    folder,  # where to; it must exist
-    block: int = 2**23,  # bytes compared or written at a time
-) -> Path:  # the copy; raises `CxrError` for a missing, full or read-only folder, or another file of that name
-    "Copy a file to a slow or unreliable folder: goes on after an interruption, verifies, then gives the name."
-    file, folder = Path(file), Path(folder)
+def _check_mirror(
+    file: Path,  # what to copy
+    folder: Path,  # where to
+):
+    "Raise `CxrError` for a missing source or folder."
     if not file.is_file():
         raise CxrError(
             f"{file} is missing: there is nothing to copy.\n"
@@ -563,7 +633,20 @@ def mirror_file(
             f"{folder} is no folder.\n"
             "Mount the Drive or make the folder first, and repeat the command."
         )
-    target, part = folder / file.name, folder / f".{file.name}.cxr-part"
+
+
+def mirror_file(
+    file,  # what to copy
+    folder,  # where to; it must exist
+    block: int = 2**23,  # bytes compared or written at a time
+) -> (
+    Path
+):  # the copy; raises `CxrError` for no file, a missing or full folder, or another file there
+    "Copy a file to a slow or unreliable folder: goes on when repeated, verifies, then names it."
+    file, folder = Path(file), Path(folder)
+    _check_mirror(file, folder)
+    target = folder / file.name
+    part = folder / f".{file.name}.cxr-part"
     if target.exists():
         if target.is_file() and digest_file(target) == digest_file(file):
             return target
@@ -572,9 +655,8 @@ def mirror_file(
             "Move it away or choose another name, and repeat the command."
         )
     with naming_disk_errors(target):
-        check_free_space(
-            folder, file.stat().st_size - (part.stat().st_size if part.exists() else 0)
-        )
+        there = part.stat().st_size if part.exists() else 0
+        check_free_space(folder, file.stat().st_size - there)
         _, want = resume_copy(file, part, block)
         if digest_file(part) != want:
             raise CxrError(
@@ -585,7 +667,7 @@ def mirror_file(
     return target
 
 # %% ../../nbs/ship/pack.ipynb #a8c568f2
-OLD_CLAIM = "changed material in the sense of that licence"  # in every card of versions that assumed one data set
+OLD_CLAIM = "changed material in the sense of that licence"  # in cards that assumed one data set
 
 # %% ../../nbs/ship/pack.ipynb #e9041df3
 def cli_pack(
