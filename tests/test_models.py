@@ -159,6 +159,7 @@ def test_a_folder_wins_over_a_name(base, tmp_path, monkeypatch):
     for name in ("stabilityai/stable-diffusion-2-1-base", "sd15"):
         shutil.copytree(base, name)
         assert check_source(name).where == name
+    assert preflight(TrainConfig(base="sd15", train_batch_size=1), 32)["total"] < 10
 
 
 @pytest.mark.parametrize(
