@@ -318,23 +318,30 @@ class _Protocol:
     device: str  # auto, cuda, mps or cpu
     digest: Callable = field(default_factory=lambda: cache(digest_file))  # reads each file once
 
-    def seen(self, images: ChestXrayDataset) -> list:
-        "What a network sees of a data set: content of its files in their order, and the transform."
-        samples = [[self.digest(path), label, source] for path, label, source in images.samples]
-        return [str(images.transform), samples]
+# %% ../nbs/08_guide.ipynb #c53627b7
+def _seen(
+    images: ChestXrayDataset,  # of training or test
+    digest,  # path -> digest of the file
+) -> list:  # a part of a record's key, see `recorded`
+    "What a network sees of a data set: content of its files in their order, and the transform."
+    samples = [[digest(path), label, source] for path, label, source in images.samples]
+    return [str(images.transform), samples]
 
-    def key(self, train: ChestXrayDataset, model: nn.Module, seed: int) -> dict:
-        "All that the result of one training depends on, see `recorded`."
-        return dict(
-            train=self.seen(train),
-            test=self.seen(self.test),
-            model=[str(model), weights_key(model)],
-            seed=seed,
-            epochs=self.epochs,
-            batch=self.batch_size,
-            workers=self.workers,
-            version=PROTOCOL_VERSION,
-        )
+
+def _training_key(
+    protocol: _Protocol, train: ChestXrayDataset, model: nn.Module, seed: int
+) -> dict:
+    "All that the result of one training depends on, see `recorded`."
+    return dict(
+        train=_seen(train, protocol.digest),
+        test=_seen(protocol.test, protocol.digest),
+        model=[str(model), weights_key(model)],
+        seed=seed,
+        epochs=protocol.epochs,
+        batch=protocol.batch_size,
+        workers=protocol.workers,
+        version=PROTOCOL_VERSION,
+    )
 
 # %% ../nbs/08_guide.ipynb #39227152
 def _best_and_last(
@@ -351,7 +358,7 @@ def _best_and_last(
         last_auroc=history["val_auc"][-1],
     )
 
-
+# %% ../nbs/08_guide.ipynb #d2d62b61
 def _train_once(
     protocol: _Protocol,  # what it shares with the others
     train: ChestXrayDataset,  # trained on
@@ -375,7 +382,7 @@ def _train_once(
         return null_for_nan(facts | counts | dict(history=history))
 
     record = Path(path).with_suffix(".json")
-    return recorded(record, protocol.key(train, model, seed), compute)
+    return recorded(record, _training_key(protocol, train, model, seed), compute)
 
 # %% ../nbs/08_guide.ipynb #094b4f3d
 def _summarise(
@@ -458,7 +465,7 @@ GUIDE_COLUMNS = [
 ]
 BIASED_NOTE = "by design: best epoch chosen on test"
 
-
+# %% ../nbs/08_guide.ipynb #42a8d55e
 class _StudyImages(ChestXrayDataset):
     "The guide's data set over a study's prepared images."
 
@@ -478,7 +485,7 @@ class _StudyImages(ChestXrayDataset):
                 some = _random_part(paths, ratio, seed_for(seed, "subset", source, name))
                 self.samples += [(path, label, source) for path in some]
 
-
+# %% ../nbs/08_guide.ipynb #5b02b89b
 def _study_files(
     study: Study,  # with images
     generator: str,  # whose synthetic images
@@ -515,9 +522,26 @@ def _guide_model(cfg: GuideConfig) -> nn.Module:
     return TwoLogits(cfg.network, cfg.size, cfg.pretrained, seed=torch.initial_seed())
 
 
+def _guide_rows(study: Study, cfg: GuideConfig, generator: str, seeds: list, device: str):
+    "Train the seven arms; give a row of results.csv as each training ends."
+    train_files, test_files = _study_files(study, generator)
+    test = _StudyImages(test_files, get_transforms(False, cfg.size))
+    protocol = _Protocol(
+        test, lambda: _guide_model(cfg), cfg.epochs, cfg.batch_size, workers=0, device=device
+    )
+    for arm, ratios in progress(GUIDE_EXPERIMENTS.items(), "guide", unit="arm"):
+        for seed in seeds:
+            train = _StudyImages(train_files, get_transforms(True, cfg.size), seed, **ratios)
+            path = study / f"guide/guide-{arm}/seed{seed}.pth"
+            record = _train_once(protocol, train, seed, path)
+            if not cfg.save_models:
+                path.unlink(missing_ok=True)
+            yield record | dict(arm=f"guide-{arm}", network=cfg.network, biased=BIASED_NOTE)
+
+# %% ../nbs/08_guide.ipynb #9d4ab5f0
 def stage_guide(
     study: Study,  # the study; its test is open
-    cfg: GuideConfig = GuideConfig(),  # settings
+    cfg: GuideConfig = GuideConfig(),  # noqa: B008 (frozen)
     redo: bool = False,  # move results with other settings aside
 ):
     "The guide's seven arms: guide/ARM/seedN.json and guide/results.csv."
@@ -531,20 +555,8 @@ def stage_guide(
     if stage.done:
         return
     device = stage.compute_on(cfg.device)
-    train_files, test_files = _study_files(study, name)
-    test = _StudyImages(test_files, get_transforms(False, cfg.size))
-    protocol = _Protocol(
-        test, lambda: _guide_model(cfg), cfg.epochs, cfg.batch_size, workers=0, device=device
-    )
     rows = []
-    for arm, ratios in progress(GUIDE_EXPERIMENTS.items(), "guide", unit="arm"):
-        for seed in seeds:
-            train = _StudyImages(train_files, get_transforms(True, cfg.size), seed, **ratios)
-            path = study / f"guide/guide-{arm}/seed{seed}.pth"
-            record = _train_once(protocol, train, seed, path)
-            if not cfg.save_models:
-                path.unlink(missing_ok=True)
-            about = dict(arm=f"guide-{arm}", network=cfg.network, biased=BIASED_NOTE)
-            rows.append(record | about)
-            write_csv(study / "guide/results.csv", GUIDE_COLUMNS, rows)
+    for row in _guide_rows(study, cfg, name, seeds, device):
+        rows.append(row)
+        write_csv(study / "guide/results.csv", GUIDE_COLUMNS, rows)
     stage.finish(generator=name, biased=BIASED_NOTE)

@@ -349,7 +349,7 @@ REVIEWED = {  # file:function -> why nothing of a user's is lost
     "classify/runs:make_run": "our log, in a run folder under the record of runs/",
     "classify/executors:do_run": "the checkpoint of this run, under the record of runs/",
     "stages/classify:_forget_failures": "run.json that says of itself that it failed, on demand",
-    "guide:stage_guide": "weights that the line before has written, under the record of guide/",
+    "guide:_guide_rows": "weights that the line before has written, under the record of guide/",
     "base/loop:Mirror.copy": "under a temporary name; the target is new or named in .mirrored.json",
     "base/loop:Mirror.fetch": "under a temporary name, and only where no file is",
     "diffusion/pipelines:save_pipeline": "our temporary folder; the target must not exist",

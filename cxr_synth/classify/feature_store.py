@@ -8,18 +8,17 @@ __all__ = ['FeatureStore']
 # %% ../../nbs/classify/feature_store.ipynb #d26edc04
 from pathlib import Path
 import numpy as np
-from PIL import Image
 
 # %% ../../nbs/classify/feature_store.ipynb #20c11f40
 from ..base.cache import cached
 from ..base.compute import seed_for
-from ..base.files import CxrError, digest_file, digest_json, one_of
+from ..base.files import digest_file, digest_json, one_of
 from ..base.records import Study, generator_name
-from ..base.settings import CLASSES, ExperimentsConfig
+from ..base.settings import ExperimentsConfig
 from .augment import ALTERATIONS, AUGMENT_VERSION, augment
 from ..images.features import extract_features, features_key
 from ..images.networks import network_key
-from ..images.images import IMAGE_PATH_VERSION, pixel_cache, prepare_image
+from ..images.images import IMAGE_PATH_VERSION, pixel_cache
 from ..images.study_images import load_images, split_rows, training_rows
 from ..protocol.round_trips import read_round_trips, round_trip_set
 from ..protocol.sets import load_metadata
@@ -134,7 +133,7 @@ class FeatureStore:
         return x, np.array([line["label"] for line in lines]), names
 
     def roundtrip(self, fraction: float, replicate: int):  # in the order of `training_rows`
-        "The real training images of a fraction after their generator's autoencoder, as `generate` wrote them."
+        "Real training images after their generator's autoencoder, as `generate` wrote them."
         generator = generator_name(fraction, replicate)
         ids = training_rows(self.study, fraction, replicate).image_id.tolist()
         paths = read_round_trips(self.study, generator, ids)

@@ -33,6 +33,14 @@ from ..protocol.round_trips import planned_round_trips, round_trip_set
 from ..protocol.schema import result_columns
 
 # %% ../../nbs/06_classify.ipynb #3c5526f1
+def _inputs(plan: Plan) -> list[str]:  # relative to the study
+    "What the runs of a plan read."
+    real = ["plan.json", "data/manifest.csv", "data/fractions.csv", "data/images"]
+    synthetic = [f"synthetic/{g.name}" for g in plan.generators]
+    round_trips = [f"synthetic/{round_trip_set(g)}" for g in planned_round_trips(plan)]
+    return real + synthetic + round_trips
+
+
 def _chosen_runs(
     runs: list[Run],  # of the plan
     only: str,  # arms, separated by spaces or commas; empty: all
@@ -51,7 +59,7 @@ def _forget_failures(study: Study, runs: list[Run], table: ResultsTable):
             del table.rows[run]
             (study / run.folder / "run.json").unlink()
 
-
+# %% ../../nbs/06_classify.ipynb #4f6a1246
 def _report_failures(study: Study, rows: dict):  # rows: run -> record
     "Say on stderr which runs failed, and why."
     failed = [run for run, row in rows.items() if row["status"] == "failed"]
@@ -69,7 +77,7 @@ def _report_failures(study: Study, rows: dict):  # rows: run -> record
 # %% ../../nbs/06_classify.ipynb #30e95ee5
 def stage_experiments(
     study: Study,  # the study; plan and generate are done
-    cfg: ExperimentsConfig = ExperimentsConfig(),  # settings
+    cfg: ExperimentsConfig = ExperimentsConfig(),  # noqa: B008 (frozen)
     redo: bool = False,  # move old runs with other settings aside
     executor: Executor = None,  # any; None: the one that the settings name
 ):
@@ -77,11 +85,8 @@ def stage_experiments(
     plan = load_plan(study)
     runs = plan.runs()
     wanted = _chosen_runs(runs, cfg.only)
-    inputs = ["plan.json", "data/manifest.csv", "data/fractions.csv", "data/images"]
-    inputs += [f"synthetic/{g.name}" for g in plan.generators]
-    inputs += [f"synthetic/{round_trip_set(g)}" for g in planned_round_trips(plan)]
     results = study / "results.csv"
-    stage = open_stage(study, "experiments", "runs", cfg, inputs, redo)
+    stage = open_stage(study, "experiments", "runs", cfg, _inputs(plan), redo)
     if stage.done and results.exists() and not cfg.retry_failed:
         return
     if not any(stage.path.glob("*/*/run.json")) and results.exists():
@@ -101,19 +106,28 @@ def stage_experiments(
         stage.finish(runs=len(runs), failed=failed)
 
 # %% ../../nbs/06_classify.ipynb #89c6ae73
-def _finished_runs(
+def _done_runs(
     study: Study,  # the study
     plan: Plan,  # its plan
-) -> dict[Run, dict]:  # rows of results.csv, status done; raises `CxrError` for what is missing
-    "results.csv, if every run of the primary contrast is there; rows of other plans left out."
-    rows = read_csv(study / "results.csv") if (study / "results.csv").exists() else []
+) -> dict[Run, dict]:  # run -> its row of results.csv
+    "What was done under this plan and has test predictions."
     done = {}
+    rows = read_csv(study / "results.csv") if (study / "results.csv").exists() else []
     for row in rows:
         key = float(row["real_fraction"]), int(row["replicate"]), int(row["seed"])
         run = Run(row["arm"], *key)
         made = row["plan_sha256"] == plan.sha256 and row["status"] == "done"
         if made and (study / run.folder / "test.csv").exists():
             done[run] = row
+    return done
+
+
+def _assert_primary_done(
+    study: Study,  # the study
+    plan: Plan,  # its plan
+    done: dict,  # from `_done_runs`
+):
+    "Raise `CxrError` that names runs of the primary contrast that are missing."
     p = plan.primary
     needed = [r for r in plan.runs() if r.fraction == p.fraction and r.arm in (p.arm, p.control)]
     missing = [r.folder for r in needed if r not in done]
@@ -123,7 +137,6 @@ def _finished_runs(
             f"are missing, such as\n  {', '.join(missing[:2])}.\n"
             f"Finish them first: cxr-synth experiments {study.root}"
         )
-    return done
 
 # %% ../../nbs/06_classify.ipynb #eb82d598
 def _log_opening(
@@ -147,7 +160,8 @@ def open_test(
 ) -> dict:  # content of opened.json: plan_sha256, and for each opening date and exploratory
     "Score the official test: fill the test columns of results.csv and log the opening."
     plan = load_plan(study)
-    done = _finished_runs(study, plan)
+    done = _done_runs(study, plan)
+    _assert_primary_done(study, plan, done)
     if not len(split_rows(study, "test")):
         raise CxrError(
             "this data set has no official test: nothing to open.\n"
