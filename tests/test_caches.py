@@ -12,7 +12,6 @@ from cxr_synth.classify import feature_store
 from cxr_synth.diffusion import trainer
 from cxr_synth.images import features, images
 from cxr_synth.quality import folders as quality_folders
-from cxr_synth.quality import measure, metrics
 from cxr_synth.base.cache import cached, recorded
 from cxr_synth.base.files import digest_file
 from cxr_synth.base.records import Study
@@ -147,62 +146,7 @@ def test_guide_trains_again_after_a_damaged_record(folders, tmp_path, monkeypatc
     assert ask(folders, tmp_path, monkeypatch) == 1
 
 
-# -- distances, likeness, copies, activations
-
-
-def looks(n, seed, d=12):
-    return np.random.default_rng(seed).normal(size=(n, d))
-
-
-def test_distances_of_a_shorter_list_of_metrics_are_not_taken(tmp_path, monkeypatch):
-    "A study that was measured before a metric was added."
-
-    def ruler():
-        return measure.Baseline(looks(40, 0), np.arange(40), looks(40, 1), 3, cache=tmp_path)
-
-    whole = ruler().measure(looks(30, 2), 12)
-    assert list(whole) == list(measure.WORSE_SIDE)
-    few = {k: v for k, v in measure.WORSE_SIDE.items() if k != "source_auc"}
-    for p in tmp_path.iterdir():
-        p.unlink()
-    monkeypatch.setattr(measure, "WORSE_SIDE", few)
-    assert list(ruler().measure(looks(30, 2), 12)) == list(few)
-    monkeypatch.setattr(measure, "WORSE_SIDE", few | dict(source_auc="above"))
-    assert ruler().measure(looks(30, 2), 12) == whole
-
-
-def test_a_corrected_formula_gives_its_own_number(tmp_path, monkeypatch):
-    def kid():
-        return measure.Baseline(looks(40, 0), np.arange(40), None, 3, cache=tmp_path).measure(
-            looks(30, 2), 12
-        )["kid"]["value"]
-
-    before, compare = kid(), measure.compare_features
-    monkeypatch.setattr(measure, "compare_features", lambda *a: compare(*a) | dict(kid=7.0))
-    assert kid() == before  # the version says that nothing has changed
-    monkeypatch.setattr(
-        measure, "FORMULAS", metrics.FORMULAS | dict(kid=metrics.FORMULAS["kid"] + 1)
-    )
-    assert kid() == 7
-
-
-def test_every_metric_has_a_version():
-    assert set(measure.WORSE_SIDE) | {"ms_ssim"} == set(metrics.FORMULAS)
-
-
-def test_likeness_of_a_corrected_formula(tmp_path, monkeypatch):
-    x = np.random.default_rng(0).integers(0, 256, (8, 32, 32), np.uint8)
-
-    def mean():
-        return measure.set_similarity(x, 8, 8, 2, cache=tmp_path)[0][0]
-
-    before = mean()
-    monkeypatch.setattr(
-        measure, "ms_ssim", lambda images, first, second: np.full(len(first), 0.25, np.float32)
-    )
-    assert mean() == before
-    monkeypatch.setattr(measure, "FORMULAS", metrics.FORMULAS | dict(ms_ssim=99))
-    assert mean() == 0.25
+# -- activations
 
 
 class Shift(nn.Module):

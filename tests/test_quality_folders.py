@@ -1,6 +1,4 @@
-"""What users give to the folder functions: one image, other sizes and modes, odd suffixes, damaged
-files, equal folders, missing classes.
-"""
+"Folders as users have them: one image, other sizes and modes, damaged files, equal folders, missing classes."
 
 import warnings
 import numpy as np
@@ -11,7 +9,6 @@ from cxr_synth.base.files import CxrError
 from cxr_synth.base.settings import QualityConfig
 from cxr_synth.images.features import extract_features
 from cxr_synth.images.folders import image_files, read_folder
-from cxr_synth.quality.metrics import frechet_distance
 from cxr_synth.images.phantom import draw_phantom
 from cxr_synth.quality.folders import (
     calculate_fid,
@@ -19,6 +16,8 @@ from cxr_synth.quality.folders import (
     folder_activations,
     measure_folders,
 )
+from cxr_synth.quality.measure import set_similarity
+from cxr_synth.quality.metrics import frechet_distance
 
 
 class Means(torch.nn.Module):  # 16 patch means in Inception's place
@@ -212,11 +211,9 @@ CFG = QualityConfig(size=32, halvings=3, pairs=30, device="cpu")
 
 
 def test_classes_missing_on_one_side(tmp_path):
-    (
-        fill(tmp_path / "real/NORMAL", 14),
-        fill(tmp_path / "real/PNEUMONIA", 14, label=1),
-        fill(tmp_path / "synth/normal", 14),
-    )
+    fill(tmp_path / "real/NORMAL", 14)
+    fill(tmp_path / "real/PNEUMONIA", 14, label=1)
+    fill(tmp_path / "synth/normal", 14)
     says(
         "the class pneumonia is only in .*real",
         measure_folders,
@@ -248,3 +245,14 @@ def test_mixed_sizes_take_one_path(tmp_path):
     (a / "notes.txt").write_text("x")
     t = measure_folders(a, fill(tmp_path / "b", 20, first=500), CFG)
     assert (t.real_available == 24).all() and (t.unused_files == 1).all()
+
+
+def test_similarity_is_that_of_the_stage(tmp_path):
+    "Folders once gave the mean over halves in place of the mean over all pairs."
+    real, synthetic = fill(tmp_path / "a", 40), fill(tmp_path / "b", 20, first=500)
+    table = measure_folders(real, synthetic, CFG).set_index("metric")
+    n = int(table.n_synthetic["ms-ssim"])
+    whole, _ = set_similarity(read_folder(synthetic), n, CFG.pairs, CFG.halvings)
+    assert table.value["ms-ssim"] == pytest.approx(whole[0], abs=1e-6)
+    assert table.value["ms-ssim-top"] == pytest.approx(whole[1], abs=1e-6)
+    assert table.resize["ms-ssim"] == "32 px enlarged to 256 px, bilinear"

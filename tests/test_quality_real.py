@@ -1,6 +1,4 @@
-"""The quality suite on the real set (Kermany et al. 2018): collapse, planted copies, fresh images,
-and its own speed in pieces.
-"""
+"Quality metrics on the real set (Kermany et al. 2018): collapse, planted copies, fresh images."
 
 import os
 from pathlib import Path
@@ -36,7 +34,8 @@ REAL = (
 )
 pytestmark = pytest.mark.skipif(
     not REAL.is_dir(),
-    reason=f"no real data set in {REAL.parent}: set CXR_DATA to the folder of kermany-224",
+    reason=f"no real data set in {REAL.parent} (set CXR_DATA to the folder that holds kermany-224); "
+    "phantoms cover the code",
 )
 
 
@@ -44,12 +43,12 @@ def read(files):
     return np.stack([np.asarray(prepare_image(Image.open(p), 64)) for p in files])
 
 
-def see(x):
+def embed(x):
     return extract_features(x, size=64)
 
 
 @pytest.fixture(scope="module")
-def normals():  # three patient-disjoint piles of normal images: seen, unseen, fresh
+def normals():  # three patient-disjoint sets of normal images: seen, unseen, fresh
     files = sorted((REAL / "train/NORMAL").glob("*.jpeg"))
     who = np.array([parse_name(p.stem)[1] for p in files])
     names = np.random.default_rng(0).permutation(np.unique(who))
@@ -60,7 +59,7 @@ def normals():  # three patient-disjoint piles of normal images: seen, unseen, f
 @pytest.fixture(scope="module")
 def search(normals):
     spaces = dict(
-        features=feature_space(see),
+        features=feature_space(embed),
         layout=feature_space(
             lambda x: extract_features(x, "efficientnet-lite0-layout", size=64), flip=True
         ),
@@ -71,22 +70,24 @@ def search(normals):
 
 
 @pytest.fixture(scope="module")
-def alarm(normals, search):
+def copy_test(normals, search):
     return CopyTest(search(normals[1][0]), normals[1][1])
 
 
-def test_planted_copies_are_found(normals, search, alarm):
+def test_planted_copies_are_found(normals, search, copy_test):
     planted, disguise = plant_copies(normals[0][0], each=30)
-    caught = alarm.score(search(planted)) < alarm.threshold
-    print({k: float(caught[disguise == k].mean()) for k in set(disguise)}, alarm.threshold)
+    caught = copy_test.flags(search(planted))
+    print({k: float(caught[disguise == k].mean()) for k in set(disguise)}, copy_test.threshold)
     assert caught.mean() >= 0.9
 
 
-def test_fresh_images_are_flagged_at_one_percent(normals, search, alarm):
-    scores = alarm.score(search(normals[2][0]))
-    low, high = wilson(int((scores < alarm.threshold).sum()), len(scores))
-    at = [(scores < t).mean() for t in alarm.interval]  # the threshold itself rests on few images
-    print((scores < alarm.threshold).mean(), (low, high), at)
+def test_fresh_images_are_flagged_at_one_percent(normals, search, copy_test):
+    scores = copy_test.score(search(normals[2][0]))
+    low, high = wilson(int((scores < copy_test.threshold).sum()), len(scores))
+    at = [
+        (scores < t).mean() for t in copy_test.interval
+    ]  # the threshold itself rests on few images
+    print((scores < copy_test.threshold).mean(), (low, high), at)
     assert low <= 0.01 <= high or at[0] <= 0.01 <= at[1]
 
 
@@ -99,7 +100,7 @@ def test_a_collapsed_set_is_called_less_diverse(normals):
         .round()
         .astype(np.uint8)
     )
-    f, g, h = map(see, (real, rest, collapsed))
+    f, g, h = map(embed, (real, rest, collapsed))
     width = bandwidth(f)
     assert rbf_mmd(f, h, width) > 20 * abs(rbf_mmd(f, g, width))
     assert (
@@ -112,7 +113,7 @@ def test_a_collapsed_set_is_called_less_diverse(normals):
 
 
 def test_torchvision_weights_from_a_folder_see_pneumonia():
-    # MobileNetV2's real ImageNet file, named by its folder.
+    "MobileNetV2's real ImageNet file, named by its folder."
     weights = REAL.parent / "weights" / "imagenet"
     if not (weights / "mobilenet_v2-b0353104.pth").is_file():
         pytest.skip(f"no mobilenet_v2-b0353104.pth in {weights}")
@@ -128,6 +129,6 @@ def test_torchvision_weights_from_a_folder_see_pneumonia():
     assert auroc(label[200:], fit_head(x[:200], label[:200])(x[200:])) > 0.8
 
 
-def test_source_auc_of_two_real_piles(normals):
-    f, g = see(normals[0][0][:300]), see(normals[1][0][:300])
+def test_source_auc_of_two_sets_of_real_images(normals):
+    f, g = embed(normals[0][0][:300]), embed(normals[1][0][:300])
     assert abs(source_auc(f, g, normals[0][1][:300], normals[1][1][:300]) - 0.5) < 0.08

@@ -1,6 +1,6 @@
-"""Metrics against values known by hand, against published values, and against the libraries that
-people use for them.
-"""
+"Metrics against values known by hand or published, and against the libraries that people use."
+
+from itertools import permutations, product
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from cxr_synth.quality.metrics import (
     random_pairs,
     rbf_mmd,
     source_auc,
+    unit_length,
 )
 from cxr_synth.stats.auc import auroc
 
@@ -86,8 +87,7 @@ def test_frechet_depends_on_no_order():
 
 
 def test_mean_term_of_the_same_distribution():
-    # Exact in expectation: trace * (1/N + 1/M), 0.2369 for trace 150 and 1,200 against 1,341
-    # images.
+    "Exact in expectation: trace * (1/N + 1/M), 0.2369 for trace 150 and 1,200 against 1,341 images."
     assert round(150 * (1 / 1200 + 1 / 1341), 4) == 0.2369
     r, s = rng(), np.sqrt(1 / np.arange(1, 301))
     n = 120
@@ -132,11 +132,7 @@ def test_kid_agrees_with_torch_fidelity():
     peer = pytest.importorskip("torch_fidelity.metric_kid")
     x, y = (m[:60] for m in matrices())
     for kernel, mine in (("poly", kid(x, y)), ("rbf", None)):
-
-        def unit(v):
-            return v / np.linalg.norm(v, axis=1, keepdims=True)
-
-        a, b = (x, y) if kernel == "poly" else (unit(x), unit(y))
+        a, b = (x, y) if kernel == "poly" else (unit_length(x), unit_length(y))
         want = peer.kernel_mmd(
             a,
             b,
@@ -154,19 +150,18 @@ def test_kid_agrees_with_torch_fidelity():
 def test_kid_agrees_with_its_formula():  # the unbiased estimator, written as loops
     x, y = (m[:12, :5] for m in matrices())
 
-    def k(a, b):
+    def kernel(a, b):
         return (a @ b / 5 + 1) ** 3
 
     def within(s):
-        return np.mean([k(s[i], s[j]) for i in range(len(s)) for j in range(len(s)) if i != j])
+        return np.mean([kernel(a, b) for a, b in permutations(s, 2)])
 
-    assert kid(x, y) == pytest.approx(
-        within(x) + within(y) - 2 * np.mean([k(a, b) for a in x for b in y]), rel=1e-10
-    )
+    between = np.mean([kernel(a, b) for a, b in product(x, y)])
+    assert kid(x, y) == pytest.approx(within(x) + within(y) - 2 * between, rel=1e-10)
 
 
 def test_kid_of_a_set_with_itself_is_not_zero():
-    # A pair with itself is left out within the sets, but not between them.
+    "A pair with itself is left out within the sets, but not between them."
     x, _ = matrices()
     assert kid(x, x) < 0
 
@@ -190,7 +185,7 @@ def test_density_and_coverage_of_the_same_distribution():
 
 
 def test_density_and_coverage_in_many_dimensions():
-    # Prdc's README: 1.0555 and 0.9735 for one draw of 10,000 in 1,000 dimensions.
+    "prdc's README: 1.0555 and 0.9735 for one draw of 10,000 in 1,000 dimensions."
     r = rng()
     got = [
         density_coverage(r.normal(size=(700, 1000)), r.normal(size=(700, 1000))) for _ in range(3)
@@ -201,7 +196,7 @@ def test_density_and_coverage_in_many_dimensions():
 
 
 def test_tight_cloud_inside_a_wide_one():
-    # Dense, but it covers little; swapped arguments would say the opposite.
+    "Dense, but it covers little; swapped arguments would say the opposite."
     r = rng()
     wide, tight = r.normal(size=(200, 16)) * 3, r.normal(size=(200, 16)) * 0.1
     density, coverage = density_coverage(wide, tight)

@@ -231,7 +231,7 @@ class Neighbours:
         None  # of seen images, those of one patient `apart`; None: not searched
     )
 
-
+# %% ../../nbs/quality/copies.ipynb #25f6dd83
 @dataclass
 class CopyReport:
     "What the search for copies found in one class."

@@ -28,7 +28,7 @@ def _image_row(images, n):
     row[: len(images)] = images
     return np.hstack(row)
 
-
+# %% ../../nbs/quality/figures.ipynb #01f85a42
 def comparison_grid(
     real,  # images uint8 (N, R, R) and labels (N,)
     synthetic,  # images and labels
@@ -75,7 +75,7 @@ def _plot_metric(ax, metric, sides):
     ax.set_title(f"{METRICS[metric].label}, n = {n}{note}", fontsize=9)
     ax.set_xticks(range(len(CLASSES)), CLASSES)
 
-
+# %% ../../nbs/quality/figures.ipynb #9cdd8a24
 def plot_bars(
     rows: list[dict],  # of one generator, after fine-tuning
     before: list[dict],  # of its base; empty if it was not drawn
@@ -102,7 +102,7 @@ def _broadest_directions(x):
     some = x[np.random.default_rng(0).permutation(len(x))[:1000]]
     return np.linalg.svd(some - x.mean(0), full_matrices=False)[2][:2].T
 
-
+# %% ../../nbs/quality/figures.ipynb #b49c0f67
 def plot_map(
     real,  # features and labels
     synthetic,  # features and labels

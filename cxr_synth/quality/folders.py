@@ -88,7 +88,7 @@ def folder_activations(
     )
     return cached(cache, "activations", key, lambda: _activations(images, *settings))
 
-
+# %% ../../nbs/quality/folders.ipynb #3be4008f
 def _same_files(real, synthetic) -> int:
     "How many images are in both folders, byte for byte."
     return len(
@@ -161,7 +161,7 @@ def folder_classes(
         return {"": (Path(real_dir), Path(synth_dir))}
     return {c: (real[c], synthetic[c]) for c in real}
 
-
+# %% ../../nbs/quality/folders.ipynb #c211e21d
 @dataclass
 class FolderPair:
     "The real and the synthetic images of one class, from two folders."
@@ -208,7 +208,7 @@ def _folder_baselines(pairs, cfg, cache, extractor):
         )
     return out
 
-
+# %% ../../nbs/quality/folders.ipynb #ba497e0c
 def measure_folders(
     real_dir,  # folder of real images, or of class folders
     synth_dir,  # the same of synthetic images

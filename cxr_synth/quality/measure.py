@@ -217,7 +217,7 @@ def _summarise_similarities(values):
     "Every metric on the similarities of pairs (metrics,)."
     return [METRICS[m].function(values) for m in metrics_on("similarities")]
 
-
+# %% ../../nbs/quality/measure.ipynb #fc242b90
 def measure_similarity(
     synthetic,  # images uint8 (N, R, R)
     real,  # images uint8 (M, R, R)
@@ -268,7 +268,7 @@ class LabelledScores:
         found = np.array([self.measure(metric, class_name, part) for part in parts])
         return found[~np.isnan(found)]
 
-
+# %% ../../nbs/quality/measure.ipynb #0c54ae93
 def label_fidelity(
     synthetic: LabelledScores,  # of the synthetic images
     real: LabelledScores,  # of real images that the head has not seen
@@ -329,7 +329,7 @@ def _reading_note(row):
         return f"A perfect generator: {expected_coverage(row['n_real'], n):.3g}, from counts alone."
     return ""
 
-
+# %% ../../nbs/quality/measure.ipynb #bae7f282
 def row_sentence(
     row: dict,  # see `QUALITY_COLUMNS`
 ) -> str:
@@ -730,7 +730,7 @@ def _search_neighbours(search, label, found, null):
     among = search(search.images[some], search.patients[some])
     return Neighbours(found, null, search(planted), disguise, among)
 
-
+# %% ../../nbs/quality/measure.ipynb #f4ce4eb1
 def search_copies(
     real: RealReference,  # real images
     synthetic: SyntheticSet,  # synthetic ones
@@ -789,7 +789,7 @@ def copy_row(
         sentence = "Copies were not searched for: fewer than 20 real images are unseen."
     return make_row(class_name, "copies", found, sentence=sentence, **about)
 
-
+# %% ../../nbs/quality/measure.ipynb #ce7a8a02
 def copy_facts(
     report: CopyReport | None,  # of one class
     doubles: int = 0,  # seen images that have a near duplicate among all images of the study

@@ -312,7 +312,7 @@ def _patient_folds(
     order = np.random.default_rng(seed_for(seed, "folds")).permutation(group.max() + 1)
     return (order % folds)[group]
 
-
+# %% ../../nbs/quality/metrics.ipynb #65654db5
 def source_auc(
     real,  # features (N, D)
     synthetic,  # features (M, D)
