@@ -1,23 +1,50 @@
-"""The quality suite: how long the whole of it takes on the real set, and two comparisons with
-pytorch-fid.
-python benchmarks/quality.py suite [FOLDER]   2 x 1,200 images at 224 px against the real training
-classes; FOLDER: kermany-224; expected: at most 240 s and 4 GiB on two cores, 20 s again
-python benchmarks/quality.py copies [FOLDER]  1 % planted copies among real images that the
-generator never saw, both classes, at 224 px; expected: at least 90 % found, about 1 % of the
-others flagged
-python benchmarks/quality.py frechet          the Fréchet step at d = 2048, 1,200 images a side;
-expected: at least 20 times faster
-python benchmarks/quality.py fid              both classes through one stand-in network, 300
-images a folder; expected: at least 2 times faster
+"""The quality stage: how long the whole of it takes on the real set, and two comparisons with pytorch-fid.
+
+python benchmarks/quality.py suite [FOLDER]   2 x 1,200 images at 224 px against the real training classes
+    FOLDER: kermany-224; expected: at most 240 s and 4 GiB on two cores, 20 s again
+python benchmarks/quality.py copies [FOLDER]  1 % planted copies among unseen real images, at 224 px
+    expected: at least 90 % found, about 1 % of the others flagged
+python benchmarks/quality.py frechet          the Fréchet step at d = 2048, 1,200 images a side
+    expected: at least 20 times faster
+python benchmarks/quality.py fid              both classes through one stand-in network, 300 images a folder
+    expected: at least 2 times faster
 """
 
-import os, sys, tempfile, time, warnings
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+import warnings
 from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from scipy.ndimage import gaussian_filter
+
+from cxr_synth.base.files import write_text
 from cxr_synth.base.records import Study
 from cxr_synth.base.settings import DataConfig, QualityConfig
+from cxr_synth.images.features import extract_features
+from cxr_synth.images.images import prepare_image
+from cxr_synth.images.known_generators import write_class_images
+from cxr_synth.images.phantom import draw_phantom
+from cxr_synth.images.study_images import load_images, training_rows
+from cxr_synth.protocol.dataset import parse_name
+from cxr_synth.quality.copies import (
+    DISGUISES,
+    CopyTest,
+    feature_space,
+    nearest_in_spaces,
+    pixel_space,
+    plant_copies,
+    wilson,
+)
+from cxr_synth.quality.folders import calculate_fid
+from cxr_synth.quality.metrics import frechet_distance, frechet_moments
+from cxr_synth.stages.data import stage_data
+from cxr_synth.stages.quality import quality_table, stage_quality
 
 
 def timed(f, *a, **k):
@@ -33,36 +60,24 @@ def peak():  # GiB; not on Windows
     )
 
 
-def suite(folder="../shared/data/kermany-224", n=1200):
-    "The synthetic set is made of real images, blurred: the time does not depend on what they show."
-    import json
-    from scipy.ndimage import gaussian_filter
-    from cxr_synth.base.files import digest_file, write_text
-    from cxr_synth.images.study_images import load_images, training_rows
-    from cxr_synth.stages.data import stage_data
-    from cxr_synth.stages.quality import quality_table, stage_quality
+def blurred_set(study, rows, n):
+    "A synthetic set of real images, blurred: the time does not depend on what they show."
+    folder, lines = study / "synthetic/real100-rep0", []
+    for label in range(2):
+        ids = rows.image_id[rows.label == label].tolist()
+        images = load_images(study, [ids[k % len(ids)] for k in range(n)])
+        moved = [np.roll(image, 7, axis=k % 2) for k, image in enumerate(images)]
+        blurred = [gaussian_filter(image, 1 + k % 3) for k, image in enumerate(moved)]
+        lines += write_class_images(folder, "real100-rep0", label, "truth", blurred)
+    write_text(folder / "metadata.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
+
+def suite(folder, n=1200):
     with tempfile.TemporaryDirectory() as tmp:
-        study, lines = Study(Path(tmp) / "study"), []
+        study = Study(Path(tmp) / "study")
         stage_data(study, DataConfig(source=str(folder), resolution=224))
         rows = training_rows(study, 1.0, 0)
-        for label, c in enumerate(("normal", "pneumonia")):
-            ids = rows.image_id[rows.label == label].tolist()
-            for k, im in enumerate(load_images(study, [ids[k % len(ids)] for k in range(n)])):
-                p = study / f"synthetic/real100-rep0/{c}/{k:06d}.png"
-                p.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(gaussian_filter(np.roll(im, 7, axis=k % 2), 1 + k % 3)).save(p)
-                lines.append(
-                    json.dumps(
-                        dict(
-                            file_name=f"{c}/{k:06d}.png",
-                            label=label,
-                            class_name=c,
-                            sha256=digest_file(p),
-                        )
-                    )
-                )
-        write_text(study / "synthetic/real100-rep0/metadata.jsonl", "\n".join(lines) + "\n")
+        blurred_set(study, rows, n)
         cfg = QualityConfig(size=224)
         _, first = timed(stage_quality, study, cfg)
         memory = peak()
@@ -70,70 +85,79 @@ def suite(folder="../shared/data/kermany-224", n=1200):
         _, second = timed(stage_quality, study, cfg)
         _, third = timed(stage_quality, study, cfg)
         print(
-            f"suite: {first:.0f} s, peak {memory:.1f} GiB; again from the cache {second:.1f} s; again when complete {third:.1f} s   "
-            f"threads {torch.get_num_threads()}, {len(rows)} real training images, {len(quality_table(study))} numbers"
+            f"suite: {first:.0f} s, peak {memory:.1f} GiB; again from the cache {second:.1f} s; "
+            f"again when complete {third:.1f} s   threads {torch.get_num_threads()}, "
+            f"{len(rows)} real training images, {len(quality_table(study))} numbers"
         )
 
 
-def copies(folder="../shared/data/kermany-224", side=224):
-    """Three piles of patients: seen, unseen (the alarm's), fresh. The synthetic set: the fresh pile,
-    and 1 % disguised copies of the seen one.
-    """
-    from cxr_synth.quality.copies import feature_space, pixel_space, wilson
-    from cxr_synth.protocol.dataset import parse_name
-    from cxr_synth.images.images import prepare_image
+def search_spaces(side):
+    "The three spaces of the search, as the stage has them."
 
-    spaces = dict(
-        features=feature_space(lambda x: extract(x, size=side)),
-        layout=feature_space(
-            lambda x: extract(x, "efficientnet-lite0-layout", size=128), flip=True
-        ),
+    def embed(images):
+        return extract_features(images, size=side)
+
+    def embed_layout(images):
+        return extract_features(images, "efficientnet-lite0-layout", size=128)
+
+    return dict(
+        features=feature_space(embed),
+        layout=feature_space(embed_layout, flip=True),
         pixels=pixel_space(),
     )
+
+
+def read_parts(folder, side):
+    "Images and patients of three sets of patients: seen, unseen (for the threshold), fresh."
+    files = sorted(Path(folder).glob("*.jpeg"))
+    patients = np.array([parse_name(p.stem)[1] for p in files])
+    for part in np.array_split(np.random.default_rng(0).permutation(np.unique(patients)), 3):
+        chosen = np.flatnonzero(np.isin(patients, part))
+        images = [np.asarray(prepare_image(Image.open(files[k]), side)) for k in chosen]
+        yield np.stack(images), patients[chosen]
+
+
+def copies(folder, side=224):
+    "The synthetic set: the fresh images, and 1 % disguised copies of the seen ones."
+    spaces = search_spaces(side)
     for c in ("NORMAL", "PNEUMONIA"):
-        files = sorted((Path(folder) / "train" / c).glob("*.jpeg"))
-        who = np.array([parse_name(p.stem)[1] for p in files])
-        parts = np.array_split(np.random.default_rng(0).permutation(np.unique(who)), 3)
-        seen, unseen, fresh = (
-            np.stack(
-                [
-                    np.asarray(prepare_image(Image.open(files[k]), side))
-                    for k in np.flatnonzero(np.isin(who, part))
-                ]
-            )
-            for part in parts
-        )
+        (seen, _), (unseen, patients), (fresh, _) = read_parts(Path(folder) / "train" / c, side)
         references = {k: s.reference(seen) for k, s in spaces.items()}
-        alarm = Alarm(look(spaces, references, unseen), who[np.isin(who, parts[1])])
-        planted, disguise = plant(seen, each=max(20, len(fresh) // 100))
-        caught = alarm.score(look(spaces, references, planted)) < alarm.threshold
-        scores = alarm.score(look(spaces, references, fresh))
-        k = int((scores < alarm.threshold).sum())
+        test = CopyTest(nearest_in_spaces(spaces, references, unseen), patients)
+        planted, disguise = plant_copies(seen, each=max(20, len(fresh) // 100))
+        caught = test.flags(nearest_in_spaces(spaces, references, planted))
+        scores = test.score(nearest_in_spaces(spaces, references, fresh))
+        k, n = int((scores < test.threshold).sum()), len(fresh)
+        by_disguise = ", ".join(f"{d} {caught[disguise == d].mean():.0%}" for d in DISGUISES)
+        low, high = wilson(k, n)
+        least, most = ((scores < threshold).mean() for threshold in test.interval)
         print(
-            f"copies, {c}: found {caught.mean():.0%} of {len(planted)} ({', '.join(f'{d} {caught[disguise == d].mean():.0%}' for d in dict.fromkeys(disguise))}); "
-            f"fresh images flagged {k} of {len(fresh)}, 95 % {wilson(k, len(fresh))[0]:.2%} to {wilson(k, len(fresh))[1]:.2%}; at both ends of the threshold's interval "
-            f"{(scores < alarm.interval[0]).mean():.2%} and {(scores < alarm.interval[1]).mean():.2%}"
+            f"copies, {c}: found {caught.mean():.0%} of {len(planted)} ({by_disguise}); "
+            f"fresh images flagged {k} of {n}, 95 % {low:.2%} to {high:.2%}; "
+            f"at both ends of the threshold's interval {least:.2%} and {most:.2%}"
         )
 
 
 def frechet(n=1200, d=2048):
     from pytorch_fid.fid_score import calculate_frechet_distance
-    from cxr_synth.quality.metrics import frechet_distance, frechet_moments
 
     rng = np.random.default_rng(0)
     x, y = (rng.normal(size=(n, d)) * np.sqrt(1 / np.arange(1, d + 1)) + s for s in (0, 0.05))
     moments = x.mean(0), np.cov(x, rowvar=False), y.mean(0), np.cov(y, rowvar=False)
-    (mine, t), (slow, t2) = timed(frechet_distance, x, y), timed(frechet_moments, *moments)
+    (mine, t), (_, t2) = timed(frechet_distance, x, y), timed(frechet_moments, *moments)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             want, t1 = timed(calculate_frechet_distance, *moments)
         except TypeError as e:
-            return print(
-                f"frechet: {t:.2f} s (eigen-decomposition {t2:.2f} s); pytorch-fid does not work with this scipy: {e}"
+            print(
+                f"frechet: {t:.2f} s (eigen-decomposition {t2:.2f} s); "
+                f"pytorch-fid does not work with this scipy: {e}"
             )
+            return
     print(
-        f"frechet d = {d}, n = {n}: pytorch-fid {t1:.2f} s, eigen-decomposition {t2:.2f} s, here {t:.2f} s ({t1 / t:.0f} times faster); relative difference {abs(mine / want - 1):.1e}"
+        f"frechet d = {d}, n = {n}: pytorch-fid {t1:.2f} s, eigen-decomposition {t2:.2f} s, "
+        f"here {t:.2f} s ({t1 / t:.0f} times faster); relative difference {abs(mine / want - 1):.1e}"
     )
 
 
@@ -156,8 +180,6 @@ class StandIn(torch.nn.Module):
 
 def fid(n=300):
     from pytorch_fid import fid_score
-    from cxr_synth.images.phantom import draw_phantom
-    from cxr_synth.quality.folders import calculate_fid
 
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as tmp:
@@ -170,12 +192,12 @@ def fid(n=300):
                     )
         pairs = [(f"{tmp}/real/{c}", f"{tmp}/synthetic/{c}") for c in ("normal", "pneumonia")]
         net = StandIn().eval()
-        mine, t = timed(
-            lambda: [calculate_fid(*p, model=net, cache=Path(tmp) / "cache") for p in pairs]
-        )
-        _, again = timed(
-            lambda: [calculate_fid(*p, model=net, cache=Path(tmp) / "cache") for p in pairs]
-        )
+
+        def ours():
+            return [calculate_fid(*p, model=net, cache=Path(tmp) / "cache") for p in pairs]
+
+        mine, t = timed(ours)
+        _, again = timed(ours)
 
         def theirs():
             stats = [
@@ -189,12 +211,22 @@ def fid(n=300):
         except TypeError as e:
             return print(f"fid: {t:.1f} s; pytorch-fid does not work with this scipy: {e}")
         print(
-            f"fid, 2 classes of {n} + {n}: pytorch-fid {t1:.1f} s, here {t:.1f} s ({t1 / t:.1f} times faster), again {again:.1f} s; "
+            f"fid, 2 classes of {n} + {n}: pytorch-fid {t1:.1f} s, here {t:.1f} s "
+            f"({t1 / t:.1f} times faster), again {again:.1f} s; "
             f"relative difference {max(abs(a / b - 1) for a, b in zip(mine, want)):.1e}"
         )
 
 
 if __name__ == "__main__":
-    dict(suite=suite, copies=copies, frechet=frechet, fid=fid)[
-        sys.argv[1] if len(sys.argv) > 1 else "frechet"
-    ](*sys.argv[2:3])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "what", nargs="?", default="frechet", choices=["suite", "copies", "frechet", "fid"]
+    )
+    parser.add_argument("folder", nargs="?", default="../shared/data/kermany-224")
+    args = parser.parse_args()
+    if args.what in ("suite", "copies"):
+        dict(suite=suite, copies=copies)[args.what](args.folder)
+    else:
+        dict(frechet=frechet, fid=fid)[args.what]()
