@@ -257,7 +257,7 @@ def test_views_of_another_augmentation(study, monkeypatch):
 
 def test_damaged_views_are_made_anew(study, capsys):
     before = np.array(pixels_store(study).view(0))
-    for p in (study / "cache/material").glob("view0-*.npy"):
+    for p in (study / "cache/classifier").glob("view0-*.npy"):
         p.write_bytes(p.read_bytes()[:100])
     assert (
         np.array(pixels_store(study).view(0)) == before

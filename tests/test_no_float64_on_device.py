@@ -171,8 +171,8 @@ def test_classifier_is_trained_and_predicts(device, tmp_path):
         pretrained=False,
         mixed_precision="no",
     )
-    piles = finetune.strata_by_class(x, y, 1.0)
-    model = finetune.finetune([piles], cfg, "mps", tmp_path / "checkpoint.pt", "test")
+    strata = finetune.strata_by_class(x, y, 1.0)
+    model = finetune.finetune([strata], cfg, "mps", tmp_path / "checkpoint.pt", "test")
     assert next(model.parameters()).device.type == "mps"
     p = finetune.predict_images(model, x, "mps")
     assert p.dtype == np.float64 and ((p > 0) & (p < 1)).all()

@@ -70,7 +70,7 @@ class FeatureStore:
 
     def cached(self, name: str, about, make) -> np.ndarray:  # memory map
         "An array of the cache by its name and what it depends on; `make` makes it if need be."
-        return cached(self.study / "cache" / "material", name, [self.key, about], make, mmap=True)
+        return cached(self.study / "cache" / "classifier", name, [self.key, about], make, mmap=True)
 
     def represent(self, images, desc: str):  # uint8 (N, S, S) -> (N, D) or (N, S, S)
         "Features of images (probe), or the images themselves."
