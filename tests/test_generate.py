@@ -268,3 +268,42 @@ def test_there_and_back(study, tmp_path):
 def test_settings_that_cannot_be(bad, said):
     with pytest.raises(CxrError, match=re.escape(said)):
         check_settings(GenerateConfig(**bad))
+
+
+def test_a_lost_image_is_made_again_with_its_bytes(study):
+    run(study)
+    path = study / "synthetic" / NAME / "normal/000001.png"
+    kept = path.read_bytes()
+    path.unlink()
+    stage_generate(study, GenerateConfig(**CFG), plan=FEW, card=None)
+    assert path.read_bytes() == kept
+
+
+@pytest.mark.parametrize(
+    "plan, cfg, said",
+    [
+        (FEW, dict(guidance_scale=9.0), "generate.guidance_scale: recorded .*, now 9.0"),
+        (replace(FEW, seed=1), {}, "generate.seed: recorded 0, now 1"),
+    ],
+)
+def test_other_settings_are_refused_by_name(study, plan, cfg, said):
+    run(study)
+    with pytest.raises(CxrError, match=said):
+        stage_generate(study, GenerateConfig(**CFG | cfg), plan=plan, card=None)
+
+
+def test_a_whole_set_needs_no_model_and_a_lost_image_does(study, tmp_path):
+    "As in a study that was unpacked without its models."
+    images = run(study)
+    model, away = study / "models" / NAME / "normal", tmp_path / "normal"
+    shutil.move(model, away)
+    path = study / "synthetic" / NAME / "normal/000001.png"
+    try:
+        stage_generate(study, GenerateConfig(**CFG), plan=FEW, card=None)
+        path.unlink()
+        with pytest.raises(CxrError, match="neither a folder that exists"):
+            stage_generate(study, GenerateConfig(**CFG), plan=FEW, card=None)
+    finally:
+        shutil.move(away, model)
+    stage_generate(study, GenerateConfig(**CFG), plan=FEW, card=None)
+    assert np.array_equal(load_synthetic(study, NAME)[0], images)

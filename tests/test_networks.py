@@ -1,12 +1,15 @@
 "The table of networks where other parts rely on it: help texts, spellings, weights that are there or not."
 
 import dataclasses, inspect
+from unittest.mock import patch
 import numpy as np, pytest, torch
 from cxr_synth.base import settings
 from cxr_synth.base.files import CxrError
 from cxr_synth.base.settings import ExperimentsConfig
+from cxr_synth.classify.explain import has_maps
 from cxr_synth.classify.finetune import Classifier, load_network, save_network
-from cxr_synth.images.networks import NETWORKS, find_network, network_key
+from cxr_synth.images.networks import NETWORKS, LoadedNetwork, find_network, network_key
+from cxr_synth.quality.measure import Embedder
 
 
 def test_help_names_every_network_that_learns():
@@ -54,3 +57,20 @@ def test_not_pretrained_starts_from_nothing():
 def test_a_network_that_only_learns_is_no_frozen_one():
     with pytest.raises(CxrError, match="unknown extractor 'small-cnn'"):
         find_network("small_cnn")
+
+
+def test_either_spelling_of_fids_network_is_called_fid():
+    "The metric's name goes by the extractor's, so there must be one."
+    with patch("cxr_synth.quality.measure.load_backbone", lambda *a: LoadedNetwork(None, None)):
+        names = [
+            Embedder(settings.QualityConfig(extractor=name), "cpu").about["extractor"]
+            for name in ("inception-fid", "inception_fid")
+        ]
+    assert names == ["inception-fid"] * 2
+
+
+@pytest.mark.parametrize(
+    "name, maps", [("vit_b_16", False), ("vit-b-16", False), ("resnet50", True)]
+)
+def test_transformers_have_no_maps(name, maps):
+    assert has_maps(name) == maps

@@ -19,7 +19,7 @@ from ..base.files import CxrError, atomic_path, read_csv, write_csv
 from ..base.records import Study
 from ..images.images import prepare_image
 from ..images.known_generators import phantom_arguments, phantom_origins
-from ..images.networks import load_backbone, to_input
+from ..images.networks import NETWORKS, load_backbone, network_key, to_input
 from ..images.phantom import opacity_mask, scene
 from ..images.study_images import load_images
 
@@ -48,7 +48,8 @@ def has_maps(
     name: str,  # of a network
 ) -> bool:
     "Whether a network has feature maps to explain; transformers have none."
-    return not name.startswith(("vit", "rad"))
+    network = NETWORKS.get(network_key(name))
+    return network is None or network.has_maps
 
 # %% ../../nbs/classify/explain.ipynb #4e9559fc
 @torch.no_grad()

@@ -22,7 +22,7 @@ from ..base.files import CxrError, null_for_nan
 from ..base.records import Study, parse_generator
 from ..base.settings import CLASSES, QualityConfig
 from ..images.features import extract_features, features_key, resize_rule
-from ..images.networks import LoadedNetwork, NETWORKS, load_backbone
+from ..images.networks import LoadedNetwork, NETWORKS, load_backbone, network_key
 from ..images.study_images import load_images, load_synthetic, split_rows, training_rows
 from ..protocol.sets import load_metadata
 from cxr_synth.quality.copies import (
@@ -389,12 +389,12 @@ class Embedder:
         self.cfg = cfg
         self.device = device
         self.cache = cache
-        self.extractor = extractor or cfg.extractor
+        self.extractor = extractor or network_key(cfg.extractor)
         self.loaded = LoadedNetwork(None, None)
         self.name = getattr(extractor, "__name__", "a callable")
         if not extractor:
             self.loaded = load_backbone(cfg.extractor, device, cfg.weights or None)
-            self.name = cfg.extractor
+            self.name = self.extractor
         self._known = {}  # extractor and digest of an image -> its features (D,)
 
     @property
