@@ -10,5 +10,8 @@ setup(
     version=cfg["version"],
     description=cfg["description"],
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dicom", "jupyter", "tensorboard", "push", "dev")},
+    extras_require={
+        extra: cfg[f"{extra}_requirements"].split()
+        for extra in ("dicom", "jupyter", "tensorboard", "push", "dev")
+    },
 )

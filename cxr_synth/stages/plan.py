@@ -282,7 +282,7 @@ def make_plan(
 # %% ../../nbs/02_plan.ipynb #613c91ba
 def stage_plan(
     study: Study,  # the study; data is done
-    cfg: PlanConfig = PlanConfig(),  # noqa: B008 (frozen)
+    cfg: PlanConfig = PlanConfig(),  # settings
     redo: bool = False,  # move an old plan with other settings aside
 ):
     "Write plan.json, sealed."
