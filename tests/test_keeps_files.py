@@ -352,6 +352,7 @@ REVIEWED = {  # file:function -> why nothing of a user's is lost
     "guide:_guide_rows": "weights that the line before has written, under the record of guide/",
     "base/loop:Mirror.copy": "under a temporary name; the target is new or named in .mirrored.json",
     "base/loop:Mirror.fetch": "under a temporary name, and only where no file is",
+    "diffusion/pipelines:_write_text_encoder": "in the temporary folder of `save_pipeline`",
     "diffusion/pipelines:save_pipeline": "our temporary folder; the target must not exist",
     "images/phantom:write_phantoms": "the target is empty or not there; rmdir removes no file",
     "ship/pack:move_into_place": "only where nothing is, links included",
