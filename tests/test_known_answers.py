@@ -11,7 +11,7 @@ from cxr_synth.base.settings import DataConfig, ExperimentsConfig, PlanConfig
 from cxr_synth.stages.data import stage_data
 from cxr_synth.stages.classify import open_test, stage_experiments
 from cxr_synth.images.known_generators import stage_known_generator
-from cxr_synth.protocol.plan import TIERS, load_plan
+from cxr_synth.protocol.plan import TIERS, Cell, load_plan
 from cxr_synth.stages.plan import stage_plan
 
 
@@ -27,8 +27,7 @@ def contrasts(base, folder, kind, monkeypatch):
     arms = ["real", "duplicate", "mixed", "oracle", "permuted"]
     monkeypatch.setitem(TIERS, "known", dict(primary=[0.1], cells=[(0.1, 3, 3, arms)], oracles=3))
     monkeypatch.setattr(
-        "cxr_synth.protocol.plan.tier_cells",
-        lambda *a: [dict(fraction=0.1, replicates=3, seeds=3, arms=arms)],
+        "cxr_synth.stages.plan.tier_cells", lambda *a: [Cell(0.1, 3, 3, tuple(arms))]
     )
     study = Study(shutil.copytree(base.root, folder / kind))
     stage_plan(study, PlanConfig(tier="known", builtin=kind, pool=200, size=64))

@@ -115,7 +115,7 @@ def _check_input(
             f"Allowed: multiples of {step} px, such as {max(1, 128 // step) * step}."
         )
 
-
+# %% ../../nbs/images/features.ipynb #a1e76513
 def extract_features(
     images,  # uint8 (N, R, R), N at least 1
     extractor="efficientnet-lite0",  # one of `NETWORKS`, or a callable: uint8 (B, R, R) -> (B, D)

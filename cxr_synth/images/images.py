@@ -143,7 +143,7 @@ def _check_frames(
     if n > 1:
         raise CxrError(f"it holds {n} frames.\nStore the one that is meant as a file of its own.")
 
-
+# %% ../../nbs/images/images.ipynb #69434e7a
 def open_image(
     raw: bytes,  # the file
     name: str = "",  # its name; only .dcm counts, for DICOM files without the usual preamble

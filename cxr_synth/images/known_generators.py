@@ -109,7 +109,7 @@ def _known_patients(study, entry, label):  # as in `_new_patients`
     turns = [divmod(k, len(children)) for k in range(entry.images[CLASSES[label]])]
     return np.stack([draw_film(study, *children[i], image=100 + turn) for turn, i in turns])
 
-
+# %% ../../nbs/images/known_generators.ipynb #3f092bbf
 KNOWN_GENERATORS = {  # name -> function of study, entry and label
     "truth": _new_patients,
     "copy": _copies,
@@ -169,7 +169,7 @@ def _write_set(
     write_text(stage.path / "metadata.jsonl", text)
     stage.finish(images=entry.images, builtin=kind)
 
-
+# %% ../../nbs/images/known_generators.ipynb #20ffd07b
 def stage_known_generator(
     study: Study,  # of drawn patients, with data and plan
     plan: Plan,  # with `builtin` and generators

@@ -267,7 +267,7 @@ def _remove_head(
     setattr(net, name, nn.Identity())
     return last if isinstance(last, nn.Linear) else last[-1]
 
-
+# %% ../../nbs/images/networks.ipynb #8e89d43f
 def torchvision_backbone(
     name: str,  # of `torchvision.models`
     where=None,  # see `find_weights`

@@ -369,7 +369,7 @@ def _describe_scene(
         area=round(float(opacity_mask(s.added.astype(np.float32)).mean()), 4),
     )
 
-
+# %% ../../nbs/images/phantom.ipynb #92258b08
 def phantom_truth(
     patient,  # these are as in `draw_phantom`
     image: int,
@@ -459,7 +459,7 @@ def _stored_twice(
         return False
     return phantom_rng(seed, "duplicate", row["patient"], row["image"]).random() < duplicates
 
-
+# %% ../../nbs/images/phantom.ipynb #98dac1f6
 def phantom_files(
     patients: int,  # number of patients
     seed: int = 0,  # seed of the set
