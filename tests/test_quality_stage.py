@@ -10,7 +10,7 @@ from scipy.ndimage import gaussian_filter
 from cxr_synth.base.files import CxrError, read_json, write_text
 from cxr_synth.base.records import Study
 from cxr_synth.base.settings import CLASSES, DataConfig, QualityConfig
-from cxr_synth.images.known_generators import fresh_image, write_class_images
+from cxr_synth.images.known_generators import draw_film, write_class_images
 from cxr_synth.images.study_images import load_images, training_rows
 from cxr_synth.protocol.schema import MARK_COLUMNS, QUALITY_COLUMNS
 from cxr_synth.protocol.sets import set_marks
@@ -35,7 +35,7 @@ def study(tmp_path_factory):
     study = Study(tmp_path_factory.mktemp("quality") / "study")
     stage_data(study, DataConfig(patients=260, resolution=32))
     new = [
-        np.stack([fresh_image(study, 10_000 + 2 * k + label, label) for k in range(60)])
+        np.stack([draw_film(study, 10_000 + 2 * k + label, label) for k in range(60)])
         for label in range(2)
     ]
     rows = training_rows(study, 1.0, 0)
@@ -111,7 +111,7 @@ def test_a_second_call_changes_nothing(study):
 
 def test_a_set_without_a_class_is_named(tmp_path, study):
     one = Study(tmp_path / "one")
-    some = np.stack([fresh_image(study, 30_000 + k, 0) for k in range(2)])
+    some = np.stack([draw_film(study, 30_000 + k, 0) for k in range(2)])
     write_set(one, "real100-rep0", [some, []])
     with pytest.raises(CxrError, match="holds no pneumonia images"):
         load_synthetic_set(one, "real100-rep0", Embedder(CFG, "cpu"))
