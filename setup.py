@@ -6,12 +6,10 @@ from setuptools import setup
 ini = ConfigParser(delimiters=["="])
 ini.read("settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
+extras = ("dicom", "jupyter", "tensorboard", "push", "dev")
 setup(
     version=cfg["version"],
     description=cfg["description"],
     install_requires=cfg["requirements"].split(),
-    extras_require={
-        extra: cfg[f"{extra}_requirements"].split()
-        for extra in ("dicom", "jupyter", "tensorboard", "push", "dev")
-    },
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in extras},
 )

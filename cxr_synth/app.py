@@ -205,9 +205,8 @@ def data_closing_text(
     counts = Counter(row["split"] for row in rows)
     splits = ", ".join(f"{s} {counts[s]:,}" for s in ("train", "val", "internal", "test"))
     lines = [f"{len(rows):,} images of {len(patients):,} patients: {splits}"]
-    for finding in read_json(study / "data/audit.json")["findings"]:
-        if finding["level"] != "ok":
-            lines.append(f"{finding['level']}: {finding['found']}")
+    findings = read_json(study / "data/audit.json")["findings"]
+    lines += [f"{f['level']}: {f['found']}" for f in findings if f["level"] != "ok"]
     lines.append(f"Audit: {study / 'data' / 'audit.html'}")
     return "\n".join(lines)
 
