@@ -298,7 +298,7 @@ def _draw_class(
             f"--generate.batch-size {max(1, settled['batch_size'] // 2)} --redo"
         ) from e
 
-
+# %% ../../nbs/diffusion/image_set.ipynb #1c3669df
 def draw_set(
     job: SetJob,  # of the set
 ):
@@ -350,7 +350,7 @@ def set_name(
     "Name of a synthetic set."
     return generator + "-base" if base else generator
 
-
+# %% ../../nbs/diffusion/image_set.ipynb #0cddcfad
 def generate_set(
     study: Study,  # with data and models
     entry: PlannedGenerator,  # one of the plan's generators: name, images

@@ -93,6 +93,8 @@ _LESSON = {  # settings of a study that is made in seconds: 120 patients at 32 p
         "base_batch_size": 8,
         "max_train_steps": 10,
         "train_batch_size": 8,
+        "preview_steps": 0,
+        "heldout_images": 16,
     },
     "generate": {"num_inference_steps": 4},
     "quality": {"size": 32, "halvings": 3},
