@@ -293,8 +293,8 @@ def weighted_ap(
     hits = hit_weights.cumsum(0)[last - 1]
     so_far = np.concatenate([np.zeros_like(alarm_weights[:1]), alarm_weights.cumsum(0)])
     alarms = so_far[np.searchsorted(alarm_scores, hit_scores, "right")]
-    precision = hits / np.maximum(hits + alarms, 1e-12)
-    return (hit_weights * precision).sum(0) / np.maximum(hit_weights.sum(0), 1e-12)
+    weighted = hit_weights * hits / np.maximum(hits + alarms, 1e-12)  # times the precision
+    return weighted.sum(0) / np.maximum(hit_weights.sum(0), 1e-12)
 
 
 def _falling(side, scores, weights):
