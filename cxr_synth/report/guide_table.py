@@ -13,7 +13,7 @@ from scipy import stats
 from ..base.files import CxrError
 from ..stats.intervals import holm
 
-# %% ../../nbs/report/guide_table.ipynb #ab1b316f
+# %% ../../nbs/report/guide_table.ipynb #c124f171
 def t_test_p(
     test,  # `stats.ttest_ind` or `stats.ttest_rel`
     a: np.ndarray,  # one value per run
@@ -28,7 +28,7 @@ def t_test_p(
         return None
     return float(test(a, b).pvalue)
 
-
+# %% ../../nbs/report/guide_table.ipynb #ab1b316f
 def _guide_row(name, result, base):
     "One experiment beside the accuracies of the baseline; its p_holm is still to come."
     x = np.array(result["all_accuracies"], float)
@@ -99,7 +99,7 @@ def guide_lines(
         lines.append(f"{name:<15} " + " ".join(f"{c:<18}" for c in cells) + f" {delta:<15}")
     return [*lines, "-" * 80, "* = statistically significant (p < 0.05)"]
 
-
+# %% ../../nbs/report/guide_table.ipynb #ae084ec6
 def _corrected_line(row):
     "One experiment in the second table."
     sd = "–" if row["sd"] is None else f"{row['sd']:.4f}"
