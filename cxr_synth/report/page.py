@@ -222,6 +222,7 @@ def report_data(
         splits=["internal"] if absent else ["internal", "test"],
         other_metrics={m: metric_label(m) for m in OTHER_METRICS},
         threshold_rules=THRESHOLD_RULES,
+        scores=_other_scores(),
         figures=figures,
         made=made,
         heat=heat_rows(study, plan.primary),
@@ -232,6 +233,12 @@ def report_data(
         shared_patients=shared_patients(study),
         **provenance(study),
     )
+
+
+def _other_scores() -> dict:  # name -> label
+    "Scores of the report that the main table of arms has no column for."
+    shown = ("auroc", "sensitivity", "specificity")
+    return {k: s.label for k, s in SCORES.items() if s.in_report and k not in shown}
 
 
 def report_page(
