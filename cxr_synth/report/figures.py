@@ -711,7 +711,7 @@ def _draw_case(ax, x, y, image, heat, prob):
     mix = 0.5 * heat[..., None]
     colours = matplotlib.colormaps["inferno"](heat)[..., :3]
     shown = (1 - mix) * image[..., None] / 255 + mix * colours
-    ax.imshow(shown, extent=(x + 0.02, x + 0.98, y - 0.98, y - 0.02))
+    ax.imshow(shown.clip(0, 1), extent=(x + 0.02, x + 0.98, y - 0.98, y - 0.02))
     ax.text(x + 0.07, y - 0.07, f"{prob:.2f}", color="white", va="top", fontsize=7)
 
 
