@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from cxr_synth.base.settings import QualityConfig
 from cxr_synth.images.networks import NETWORKS
 from cxr_synth.quality.copies import wilson
-from cxr_synth.quality.measure import Measurement, make_row, summarise_draws
+from cxr_synth.quality.measure import Embedder, Measurement, make_row, summarise_draws
 from cxr_synth.quality.metrics import METRICS, VERDICTS, floor_verdict, metrics_on
 
 
@@ -25,6 +26,13 @@ def test_only_inception_gives_an_fid(extractor):
     names = metrics_on("features", extractor)
     assert ("fid" in names) == (extractor == "inception-fid")
     assert ("fid" in names) != ("fd" in names)
+
+
+@pytest.mark.parametrize("name", ["efficientnet-lite0", "efficientnet_lite0"])
+def test_a_row_names_the_extractor_as_the_table_does(name):
+    "With - or _, or an FID of inception_fid would be called FD."
+    embedder = Embedder(QualityConfig(extractor=name, size=32), "cpu")
+    assert embedder.name == embedder.about["extractor"] == "efficientnet-lite0"
 
 
 @pytest.mark.parametrize("name", METRICS)
