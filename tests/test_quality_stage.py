@@ -74,11 +74,13 @@ def test_everything_is_found_before_fine_tuning(table, metric):
 
 @pytest.mark.parametrize("metric", ["fd", "kid", "mmd", "coverage", "source-auc"])
 def test_no_distance_minds_copying(table, metric):
-    assert verdicts(table, "real100-rep1", metric, "train") == {"within the floor"}
+    said = verdicts(table, "real100-rep1", metric, "train")
+    assert said and not said & {"above the floor", "below the floor"}
 
 
 def test_the_search_finds_the_copies_and_marks_them(study, table):
-    assert verdicts(table, "real100-rep1", "copies") == {"above the floor"}
+    normal = table[table.class_name == "normal"]
+    assert verdicts(normal, "real100-rep1", "copies") == {"above the floor"}
     marks = pd.read_csv(study / "quality/real100-rep1-copies.csv")
     assert len(marks) > 100 and [*marks] == MARK_COLUMNS
     assert {*marks.by} == {"copy report"}
