@@ -151,7 +151,7 @@ def texts(cell):
 
 
 STUMBLES = {
-    "a warning": r"Warning\b",
+    "a warning": r"Warning: ",
     "a progress bar": r"\d(it|s)/(s|it)\b",
     "a path of one machine": r"(^|[\s'\"(=])(/[\w.-]+){2,}|\b[A-Z]:\\",
 }

@@ -55,7 +55,7 @@ def read_round_trips(
     generator: str,  # such as real010-rep2
     image_ids: list[str],  # the real images that the set must hold, in this order
 ) -> list[Path]:  # a PNG for each
-    "Where the round trips of some images are; raises `CxrError` for an unfinished set and for one of other images."
+    "Where the round trips of some images are; `CxrError` for an unfinished set, or other images."
     folder = study / "synthetic" / round_trip_set(generator)
     if not (folder / "metadata.jsonl").is_file():
         raise CxrError(
