@@ -185,3 +185,10 @@ def test_links_lead_somewhere(path):
         cells = json.loads(text)["cells"]
         text = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
     assert [t for t in links(text) if not (path.parent / t).exists()] == []
+
+
+@pytest.mark.parametrize("page", ["index.ipynb", "MAP.md"])
+def test_index_and_map_name_every_notebook(page):
+    text = (ROOT / "nbs" / page).read_text(encoding="utf-8")
+    books = [notebook_of(name_of(p)).relative_to(ROOT / "nbs").as_posix() for p in MODULES]
+    assert [name for name in books if f"]({name})" not in text] == []
