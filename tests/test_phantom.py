@@ -29,12 +29,12 @@ def test_workers_draw_what_one_process_draws(tmp_path):
 
 def test_killed_and_repeated(tmp_path):
     job = start(tmp_path / "set", 2000)
-    half = tmp_path / f".set.{job.pid}.tmp"
-    while job.poll() is None and len(list(half.rglob("*.jpeg"))) < 50:
+    pattern = f".set.{job.pid}-*.tmp"
+    while job.poll() is None and len(list(tmp_path.glob(f"{pattern}/**/*.jpeg"))) < 50:
         time.sleep(0.05)
     job.kill()
     job.wait(30)
-    assert half.exists() and not (tmp_path / "set").exists()
+    assert list(tmp_path.glob(pattern)) and not (tmp_path / "set").exists()
     write_phantoms(tmp_path / "set", patients=30, size=64)
     assert len(list((tmp_path / "set").rglob("*.png"))) == len(phantom_files(30))
     assert sorted(p.name for p in (tmp_path / "set").iterdir()) == ["test", "train", "truth.csv"]

@@ -61,22 +61,17 @@ class DataConfig(Config):
     "Settings of the data stage."
 
     source: str = "phantom"  # phantom, hub, or the path of a folder with one folder per class
-    classes: str = (
-        ""  # names of the classes, normal=NORMAL,pneumonia=BACTERIA+VIRUS; empty: by rule
-    )
-    patient_rule: str = (
-        ""  # regex with one group, or a CSV (image, patient_id); empty: by known names
-    )
-    on_bad: str = (
-        "stop"  # what to do about an unreadable image: stop, or skip it and say so in the audit
-    )
-    fit: str = (
-        "pad"  # how it becomes square: pad (black bars), crop (middle) or squash (guide, section 6)
-    )
+    # names of the classes, normal=NORMAL,pneumonia=BACTERIA+VIRUS; empty: by rule
+    classes: str = ""
+    # regex with one group, or a CSV (image, patient_id); empty: by known names
+    patient_rule: str = ""
+    # what to do about an unreadable image: stop, or skip it and say so in the audit
+    on_bad: str = "stop"
+    # how it becomes square: pad (black bars), crop (middle) or squash (guide, section 6)
+    fit: str = "pad"
     resolution: int = 64  # side of the prepared square images, px; the generator draws at this size
-    val_share: float = (
-        0.15  # share of the patients of official train + val that becomes val (analysis plan)
-    )
+    # share of the patients of official train + val that becomes val (analysis plan)
+    val_share: float = 0.15
     seed: int = 0  # seed of the splits, the fractions and the drawn phantoms
     patients: int = 250  # phantom only: number of drawn patients
     test_share: float = 0.2  # phantom only: share of the patients in the official test
@@ -85,9 +80,8 @@ class DataConfig(Config):
     shortcut: float = 0.0  # phantom only: how plainly the files' encoding tells the class, 0-1
     hub_id: str = "hf-vision/chest-xray-pneumonia"  # hub only: data set id
     revision: str = "main"  # hub only: branch, tag or commit; the commit found is recorded
-    card: str = runtime(
-        ""
-    )  # hub and folder: whose data, a name in `CARDS` or a JSON file; empty: recognised
+    # hub and folder: whose data, a name in `CARDS` or a JSON file; empty: recognised
+    card: str = runtime("")
     workers: int = runtime(4)  # threads that decode images
 
     @property
@@ -116,16 +110,13 @@ class PlanConfig(Config):
     pool: int = 1000  # most synthetic images in `mixed`, both classes together
     seed: int = 0  # study seed: generators, images and classifiers derive theirs from it
     arms: str = ""  # arms besides those of the tier, such as mixed-share25 mixed-pool500
-    builtin: str = (
-        ""  # phantom only: a known generator in place of trained ones: truth, copy, wrong, leaky
-    )
-    network: str = (
-        "efficientnet_lite0"  # frozen network with which the plan reads the `real` arms on internal
-    )
+    # phantom only: a known generator in place of trained ones: truth, copy, wrong, leaky
+    builtin: str = ""
+    # frozen network with which the plan reads the `real` arms on internal
+    network: str = "efficientnet_lite0"
     size: int = 128  # side to which images are resized for it, px
-    my_guess: str = (
-        ""  # your guess of the primary contrast, points of AUROC, sealed with the plan: +1.5
-    )
+    # your guess of the primary contrast, points of AUROC, sealed with the plan: +1.5
+    my_guess: str = ""
     because: str = ""  # and why
 
 # %% ../../nbs/base/settings.ipynb #07cd6746
@@ -164,41 +155,34 @@ class TrainConfig(ScratchConfig):
     train_text_encoder: bool = True  # tune the text encoder too
     text_encoder_lr: float = 0.0  # its own peak; 0: the same
     text_encoder_steps: int = 0  # it stands still after so many steps; 0: never
-    prior: str = (
-        "other"  # prior images: other (real ones of the other class) or generated (by the base)
-    )
+    # prior images: other (real ones of the other class) or generated (by the base)
+    prior: str = "other"
     prior_loss_weight: float = 0.0  # weight of their loss; 0 switches them off (guide: 1.0)
     class_prompt: str = "a chest xray image"  # prior generated: prompt (guide)
     num_class_images: int = 200  # prior generated: how many (guide)
     snr_gamma: float = 0.0  # Min-SNR weighting of the loss (Hang et al. 2023: 5); 0 is none
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
-    ema_decay: float = (
-        0.995  # exponential moving average of the trained weights; 0 keeps the last weights
-    )
+    # exponential moving average of the trained weights; 0 keeps the last weights
+    ema_decay: float = 0.995
     use_8bit_adam: bool = False  # 8-bit optimizer states; needs bitsandbytes and a CUDA device
-    mixed_precision: str = (
-        "auto"  # autocast: no, bf16, fp16 or auto; weights stay float32 (guide: fp16)
-    )
+    # autocast: no, bf16, fp16 or auto; weights stay float32 (guide: fp16)
+    mixed_precision: str = "auto"
     heldout_images: int = 64  # noised images of val patients whose loss is watched; 0 is none
     heldout_steps: int = 100  # optimizer steps between two looks at it
-    weights: str = (
-        "last"  # the model gets the last ones, or best (by held-out loss); the others lie beside it
-    )
+    # the model gets the last ones, or best (by held-out loss); the others lie beside it
+    weights: str = "last"
     preview_steps: int = runtime(200)  # optimizer steps between two previews; 0 is none
     preview_images: int = runtime(4)  # images per prompt in a preview
     preview_guidance: float = runtime(3.0)  # classifier-free guidance of the previews
     checkpoint_steps: int = runtime(100)  # optimizer steps between two checkpoints
-    gradient_checkpointing: bool = runtime(
-        False
-    )  # recompute activations: less memory, about a third slower
-    channels_last: bool = runtime(
-        False
-    )  # memory layout that half-precision convolutions on a GPU prefer
+    # recompute activations: less memory, about a third slower
+    gradient_checkpointing: bool = runtime(False)
+    # memory layout that half-precision convolutions on a GPU prefer
+    channels_last: bool = runtime(False)
     compile: bool = runtime(False)  # torch.compile for the U-Net's blocks
     tensorboard: bool = runtime(False)  # event files beside the CSV
-    mirror: str = runtime(
-        ""
-    )  # folder, on a mounted Drive for one, that gets log, previews and small checkpoints
+    # folder, on a mounted Drive for one, that gets log, previews and small checkpoints
+    mirror: str = runtime("")
     mirror_gb: float = runtime(2.0)  # largest checkpoint that is mirrored, GB
     device: str = runtime("auto")  # auto, cuda, mps or cpu
 
@@ -221,21 +205,17 @@ class GenerateConfig(Config):
     guidance_scale: float = 3.0  # classifier-free guidance; 1 is none (guide: 7.5)
     scheduler: str = "dpmsolver++"  # dpmsolver++ (guide), ddim, euler or unipc
     negative_prompt: str = ""  # what to steer away from; needs guidance above 1
-    resolution: int = (
-        0  # side at which images are drawn, px; 0: the study's, to which they come anyway
-    )
-    batch_size: int = (
-        0  # images per call, padded to it; 0: found before the first image, then recorded
-    )
+    # side at which images are drawn, px; 0: the study's, to which they come anyway
+    resolution: int = 0
+    # images per call, padded to it; 0: found before the first image, then recorded
+    batch_size: int = 0
     threads: int = 0  # CPU threads of a process; 0: as found at the first start, then recorded
     mixed_precision: str = "auto"  # no, bf16, fp16 or auto (see `pick_precision`)
     compile: bool = False  # torch.compile for the U-Net's blocks
-    before: bool = runtime(
-        False
-    )  # also draw GENERATOR-base: the same number of images from the base, before fine-tuning
-    shard: str = runtime(
-        ""
-    )  # this process's part of the work, such as 2/4; empty: as torchrun says
+    # also draw GENERATOR-base: the same number of images from the base, before fine-tuning
+    before: bool = runtime(False)
+    # this process's part of the work, such as 2/4; empty: as torchrun says
+    shard: str = runtime("")
     device: str = runtime("auto")  # auto, cuda, mps or cpu
 
 
@@ -248,9 +228,8 @@ class QualityConfig(Config):
     max_images: int = 500  # most images a side and class
     halvings: int = 20  # random patient-disjoint halvings of the real images: the floor
     pairs: int = 1000  # pairs of images whose likeness is measured (MS-SSIM), a class
-    weights: str = runtime(
-        ""
-    )  # file or folder of the extractor's weights (rad-dino: Hub id or folder); their hash is recorded
+    # file or folder of the extractor's weights (rad-dino: Hub id or folder); their hash is recorded
+    weights: str = runtime("")
     device: str = runtime("auto")  # auto, cuda, mps or cpu
 
 # %% ../../nbs/base/settings.ipynb #b812b42c
@@ -258,32 +237,27 @@ class QualityConfig(Config):
 class ExperimentsConfig(Config):
     "Settings of the experiments (guide, section 11; analysis plan, section 2)."
 
-    method: str = (
-        "probe"  # probe (frozen features, logistic head) or finetune (the whole network learns)
-    )
-    network: str = "efficientnet_lite0"  # a name in `NETWORKS`, such as densenet121 or small_cnn
+    # probe (frozen features, logistic head) or finetune (the whole network learns)
+    method: str = "probe"
+    # densenet121, resnet50, efficientnet_b0, vit_b_16, mobilenet_v2, efficientnet_lite0, small_cnn
+    network: str = "efficientnet_lite0"
     size: int = 128  # side to which images are resized for the network, px
-    views: int = (
-        3  # probe: views per real training image, the first unaltered; a seed draws one each
-    )
+    # probe: views per real training image, the first unaltered; a seed draws one each
+    views: int = 3
     share: float = 0.5  # part of a batch, or of the sample weight, that is synthetic in `mixed`
-    C: float = (
-        0.0  # probe: inverse regularisation; 0: by patient-grouped cross-validation on `real`
-    )
-    steps: int = (
-        800  # finetune: optimizer steps of every arm (guide: 20 epochs, 1640 on real images alone)
-    )
+    # probe: inverse regularisation; 0: by patient-grouped cross-validation on `real`
+    C: float = 0.0
+    # finetune: optimizer steps of every arm (guide: 20 epochs, 1640 on real images alone)
+    steps: int = 800
     batch_size: int = 64  # finetune: images (guide)
     learning_rate: float = 1e-4  # finetune: peak (guide)
     warmup: int = 50  # finetune: steps of linear warm-up
     pretrained: bool = True  # finetune: start from ImageNet weights
     mixed_precision: str = "no"  # finetune: no, bf16 or fp16
-    weights: str = runtime(
-        ""
-    )  # file or folder with the ImageNet weights; empty: PyTorch's cache, then download
-    executor: str = runtime(
-        "serial"
-    )  # serial, processes or dask (on this machine), or the address of a Dask scheduler
+    # file or folder with the ImageNet weights; empty: PyTorch's cache, then download
+    weights: str = runtime("")
+    # serial, processes or dask (on this machine), or the address of a Dask scheduler
+    executor: str = runtime("serial")
     workers: int = runtime(2)  # processes and dask: how many
     only: str = runtime("")  # do the runs of these arms alone
     retry_failed: bool = runtime(False)  # do runs again that failed
