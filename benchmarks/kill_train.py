@@ -97,7 +97,7 @@ def killed_and_resumed(ctx, root, method, kills, rng):
 
     Every folder must end like the undisturbed one. Returns the steps at which they died.
     """
-    from cxr_synth.base.files import read_csv
+    from cxr_synth.base.readers import read_csv
 
     p = ctx.Process(target=contents, args=(root,))
     p.start()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 os.environ.setdefault("CXR_QUIET", "1")
 from cxr_synth.stages.report import stage_report
-from cxr_synth.base.files import read_json
+from cxr_synth.base.readers import read_json
 from cxr_synth.base.records import Study
 from cxr_synth.base.settings import ExperimentsConfig, PlanConfig, ReportConfig, resolve
 from cxr_synth.stages.data import stage_data

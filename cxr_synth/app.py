@@ -21,7 +21,8 @@ from pkgutil import resolve_name
 from typing import Annotated
 
 # %% ../nbs/09_app.ipynb #e0abacbf
-from .base.files import CxrError, one_of, read_csv, read_json
+from .base.files import CxrError, one_of
+from .base.readers import read_csv, read_json
 from .base.records import STAGES, Study, not_here, stale_stages
 from .base.settings import CONFIGS, PRESETS, resolve
 from .stages.run import has_test, is_test_open, run_stage, stages_until

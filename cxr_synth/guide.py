@@ -30,10 +30,10 @@ from cxr_synth.base.files import (
     digest_file,
     null_for_nan,
     one_of,
-    read_csv,
     write_csv,
     write_json,
 )
+from .base.readers import read_csv
 from .base.records import Study, open_stage
 from .base.settings import CLASSES, GuideConfig
 from .classify.finetune import Classifier

@@ -10,7 +10,8 @@ from cxr_synth.classify import runs
 from cxr_synth.quality import metrics
 from cxr_synth.report import contrasts
 from cxr_synth.stats import auc
-from cxr_synth.base.files import CxrError, null_for_nan, read_json, write_json
+from cxr_synth.base.files import CxrError, null_for_nan, write_json
+from cxr_synth.base.readers import read_json
 from cxr_synth.stats.intervals import RunScores
 
 

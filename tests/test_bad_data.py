@@ -4,7 +4,8 @@ import io, os, shutil
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
-from cxr_synth.base.files import CxrError, read_json
+from cxr_synth.base.files import CxrError
+from cxr_synth.base.readers import read_json
 from cxr_synth.base.records import Study
 from cxr_synth.base.settings import DataConfig
 from cxr_synth.data.sources import folder_source, hub_source, open_source

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cxr_synth.base.files import CxrError, read_json, write_json
+from cxr_synth.base.files import CxrError, write_json
+from cxr_synth.base.readers import read_json
 from cxr_synth.base.records import Study
 from cxr_synth.base.settings import CLASSES, DataConfig
 from cxr_synth.data.sources import folder_source

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest, torch
 from cxr_synth.diffusion import families, hub, preflight
-from cxr_synth.base.files import CxrError, read_json, write_json
+from cxr_synth.base.files import CxrError, write_json
+from cxr_synth.base.readers import read_json
 from cxr_synth.base.records import Study
 from cxr_synth.base.settings import BASES, BaseModel, DataConfig, TrainConfig
 from cxr_synth.stages.data import stage_data

@@ -8,7 +8,8 @@ from multiprocessing import get_context
 import numpy as np, pandas as pd, pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from cxr_synth.base.files import CxrError, read_csv, read_json, write_csv, write_json
+from cxr_synth.base.files import CxrError, write_csv, write_json
+from cxr_synth.base.readers import read_csv, read_json
 from cxr_synth.base.records import Study
 from cxr_synth.base.settings import DataConfig, ExperimentsConfig, PlanConfig
 from cxr_synth.images.study_images import training_rows

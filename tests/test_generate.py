@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest, torch
 from cxr_synth.diffusion import image_set, image_writer
-from cxr_synth.base.files import CxrError, read_json, write_json
+from cxr_synth.base.files import CxrError, write_json
+from cxr_synth.base.readers import read_json
 from cxr_synth.base.records import Study, stale_stages
 from cxr_synth.base.settings import DataConfig, GenerateConfig, resolve
 from cxr_synth.stages.data import stage_data

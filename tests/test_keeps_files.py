@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 import cxr_synth
-from cxr_synth.base.files import CxrError, read_json, remove_temporary
+from cxr_synth.base.files import CxrError, remove_temporary
+from cxr_synth.base.readers import read_json
 from cxr_synth.base.records import Study, open_stage
 from cxr_synth.base.settings import DataConfig, PROMPTS, PlanConfig, ReportConfig
 from cxr_synth.base.files import write_text

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 from scipy.ndimage import gaussian_filter
 
-from cxr_synth.base.files import CxrError, read_json, write_text
+from cxr_synth.base.files import CxrError, write_text
+from cxr_synth.base.readers import read_json
 from cxr_synth.base.records import Study
 from cxr_synth.base.settings import CLASSES, DataConfig, QualityConfig
 from cxr_synth.images.known_generators import draw_film, write_class_images

@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 
 from cxr_synth.stages.report import stage_report
 from cxr_synth.report.contrasts import format_pp
-from cxr_synth.base.files import read_json
+from cxr_synth.base.readers import read_json
 from cxr_synth.base.records import generator_name
 from cxr_synth.base.settings import ReportConfig
 from cxr_synth.report.rehearsal import rehearse, rehearse_opening

@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 
-from cxr_synth.base.files import CxrError, read_json, write_json
+from cxr_synth.base.files import CxrError, write_json
+from cxr_synth.base.readers import read_json
 from cxr_synth.base.records import Study
 from cxr_synth.base.settings import ReportConfig
 from cxr_synth.report.rehearsal import rehearse, rehearse_opening

@@ -4,7 +4,7 @@ import subprocess, sys, time
 from pathlib import Path
 
 import pytest
-from cxr_synth.base.files import read_csv
+from cxr_synth.base.readers import read_csv
 from cxr_synth.base.records import Study
 
 COMMAND = Path(sys.executable).with_name("cxr-synth")

@@ -10,7 +10,8 @@ import hashlib, sys
 from pathlib import Path
 
 # %% ../../nbs/base/cache.ipynb #5cabf41f
-from .files import CxrError, atomic_path, digest_json, read_json, write_json
+from .files import CxrError, atomic_path, digest_json, write_json
+from .readers import read_json
 
 # %% ../../nbs/base/cache.ipynb #0f6d4158
 def digest_array(

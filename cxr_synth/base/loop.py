@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 # %% ../../nbs/base/loop.ipynb #40f453af
 from .compute import progress, seed_for
-from .files import CxrError, atomic_path, one_of, read_json, write_csv, write_json
+from .files import CxrError, atomic_path, one_of, write_csv, write_json
+from .readers import read_json
 from .records import differences
 
 # %% ../../nbs/base/loop.ipynb #9ee75526

@@ -17,13 +17,12 @@ from cxr_synth.base.files import (
     CxrError,
     digest_file,
     digest_folder,
-    digest_table,
     first_file,
     library_versions,
     now,
-    read_json,
     write_json,
 )
+from .readers import digest_table, read_json
 from .settings import Config
 
 # %% ../../nbs/base/records.ipynb #01685cfb

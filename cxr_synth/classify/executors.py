@@ -17,7 +17,8 @@ from threadpoolctl import threadpool_limits
 
 # %% ../../nbs/classify/executors.ipynb #91d85128
 from ..base.compute import progress
-from ..base.files import CxrError, one_of, read_csv, read_json, write_csv, write_json
+from ..base.files import CxrError, one_of, write_csv, write_json
+from ..base.readers import read_csv, read_json
 from ..base.records import Study
 from ..base.settings import ExperimentsConfig
 from .recipes import RunContext

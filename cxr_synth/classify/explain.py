@@ -15,7 +15,8 @@ from torch import nn
 # %% ../../nbs/classify/explain.ipynb #961a7186
 from ..protocol.schema import HEAT_COLUMNS
 from ..base.compute import seed_for
-from ..base.files import CxrError, atomic_path, read_csv, write_csv
+from ..base.files import CxrError, atomic_path, write_csv
+from ..base.readers import read_csv
 from ..base.records import Study
 from ..images.images import prepare_image
 from ..images.known_generators import phantom_arguments, phantom_origins

@@ -13,7 +13,8 @@ import numpy as np
 
 # %% ../../nbs/diffusion/command.ipynb #35feb6b6
 from ..base.compute import pick_device
-from ..base.files import CxrError, check_apart, lies_in, one_of, read_json, remove_files
+from ..base.files import CxrError, check_apart, lies_in, one_of, remove_files
+from ..base.readers import read_json
 from ..base.loop import Mirror, checkpoint_files
 from ..base.records import differences
 from ..base.settings import TrainConfig

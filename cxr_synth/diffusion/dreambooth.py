@@ -27,14 +27,13 @@ from cxr_synth.base.files import (
     digest_file,
     library_versions,
     one_of,
-    read_csv,
-    read_json,
     remove_leftovers,
     remove_temporary,
     temporary_for,
     write_json,
     write_text,
 )
+from ..base.readers import read_csv, read_json
 from ..base.loop import Loop, TrainedPart, fit_batch, steps_for
 from ..base.records import differences
 from ..base.settings import PROMPTS, TrainConfig, is_scratch, known_base

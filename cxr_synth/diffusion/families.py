@@ -15,7 +15,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline, U
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 # %% ../../nbs/diffusion/families.ipynb #9dc32876
-from ..base.files import CxrError, one_of, read_json
+from ..base.files import CxrError, one_of
+from ..base.readers import read_json
 from ..base.settings import BASES, BaseModel
 
 # %% ../../nbs/diffusion/families.ipynb #d9b3db34

@@ -12,15 +12,8 @@ import numpy as np
 
 # %% ../../nbs/diffusion/generator.ipynb #c11aa1c1
 from ..base.compute import pick_device, seed_for
-from cxr_synth.base.files import (
-    CxrError,
-    digest_json,
-    one_of,
-    read_csv,
-    read_json,
-    remove_files,
-    write_csv,
-)
+from ..base.files import CxrError, digest_json, one_of, remove_files, write_csv
+from ..base.readers import read_csv, read_json
 from ..base.loop import Mirror, checkpoint_files
 from ..base.records import Stage, Study, open_stage, parse_generator
 from ..base.settings import CLASSES, PROMPTS, TrainConfig, is_scratch

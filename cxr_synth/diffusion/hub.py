@@ -19,7 +19,8 @@ from huggingface_hub.errors import (
 )
 
 # %% ../../nbs/diffusion/hub.ipynb #94e76e0f
-from ..base.files import CxrError, digest_file, read_json
+from ..base.files import CxrError, digest_file
+from ..base.readers import read_json
 from ..base.settings import BASES, is_scratch
 from cxr_synth.diffusion.families import (
     Family,

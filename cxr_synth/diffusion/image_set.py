@@ -16,7 +16,8 @@ from PIL import Image
 
 # %% ../../nbs/diffusion/image_set.ipynb #0f4d3c74
 from ..base.compute import pick_device, pick_precision
-from ..base.files import CxrError, read_json
+from ..base.files import CxrError
+from ..base.readers import read_json
 from ..base.records import Stage, Study, move_aside, open_stage, parse_generator
 from ..base.settings import CLASSES, GenerateConfig, PROMPTS
 from .generator import model_of, trained_record

@@ -17,7 +17,6 @@ from PIL import Image
 from cxr_synth.base.files import (
     CxrError,
     digest_file,
-    read_json,
     remove_leftovers,
     remove_temporary,
     temporary_for,
@@ -25,8 +24,8 @@ from cxr_synth.base.files import (
     write_json,
     write_text,
 )
+from ..base.readers import read_json, read_lines
 from ..protocol.schema import MARK_COLUMNS
-from ..protocol.sets import read_lines
 
 # %% ../../nbs/diffusion/image_writer.ipynb #50f2662a
 def grey_quantiles(
@@ -132,7 +131,7 @@ class ImageSetWriter:
         "Lines by name and by SHA-256; metadata.jsonl comes last: notes go only after it is there."
         found = {}
         for p in [*sorted(self.parts.glob("*.jsonl")), self.folder / "metadata.jsonl"]:
-            for line in read_lines(p):
+            for line in read_lines(p, growing=True):
                 found.setdefault(line["file_name"], {})[line["sha256"]] = line
         return found
 
@@ -191,7 +190,7 @@ def _check_unchanged(
     lines: list[dict],  # what the images that are there now say
 ):
     "Raise `CxrError` if an image that was made again has other bytes than its line says."
-    old = {m["file_name"]: m["sha256"] for m in read_lines(path)}
+    old = {m["file_name"]: m["sha256"] for m in read_lines(path, growing=True)}
     other = [m["file_name"] for m in lines if old.get(m["file_name"]) != m["sha256"]]
     if other:
         raise CxrError(

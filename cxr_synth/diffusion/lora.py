@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 # %% ../../nbs/diffusion/lora.ipynb #dc1a1940
 from ..base.compute import seed_for
-from ..base.files import CxrError, atomic_path, library_versions, read_json, write_json
+from ..base.files import CxrError, atomic_path, library_versions, write_json
+from ..base.readers import read_json
 from .families import family_of
 
 # %% ../../nbs/diffusion/lora.ipynb #f780ca55

@@ -27,7 +27,8 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 # %% ../../nbs/diffusion/sampling.ipynb #7c761212
 from ..base.compute import autocast, pick_device, pick_precision, progress, seed_for
-from ..base.files import CxrError, atomic_path, one_of, read_json, write_json
+from ..base.files import CxrError, atomic_path, one_of, write_json
+from ..base.readers import read_json
 from ..base.records import differences
 from ..base.settings import GenerateConfig
 from .dreambooth import model_key

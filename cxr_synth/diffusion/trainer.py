@@ -16,7 +16,8 @@ from diffusers import DPMSolverMultistepScheduler
 # %% ../../nbs/diffusion/trainer.ipynb #204418e0
 from ..base.cache import cached, digest_array, weights_key
 from ..base.compute import autocast
-from ..base.files import CxrError, atomic_path, read_csv
+from ..base.files import CxrError, atomic_path
+from ..base.readers import read_csv
 from ..base.loop import Loop, TrainedPart, batch_at, generator_for
 from .families import family_of
 from .small_pipeline import decode_latents, encode_latents, to_device

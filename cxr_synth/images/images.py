@@ -30,10 +30,10 @@ from cxr_synth.base.files import (
     digest_file,
     digest_json,
     one_of,
-    read_json,
     remove_temporary,
     write_json,
 )
+from ..base.readers import read_json
 
 # %% ../../nbs/images/images.ipynb #bebb2ab0
 def from_16_bits(

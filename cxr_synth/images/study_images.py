@@ -12,7 +12,8 @@ from pathlib import Path
 from PIL import Image
 
 # %% ../../nbs/images/study_images.ipynb #4a431f9a
-from ..base.files import CxrError, digest_file, one_of, read_json
+from ..base.files import CxrError, digest_file, one_of
+from ..base.readers import read_json
 from ..base.records import Study
 from ..base.settings import CLASSES
 from .images import pixel_cache

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 # %% ../../nbs/protocol/dataset.ipynb #1fc9ae52
-from ..base.files import CxrError, read_csv, read_json, write_json
+from ..base.files import CxrError, write_json
+from ..base.readers import read_csv, read_json
 from ..base.records import Study
 from ..base.settings import is_scratch, known_base
 

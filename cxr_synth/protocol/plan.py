@@ -11,7 +11,8 @@ import json
 from dataclasses import asdict, dataclass, field
 
 # %% ../../nbs/protocol/plan.ipynb #37d833c9
-from ..base.files import CxrError, digest_json, read_json
+from ..base.files import CxrError, digest_json
+from ..base.readers import read_json
 from ..base.records import Study, generator_name
 from .arms import ARMS
 

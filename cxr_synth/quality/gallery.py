@@ -18,7 +18,8 @@ except ImportError:  # it comes with the extra `jupyter`
     widgets = None
 
 # %% ../../nbs/quality/gallery.ipynb #883ac6a2
-from ..base.files import CxrError, one_of, read_csv, write_csv
+from ..base.files import CxrError, one_of, write_csv
+from ..base.readers import read_csv
 from ..base.records import Study
 from ..base.settings import CLASSES
 from ..protocol.schema import MARK_COLUMNS

@@ -9,7 +9,8 @@ __all__ = ['COMPARED', 'side_by_side', 'figure_compare', 'study_names', 'compare
 from pathlib import Path
 
 # %% ../../nbs/report/compare.ipynb #90b477b2
-from ..base.files import CxrError, read_json, write_text
+from ..base.files import CxrError, write_text
+from ..base.readers import read_json
 from ..base.records import Study
 from ..protocol.arms import arm_colour
 from .contrasts import format_percent

@@ -11,7 +11,8 @@ from itertools import combinations
 import numpy as np, pandas as pd
 
 # %% ../../nbs/report/evidence.ipynb #aee20357
-from ..base.files import CxrError, one_of, read_csv, read_json
+from ..base.files import CxrError, one_of
+from ..base.readers import read_csv, read_json
 from ..base.records import Study, generator_name
 from ..protocol.plan import Plan, Run, load_plan
 from ..protocol.schema import SPLITS, result_columns

@@ -26,7 +26,8 @@ from sklearn.metrics import brier_score_loss, roc_curve
 
 # %% ../../nbs/report/figures.ipynb #381539ef
 from ..base.compute import seed_for
-from ..base.files import CxrError, atomic_path, read_json
+from ..base.files import CxrError, atomic_path
+from ..base.readers import read_json
 from ..base.records import Study, generator_name
 from ..base.settings import CLASSES
 from ..protocol.arms import arm_colour, arm_label

@@ -10,7 +10,7 @@ __all__ = ['DIGESTED', 'primary_pairs', 'heat_rows', 'selection_rows', 'quality_
 import numpy as np, pandas as pd
 
 # %% ../../nbs/report/page.ipynb #ea99af6a
-from ..base.files import read_csv, read_json
+from ..base.readers import read_csv, read_json
 from ..base.records import Study
 from ..protocol.dataset import UNKNOWN, dataset_card
 from ..protocol.plan import Contrast, Run, load_plan

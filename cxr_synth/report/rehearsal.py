@@ -15,7 +15,8 @@ import numpy as np, pandas as pd
 from PIL import Image
 
 # %% ../../nbs/report/rehearsal.ipynb #d0eca028
-from ..base.files import atomic_path, digest_json, now, read_json, write_csv, write_json
+from ..base.files import atomic_path, digest_json, now, write_csv, write_json
+from ..base.readers import read_json
 from ..base.records import STAGES, Study, generator_name, open_stage
 from cxr_synth.base.settings import (
     CLASSES,

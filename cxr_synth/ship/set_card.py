@@ -16,7 +16,8 @@ from huggingface_hub import DatasetCardData
 
 # %% ../../nbs/ship/set_card.ipynb #36e2b206
 from ..protocol.sets import MARK_FILES
-from ..base.files import CxrError, digest_file, digest_json, read_csv, write_text
+from ..base.files import CxrError, digest_file, digest_json, write_text
+from ..base.readers import read_csv
 from ..base.records import Study, parse_generator
 from ..base.settings import is_scratch
 from cxr_synth.protocol.dataset import (

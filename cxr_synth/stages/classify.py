@@ -17,11 +17,10 @@ from cxr_synth.base.files import (
     digest_json,
     now,
     one_of,
-    read_csv,
-    read_json,
     write_csv,
     write_json,
 )
+from ..base.readers import read_csv, read_json
 from ..base.records import Study, move_aside, open_stage
 from ..base.settings import ExperimentsConfig
 from ..classify.executors import ResultsTable, do_runs, result_key

@@ -23,11 +23,11 @@ from cxr_synth.base.files import (
     first_file,
     now,
     null_for_nan,
-    read_json,
     remove_files,
     write_csv,
     write_json,
 )
+from ..base.readers import read_json
 from ..base.records import STAGES, Stage, Study, make_room, move_aside, open_stage
 from ..base.settings import CLASSES, DataConfig
 from ..data.audit import audit, audit_figure

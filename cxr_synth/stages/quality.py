@@ -11,7 +11,8 @@ import numpy as np, pandas as pd
 from matplotlib.figure import Figure
 
 # %% ../../nbs/05_quality.ipynb #d9dbd295
-from ..base.files import CxrError, read_json, write_csv, write_json
+from ..base.files import CxrError, write_csv, write_json
+from ..base.readers import read_json
 from ..base.records import Study, open_stage
 from ..base.settings import CLASSES, QualityConfig, is_scratch
 from ..images.networks import find_network

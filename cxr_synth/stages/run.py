@@ -12,7 +12,8 @@ from pathlib import Path
 from pkgutil import resolve_name
 
 # %% ../../nbs/stages/run.ipynb #70a04f51
-from ..base.files import one_of, read_csv
+from ..base.files import one_of
+from ..base.readers import read_csv
 from ..base.records import STAGES, Study
 from ..base.settings import PRESETS, resolve
 
