@@ -530,7 +530,7 @@ def _remove_abandoned(
     folder: Path,  # of a cache
 ):
     "Remove the unfinished files of processes that were killed more than an hour ago."
-    for p in folder.glob(".pixels-*.tmp"):
+    for p in folder.glob(".pixels-*"):
         with suppress(FileNotFoundError):  # gone meanwhile: another process has finished
             if TEMPORARY.fullmatch(p.name) and time.time() - p.stat().st_mtime > 3600:
                 remove_temporary(p)
