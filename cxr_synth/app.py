@@ -21,11 +21,12 @@ from pkgutil import resolve_name
 from typing import Annotated
 
 # %% ../nbs/09_app.ipynb #e0abacbf
-from .base.files import CxrError, one_of
+from .base.files import CxrError, PartlyFailed, one_of
+from .base.messages import system_error_text, use_plain_characters
 from .base.readers import read_csv, read_json
 from .base.records import STAGES, Study, not_here, stale_stages
 from .base.settings import CONFIGS, PRESETS, resolve
-from .stages.run import has_test, is_test_open, run_stage, stages_until
+from .stages.run import has_test, in_turn, is_test_open, run_stage, stages_until
 
 # %% ../nbs/09_app.ipynb #892c7d78
 COMMAND_HELP = {name: entry.help for name, entry in STAGES.items()} | {
@@ -153,13 +154,16 @@ def run_all(
     args,  # from `parse`
     preset: str,  # in force
     last: str = "report",  # stop after this stage
-):
+) -> PartlyFailed | None:  # what failed on the way
     "All stages in the design's order, up to `last`, each announced in a line."
-    for stage in stages_until(last):
+
+    def do(stage):
         if stage == "open-test" and (is_test_open(study) or not has_test(study)):
-            continue
+            return
         print(f"{stage}: {COMMAND_HELP[stage]}", flush=True)
         _do_stage(study, stage, args, preset)
+
+    return in_turn(stages_until(last), do)
 
 # %% ../nbs/09_app.ipynb #d52525fc
 def _state(
@@ -279,6 +283,8 @@ USAGE = "\n".join(
         *(f"  {name:12} {text}" for name, text in _ALL_HELP.items()),
         "\nStart with:  cxr-synth run my-study --data phantom --preset tiny",
         "Options of a command:  cxr-synth COMMAND --help",
+        "Exit status: 0 done; 2 something to mend first, as the message says; 3 done, but some runs",
+        "failed; 130 stopped by Ctrl-C.",
     ]
 )
 
@@ -313,8 +319,10 @@ def command(
     if name == "status":
         print(status(study))
     elif name == "run":
-        run_all(study, args, preset, args.until)
+        failed = run_all(study, args, preset, args.until)
         _print_closing(study, args.until)
+        if failed:
+            raise failed
     else:
         _do_stage(study, name, args, preset)
         _print_closing(study, name)
@@ -322,31 +330,53 @@ def command(
 # %% ../nbs/09_app.ipynb #32dcd5a3
 def _error_text(
     error: Exception,  # a `CxrError` or what the system said
+    argv: list[str],  # the line
 ) -> str:
     "An error as the command line shows it."
     if isinstance(error, CxrError):
         return f"error: {error}"
+    if isinstance(error, OSError):
+        return f"error: {system_error_text(error, *leading_studies(argv[1:])[:1])}"
     return (
-        f"error: {error.strerror or error}: {error.filename or ''}\n"
-        "Choose a folder that exists and that you may write to, with space left, and try again."
+        f"error: out of memory ({str(error).splitlines()[0][:100] if str(error) else 'no details'}).\n"
+        "Close other programs, or use fewer workers, a smaller batch or a smaller size; then repeat\n"
+        "the command: it goes on from where it was."
     )
+
+
+def _is_for_users(
+    error: Exception,  # any
+) -> bool:
+    "Whether an error is something to mend, not a fault of this program."
+    out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, (CxrError, OSError)) or out_of_memory
+
+
+def _leave_quietly() -> int:  # as a program that the system stops for this ends
+    "Whoever read what is printed has gone, as in `cxr-synth status S | head -1`."
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141
 
 
 def main(
     argv: list[str] | None = None,  # None: the command line
-) -> int:  # 0, 2 for what the user can mend, 130 for Ctrl-C
+) -> int:  # 0 done; 2 what the user can mend; 3 done, but some runs failed; 130 Ctrl-C
     "The `cxr-synth` command."
+    use_plain_characters()
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0
     try:
         command(argv)
-    except (CxrError, OSError) as e:
-        if "--debug" in argv:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return _leave_quietly()
+    except Exception as e:
+        if "--debug" in argv or not _is_for_users(e):
             raise
-        print(_error_text(e), file=sys.stderr)
-        return 2
+        print(_error_text(e, argv), file=sys.stderr)
+        return getattr(e, "exit_status", 2)
     except KeyboardInterrupt:
         print("stopped. The same command goes on from here.", file=sys.stderr)
         return 130
@@ -355,6 +385,7 @@ def main(
 # %% ../nbs/09_app.ipynb #a492da82
 def nbdev_test() -> int:  # exit status of nbdev-test; 2 without nbdev
     "The `nbdev_test` command: nbdev-test by its former name."
+    use_plain_characters()
     script = shutil.which("nbdev-test", path=sysconfig.get_path("scripts"))
     if script is None:
         print(
@@ -363,6 +394,5 @@ def nbdev_test() -> int:  # exit status of nbdev-test; 2 without nbdev
         )
         return 2
     options = [a.replace("_", "-") if a.startswith("--") else a for a in sys.argv[1:]]
-    return subprocess.call(
-        [script, *options], env={"OMP_NUM_THREADS": "1", "CXR_QUIET": "1", **os.environ}
-    )
+    env = {"OMP_NUM_THREADS": "1", "CXR_QUIET": "1", "PYTHONIOENCODING": "utf-8"}
+    return subprocess.call([script, *options], env=env | dict(os.environ))

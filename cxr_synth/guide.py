@@ -33,6 +33,7 @@ from cxr_synth.base.files import (
     write_csv,
     write_json,
 )
+from .base.messages import say
 from .base.readers import read_csv
 from .base.records import Study, open_stage
 from .base.settings import CLASSES, GuideConfig
@@ -92,7 +93,7 @@ class ChestXrayDataset(Dataset):
         self._add(real_dirs or {}, real_ratio, seed, "real")
         self._add(synthetic_dirs or {}, synthetic_ratio, seed, "synthetic")
         n_real, n_synthetic = self.count("real"), self.count("synthetic")
-        print(f"Dataset: {len(self)} images ({n_real} real, {n_synthetic} synthetic)")
+        say(f"Dataset: {len(self)} images ({n_real} real, {n_synthetic} synthetic)")
 
     def _add(self, dirs: dict, ratio: float, seed: int, source: str):
         if not ratio:
@@ -263,7 +264,7 @@ def train_classifier(
         history["train_loss"].append(train_loss)
         for name, value in found.items():
             history[f"val_{name}"].append(value)
-        print(_EPOCH_LINE.format(epoch=epoch, train_loss=train_loss, **found))
+        say(_EPOCH_LINE.format(epoch=epoch, train_loss=train_loss, **found))
         if found["acc"] > best:
             best = found["acc"]
             _save_weights(model, save_path)
@@ -431,7 +432,7 @@ def run_all_experiments(
     protocol = _Protocol(test, make_model, num_epochs, batch_size, num_workers, device)
     results = {}
     for name, ratios in GUIDE_EXPERIMENTS.items():
-        print(f"\nEXPERIMENT: {name}")
+        say(f"\nEXPERIMENT: {name}")
         runs = []
         for seed in seeds:
             transform = get_transforms(True, size)
@@ -443,7 +444,7 @@ def run_all_experiments(
             runs.append(_train_once(protocol, train, seed, path))
         results[name] = _summarise(ratios, runs)
         mean, sd = results[name]["accuracy_mean"], results[name]["accuracy_std"]
-        print(f"{name} Results: Acc={mean:.4f}±{sd:.4f}")
+        say(f"{name} Results: Acc={mean:.4f}±{sd:.4f}")
     write_json(Path(output_dir) / "results.json", results)
     return results
 

@@ -43,7 +43,7 @@ def test_killed_stage_continues(tmp_path):
     )
     for s in (study, calm):
         stage_data(s, DataConfig(source=str(source), workers=2))
-    assert not list((study / "data").rglob("*.tmp"))
+    assert not list((study / "data").rglob("*~"))
     assert {p: p.stat().st_mtime_ns for p in there} == there
     assert digests(study) == digests(calm)
 

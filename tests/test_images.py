@@ -72,7 +72,7 @@ def build(folder, drawn, slow=0.0):
 
 def started(p, folder):
     "Wait until the process has written some pixels."
-    while p.poll() is None and not any(t.stat().st_size > 5000 for t in folder.glob(".*.tmp")):
+    while p.poll() is None and not any(t.stat().st_size > 5000 for t in folder.glob(".*~")):
         time.sleep(0.005)
     assert p.poll() is None, "it should still be at work"
 
@@ -96,7 +96,7 @@ def test_killed_builder_leaves_no_half_cache(tmp_path, drawn):
     started(p, tmp_path)
     p.kill()
     p.wait()
-    assert left(tmp_path) == [".tmp"]
+    assert [p.name[-1] for p in tmp_path.iterdir()] == ["~"]
     os.utime(next(tmp_path.iterdir()), (time.time() - 7200,) * 2)  # two hours later
     cache = pixel_cache(tmp_path, names(drawn), drawn, 48)
     assert left(tmp_path) == [".json", ".npy"] and cache.pixels.shape == (len(drawn), 48, 48)

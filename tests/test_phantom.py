@@ -29,7 +29,7 @@ def test_workers_draw_what_one_process_draws(tmp_path):
 
 def test_killed_and_repeated(tmp_path):
     job = start(tmp_path / "set", 2000)
-    pattern = f".set.{job.pid}-*.tmp"
+    pattern = ".set~?????~"
     while job.poll() is None and len(list(tmp_path.glob(f"{pattern}/**/*.jpeg"))) < 50:
         time.sleep(0.05)
     job.kill()

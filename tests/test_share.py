@@ -314,7 +314,7 @@ def test_killed_pack(large, tmp_path):
     calm, out = digest_file(pack(large, tmp_path / "calm.zip")), tmp_path / "out.zip"
 
     def parts():
-        return list(tmp_path.glob(".out.zip.*.tmp"))
+        return list(tmp_path.glob(".out.zip~?????~"))
 
     kill_when(
         child("pack(Study(sys.argv[1]), sys.argv[2])", large.root, out),

@@ -57,7 +57,7 @@ def test_full_disk(root):
     for part in ("cannot write the checkpoint", "GB free", "goes on from there"):
         assert part in message
     assert (out / "checkpoints/last.pt").read_bytes() == before
-    assert not list((out / "checkpoints").glob(".*.tmp"))
+    assert not list((out / "checkpoints").glob(".*~"))
     (out / "message").unlink()
     kill_train.finish(ctx, root, out, "full")
     assert (out / "provenance.json").exists()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 # %% ../../nbs/base/cache.ipynb #5cabf41f
 from .files import CxrError, atomic_path, digest_json, write_json
+from .messages import say
 from .readers import read_json
 
 # %% ../../nbs/base/cache.ipynb #0f6d4158
@@ -53,7 +54,7 @@ def read_or_none(
     try:
         return read(path)
     except (OSError, ValueError, EOFError, CxrError) as e:
-        print(f"{path} cannot be read ({type(e).__name__}) and is made anew.", file=sys.stderr)
+        say(f"{path} cannot be read ({type(e).__name__}) and is made anew.", sys.stderr)
         return None
 
 # %% ../../nbs/base/cache.ipynb #51509f9a

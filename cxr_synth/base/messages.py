@@ -63,8 +63,7 @@ _SENTENCES = {  # error number -> what was found, and the next step
     "Close the program that has it open, allow reading and writing, or choose another folder.",
     "EROFS": "{path} lies on a disk that is read-only.\n"
     "Choose a folder on another disk, or have this one mounted for writing.",
-    "ENOENT": "{path} is not there.\n"
-    "Check the path, bring the file back, and repeat the command.",
+    "ENOENT": "{path} is not there.\nCheck the path, bring the file back, and repeat the command.",
     "EMFILE ENFILE": "too many files are open at once, at {path}.\n"
     "Use fewer workers, or allow more open files (ulimit -n 4096), and repeat the command.",
     "ENOMEM": "out of memory, at {path}.\n"

@@ -29,12 +29,15 @@ from cxr_synth.base.files import (
     one_of,
     remove_leftovers,
     remove_temporary,
+    naming_writes,
     temporary_for,
+    use_plain_rights,
     write_json,
     write_text,
 )
 from ..base.readers import read_csv, read_json
 from ..base.loop import Loop, TrainedPart, fit_batch, steps_for
+from ..base.messages import say
 from ..base.records import differences
 from ..base.settings import PROMPTS, TrainConfig, is_scratch, known_base
 from .hub import check_source
@@ -355,10 +358,8 @@ def choose_saved_weights(
     Path(folder).mkdir(parents=True, exist_ok=True)
     if keep == "last":
         return shutil.copyfile(loop.best_path, Path(folder) / "best.safetensors")
-    save_file(
-        {n: p.detach().contiguous() for n, p in loop.optimizer.params.items()},
-        Path(folder) / "last.safetensors",
-    )
+    last = {n: p.detach().contiguous() for n, p in loop.optimizer.params.items()}
+    save_file(last, Path(folder) / "last.safetensors")
     load_trained_weights(trainer, loop.best_path)
 
 
@@ -490,6 +491,19 @@ def generator_card(
     )
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #579e60ec
+def _move_files(
+    source: Path,  # a temporary folder; there may be none
+    out: Path,  # folder that gets its files
+):
+    "Move files into a folder, each whole, with the rights of new files."
+    if not source.is_dir():
+        return
+    use_plain_rights(source)
+    for p in sorted(p for p in source.rglob("*") if p.is_file()):
+        (out / p.relative_to(source)).parent.mkdir(exist_ok=True)
+        os.replace(p, out / p.relative_to(source))
+
+
 def save_model(
     trainer: Trainer,  # after its run
     out,  # model folder
@@ -500,16 +514,17 @@ def save_model(
     "Write pipeline or LoRA, card and provenance; provenance.json comes last and says that the rest is whole."
     out, pipe, tmp = Path(out), trainer.pipe, temporary_for(Path(out) / "model")
     remove_leftovers(out, ["model"])
-    choose_saved_weights(trainer, tmp, cfg.weights)
-    if cfg.method == "lora":
-        text = pipe.text_encoder if cfg.train_text_encoder else None
-        save_lora(out, pipe.unet, text, base, cfg.rank, cfg.lora_alpha, facts["revision"])
-    else:
-        pipe.save_pretrained(tmp, safe_serialization=True)
-    for p in sorted(p for p in tmp.rglob("*") if p.is_file()):
-        (out / p.relative_to(tmp)).parent.mkdir(exist_ok=True)
-        os.replace(p, out / p.relative_to(tmp))
-    remove_temporary(tmp)
+    try:
+        with naming_writes(out):
+            choose_saved_weights(trainer, tmp, cfg.weights)
+            if cfg.method != "lora":
+                pipe.save_pretrained(tmp, safe_serialization=True)
+        if cfg.method == "lora":
+            text = pipe.text_encoder if cfg.train_text_encoder else None
+            save_lora(out, pipe.unet, text, base, cfg.rank, cfg.lora_alpha, facts["revision"])
+        _move_files(tmp, out)
+    finally:
+        remove_temporary(tmp)
     write_text(out / "README.md", generator_card(facts))
     weights = {}
     for p in sorted(out.rglob("*.safetensors")):
@@ -527,7 +542,7 @@ def print_preflight(
     if is_scratch(cfg.base) or os.environ.get("CXR_QUIET"):
         return
     folder = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if p.exists())
-    print(
+    say(
         preflight_text(
             preflight(cfg, resolution),
             device_memory(pick_device(cfg.device)),

@@ -17,6 +17,7 @@ from PIL import Image
 # %% ../../nbs/diffusion/image_set.ipynb #0f4d3c74
 from ..base.compute import pick_device, pick_precision
 from ..base.files import CxrError
+from ..base.messages import say
 from ..base.readers import read_json
 from ..base.records import Stage, Study, move_aside, open_stage, parse_generator
 from ..base.settings import CLASSES, GenerateConfig, PROMPTS
@@ -214,10 +215,9 @@ def prepare_process(
     torch.set_num_threads(settled["threads"])
     set_slicing(pipe, settled["slicing"])
     if settled["device"] != pipe.device.type:
-        print(
+        say(
             f"{job.stage.out} was begun on {settled['device']} and goes on on {pipe.device.type}: "
-            "the same noise, but not the same last bits.",
-            flush=True,
+            "the same noise, but not the same last bits."
         )
     return settled
 
@@ -336,10 +336,9 @@ def finish_set(
             f"{stage.path}: {absent} images are missing or were changed while the set was made.\n"
             "Repeat the command to make them again."
         )
-    print(
+    say(
         f"{stage.path.name}: this process's share ({share[0] + 1} of {share[1]}) is "
-        f"done; {absent} images are still to come from the others.",
-        flush=True,
+        f"done; {absent} images are still to come from the others."
     )
     return False
 

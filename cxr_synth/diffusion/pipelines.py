@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 # %% ../../nbs/diffusion/pipelines.ipynb #c7c5654d
 from ..base.compute import progress
-from ..base.files import CxrError, remove_leftovers, temporary_for
+from ..base.files import CxrError, atomic_folder
 from .families import allowed_sources, family_of
 from .hub import PipelineSource, check_source, download_failure
 from .lora import load_lora, lora_layers
@@ -131,11 +131,9 @@ def save_pipeline(
     folder = Path(folder)
     if folder.exists():
         raise CxrError(f"{folder} exists already.\nName another folder, or move this one away.")
-    remove_leftovers(folder.parent, [folder.name])
-    tmp = temporary_for(folder)
-    pipe.save_pretrained(tmp, safe_serialization=True)
-    _write_text_encoder(pipe.text_encoder, tmp / "text_encoder")
-    os.replace(tmp, folder)
+    with atomic_folder(folder) as tmp:
+        pipe.save_pretrained(tmp, safe_serialization=True)
+        _write_text_encoder(pipe.text_encoder, tmp / "text_encoder")
 
 # %% ../../nbs/diffusion/pipelines.ipynb #fd49716d
 def fuse(

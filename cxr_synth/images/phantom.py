@@ -20,7 +20,7 @@ from scipy.stats import norm
 
 # %% ../../nbs/images/phantom.ipynb #e57195d0
 from ..base.compute import progress, seed_for
-from ..base.files import CxrError, remove_leftovers, temporary_for, write_csv
+from ..base.files import CxrError, atomic_folder, write_csv
 
 # %% ../../nbs/images/phantom.ipynb #414402f8
 def ellipse(
@@ -550,14 +550,10 @@ def write_phantoms(
             f"{folder} is in use already.\n"
             "Choose a folder that does not exist yet, or move this one away."
         )
-    remove_leftovers(folder.parent, [folder.name])
-    tmp = temporary_for(folder)
-    for sub in {Path(r["path"]).parent for r in rows}:
-        (tmp / sub).mkdir(parents=True)
-    write_csv(tmp / "truth.csv", _TRUTH_COLUMNS, _draw_files(rows, workers, tmp, *settings))
-    if folder.exists():
-        folder.rmdir()
-    os.replace(tmp, folder)
+    with atomic_folder(folder) as tmp:
+        for sub in {Path(r["path"]).parent for r in rows}:
+            (tmp / sub).mkdir(parents=True)
+        write_csv(tmp / "truth.csv", _TRUTH_COLUMNS, _draw_files(rows, workers, tmp, *settings))
     return folder
 
 # %% ../../nbs/images/phantom.ipynb #784a14b9

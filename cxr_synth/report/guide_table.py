@@ -11,6 +11,7 @@ from scipy import stats
 
 # %% ../../nbs/report/guide_table.ipynb #0beac5b3
 from ..base.files import CxrError
+from ..base.messages import say
 from ..stats.intervals import holm
 
 # %% ../../nbs/report/guide_table.ipynb #c124f171
@@ -134,7 +135,7 @@ def analyze_and_print_results(
 ):
     "Print the guide's table (section 11) and the corrected analysis below it."
     rows = guide_rows(results)
-    print("\n".join(guide_lines(results) + corrected_lines(rows)))
+    say("\n".join(guide_lines(results) + corrected_lines(rows)))
 
 # %% ../../nbs/report/guide_table.ipynb #05f45a22
 GUIDE_TITLES = dict(

@@ -27,6 +27,7 @@ from cxr_synth.base.files import (
     write_csv,
     write_json,
 )
+from ..base.messages import say
 from ..base.readers import read_json
 from ..base.records import STAGES, Stage, Study, make_room, move_aside, open_stage
 from ..base.settings import CLASSES, DataConfig
@@ -157,12 +158,10 @@ def restore_images(
         source = open_source(study, replace(cfg, revision=record["commit"] or cfg.revision))
     except CxrError as e:
         why = str(e).splitlines()[0]
-        print(
-            f"data: {len(missing):,} prepared images are not here, and neither is their source ({why})"
-        )
-        print(
-            f"To make them again, say where it is: cxr-synth data {study.root} --data FOLDER",
-            flush=True,
+        say(
+            f"data: {len(missing):,} prepared images are not here, and neither is their source "
+            f"({why})\n"
+            f"To make them again, say where it is: cxr-synth data {study.root} --data FOLDER"
         )
         return
     if differs := other_folder(t, source, set(record["bad"])):
