@@ -303,7 +303,7 @@ def test_one_list_of_suffixes():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, (ast.Tuple, ast.List, ast.Set)):
                 texts = {n.value for n in node.elts if isinstance(n, ast.Constant)}
-                if len(texts & set(images.PICTURE_SUFFIXES)) > 1:
+                if len(texts & set(images.IMAGE_SUFFIXES)) > 1:
                     found.append(f"{path.relative_to(package).as_posix()}:{node.lineno}")
     assert [f.split(":")[0] for f in found] == ["images/images.py"], found
 
