@@ -794,6 +794,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'cxr_synth/diffusion/command.py'),
                                              'cxr_synth.diffusion.command._split_words': ( 'diffusion/command.html#_split_words',
                                                                                            'cxr_synth/diffusion/command.py'),
+                                             'cxr_synth.diffusion.command._stems': ( 'diffusion/command.html#_stems',
+                                                                                     'cxr_synth/diffusion/command.py'),
                                              'cxr_synth.diffusion.command.guide_flags': ( 'diffusion/command.html#guide_flags',
                                                                                           'cxr_synth/diffusion/command.py'),
                                              'cxr_synth.diffusion.command.parse_command': ( 'diffusion/command.html#parse_command',

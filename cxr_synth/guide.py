@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 import numpy as np, torch
-from PIL import Image
 from safetensors.torch import save_file
 from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
@@ -38,7 +37,7 @@ from .base.readers import read_csv
 from .base.records import Study, open_stage
 from .base.settings import CLASSES, GuideConfig
 from .classify.finetune import Classifier
-from .images.images import PICTURE_SUFFIXES, has_suffix
+from .images.folders import image_files, read_image
 from .images.networks import torchvision_net
 from .images.study_images import load_manifest
 from .protocol.dataset import parse_name
@@ -68,12 +67,8 @@ def _folder_part(
             f"{source}_ratio {ratio} is not possible.\n"
             "Allowed: 0 to 1, the part of the files to use."
         )
-    files = sorted(p for p in Path(folder).glob("*") if has_suffix(p, PICTURE_SUFFIXES))
-    if not files:
-        raise CxrError(
-            f"{folder} holds no images.\nExpected files that end with {', '.join(PICTURE_SUFFIXES)}."
-        )
-    return _random_part(files, ratio, seed_for(seed, "subset", source, Path(folder).name))
+    chance = seed_for(seed, "subset", source, Path(folder).name)
+    return _random_part(image_files(folder), ratio, chance)
 
 # %% ../nbs/08_guide.ipynb #aeec024a
 class ChestXrayDataset(Dataset):
@@ -112,13 +107,7 @@ class ChestXrayDataset(Dataset):
 
     def __getitem__(self, idx):
         path, label, _ = self.samples[idx]
-        try:
-            image = Image.open(path).convert("RGB")
-        except OSError as e:
-            raise CxrError(
-                f"cannot read the image {path} ({type(e).__name__}).\n"
-                "Replace it, or move it out of the folder."
-            ) from e
+        image = read_image(path, "RGB")
         return (self.transform(image) if self.transform else image), label
 
 # %% ../nbs/08_guide.ipynb #3bf2fe1e

@@ -26,7 +26,7 @@ from cxr_synth.diffusion.dreambooth import (
     print_preflight,
     read_prompts,
 )
-from ..images.folders import read_image_folder
+from ..images.folders import is_clutter, read_image_folder
 from ..protocol.dataset import find_card
 
 # %% ../../nbs/diffusion/command.ipynb #de62178a
@@ -92,7 +92,7 @@ def _guide_prior(
     folder = Path(folder)
     path = folder / "class_images.json"
     facts = read_json(path) if path.exists() else {}
-    if not facts and folder.is_dir() and any(folder.iterdir()):
+    if not facts and folder.is_dir() and any(not is_clutter(p.name) for p in folder.iterdir()):
         return read_image_folder(folder, resolution)[1]
     how = {k: facts[k] for k in ("steps", "guidance", "batch", "precision") if k in facts}
     if not how:
@@ -204,9 +204,14 @@ def train_dreambooth(
         previews=out / "previews",
         cache=out / "checkpoints/cache",
         mirror=Mirror(cfg.mirror, out, cfg.mirror_gb) if cfg.mirror else None,
-        card=find_card("folder", stems=[p.stem for p in Path(run.instance_data_dir).glob("*")]),
+        card=find_card("folder", stems=_stems(run.instance_data_dir)),
     )
     return _remove_checkpoints(out)
+
+
+def _stems(folder) -> list[str]:
+    "Names without suffix of what is in a folder, if it is there."
+    return [p.stem for p in Path(folder).glob("*") if not is_clutter(p.name)]
 
 
 def _remove_checkpoints(

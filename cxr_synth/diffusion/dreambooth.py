@@ -45,6 +45,7 @@ from .lora import add_lora, save_lora
 from .pipelines import load_pipeline
 from .preflight import device_memory, preflight, preflight_text
 from .small_pipeline import tiny_pipeline, tiny_vae, train_vae, vae_channels
+from ..images.folders import read_image
 from cxr_synth.diffusion.trainer import (
     HeldOutLoss,
     LatentSet,
@@ -161,7 +162,7 @@ def make_class_images(
         for k, image in zip(seeds, drawn):
             with atomic_path(paths[k]) as tmp:
                 Image.fromarray(image).save(tmp, format="PNG")
-    return np.stack([np.asarray(Image.open(path)) for path in paths])
+    return np.stack([np.asarray(read_image(path)) for path in paths])
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #21ccc0f0
 def generate_class_images(

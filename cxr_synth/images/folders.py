@@ -113,14 +113,16 @@ def image_files(
 ) -> list[Path]:  # sorted; raises `CxrError` when there are fewer
     "The images of a folder, whatever the case of their suffix."
     if not Path(folder).is_dir():
-        raise CxrError(f"{folder} is no folder.\nExpected a folder that holds images.")
+        raise CxrError(
+            f"{folder} is no folder: it holds no images.\nExpected a folder that holds images."
+        )
     found = list_folder(folder)
     if len(found.images) < least:
         below = sum(p.is_dir() and not is_clutter(p.name) for p in Path(folder).iterdir())
-        others = kinds_of(found.others) + f", {below} folders" * bool(below)
+        others = f"{kinds_of(found.others)}, {below} folders"
         raise CxrError(
-            f"{folder} holds {len(found.images) or 'no'} images (and {others}); at least {least} "
-            "are needed.\n"
+            f"{folder} holds {len(found.images) or 'no'} images; at least {least} are needed.\n"
+            f"What else it has: {others}.\n"
             f"Allowed: files directly in the folder that end with {', '.join(IMAGE_SUFFIXES)}."
         )
     return found.images
@@ -139,7 +141,9 @@ def file_bytes(
 ) -> bytes:  # raises `CxrError` for what is no regular file
     "All bytes of a regular file; a pipe would never end."
     if Path(path).exists() and not Path(path).is_file():
-        raise CxrError("it is no regular file.\nMove it out of the folder, then repeat the command.")
+        raise CxrError(
+            "it is no regular file.\nMove it out of the folder, then repeat the command."
+        )
     return Path(path).read_bytes()
 
 
@@ -149,7 +153,8 @@ def read_image(
 ) -> Image.Image:  # raises `CxrError` that names an unreadable file
     "One image in 8 bits as a viewer shows it."
     with naming_errors(path):
-        return decode_upright(open_image(file_bytes(path), str(path)), colour=mode == "RGB")
+        image = open_image(file_bytes(path), str(path), least=1)
+        return decode_upright(image, colour=mode == "RGB")
 
 
 def read_folder(
@@ -175,7 +180,7 @@ def read_image_folder(
     resolution: int,  # side, px
 ) -> tuple[list[str], np.ndarray]:  # names without suffix, uint8 (N, R, R)
     "Every image of a folder through the common image path; raises `CxrError` as `image_files`."
-    paths, squares = image_files(folder), []
-    for path in progress(paths, "reading", unit="image"):
-        squares.append(np.asarray(prepare_image(read_image(path), resolution)))
+    paths = image_files(folder)
+    bar = progress(paths, "reading", unit="image")
+    squares = [np.asarray(prepare_image(read_image(path), resolution)) for path in bar]
     return [path.stem for path in paths], np.stack(squares)

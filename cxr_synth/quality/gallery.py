@@ -22,6 +22,7 @@ from ..base.files import CxrError, one_of, write_csv
 from ..base.readers import read_csv
 from ..base.records import Study
 from ..base.settings import CLASSES
+from ..images.folders import read_image
 from ..protocol.schema import MARK_COLUMNS
 from ..protocol.sets import MARK_FILES, load_metadata, set_marks
 
@@ -100,7 +101,7 @@ class Gallery:
 
     def pixels(self, name: str) -> Image.Image:
         "One image of the set."
-        return Image.open(self.study / "synthetic" / self.generator / name)
+        return read_image(self.study / "synthetic" / self.generator / name)
 
     def _check(self, name):
         if not any(name in names for names in self.names.values()):
