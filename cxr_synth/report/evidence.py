@@ -12,6 +12,7 @@ import numpy as np, pandas as pd
 
 # %% ../../nbs/report/evidence.ipynb #aee20357
 from ..base.files import CxrError, one_of
+from ..base.messages import failure_reason
 from ..base.readers import read_csv, read_json
 from ..base.records import Study, generator_name
 from ..protocol.plan import Plan, Run, load_plan
@@ -257,7 +258,7 @@ def _error_of(folder):
     "The error that a failed run has recorded."
     path = folder / "run.json"
     record = read_json(path) if path.is_file() else {}
-    return f": {record['error'].splitlines()[0]}" if "error" in record else ""
+    return f": {failure_reason(record)}" if "error" in record else ""
 
 # %% ../../nbs/report/evidence.ipynb #701a6fe6
 def pending_runs(

@@ -6,13 +6,14 @@
 __all__ = ['stage_experiments', 'open_test']
 
 # %% ../../nbs/06_classify.ipynb #1fd868fc
-import sys
+from collections import Counter
 from concurrent.futures import Executor
 import pandas as pd
 
 # %% ../../nbs/06_classify.ipynb #24b3de59
 from cxr_synth.base.files import (
     CxrError,
+    PartlyFailed,
     digest_file,
     digest_json,
     now,
@@ -20,6 +21,7 @@ from cxr_synth.base.files import (
     write_csv,
     write_json,
 )
+from ..base.messages import failure_reason
 from ..base.readers import read_csv, read_json
 from ..base.records import Study, move_aside, open_stage
 from ..base.settings import ExperimentsConfig
@@ -59,18 +61,24 @@ def _forget_failures(study: Study, runs: list[Run], table: ResultsTable):
             (study / run.folder / "run.json").unlink()
 
 # %% ../../nbs/06_classify.ipynb #4f6a1246
-def _report_failures(study: Study, rows: dict):  # rows: run -> record
-    "Say on stderr which runs failed, and why."
-    failed = [run for run, row in rows.items() if row["status"] == "failed"]
+def _raise_failures(study: Study, rows: dict):  # rows: run -> record
+    "Raise `PartlyFailed` that says which runs failed, and why."
+    failed = {run: row for run, row in rows.items() if row["status"] == "failed"}
     if not failed:
         return
-    first = failed[0]
-    lines = rows[first]["error"].strip().splitlines()
-    reason = lines[-1] if "Traceback" in rows[first]["error"] else lines[0]
-    print(
-        f"{len(failed)} of {len(rows)} runs failed, such as {first.folder}:\n  {reason}\n"
-        f"Mend it, then: cxr-synth experiments {study.root} --experiments.retry-failed",
-        file=sys.stderr,
+    reasons = Counter(failure_reason(row) for row in failed.values())
+    first = {failure_reason(row): run.folder for run, row in reversed(failed.items())}
+    text = f"{len(failed)} of {len(rows)} runs failed:"
+    for reason, n in reasons.most_common(2):
+        text += f"\n  {n} such as {first[reason]}: {reason}"
+    if len(failed) < len(rows):
+        text += (
+            "\nThe others are done; open-test and report work with them, and name what is missing."
+        )
+    raise PartlyFailed(
+        f"{text}\n"
+        f"Mend the cause, then: cxr-synth experiments {study.root} --experiments.retry-failed",
+        nothing_done=len(failed) == len(rows),
     )
 
 # %% ../../nbs/06_classify.ipynb #30e95ee5
@@ -80,14 +88,14 @@ def stage_experiments(
     redo: bool = False,  # move old runs with other settings aside
     executor: Executor = None,  # any; None: the one that the settings name
 ):
-    "Do every run of the plan and write results.csv; the test columns stay empty."
+    "Do every run of the plan and write results.csv; at the end `PartlyFailed` if some failed."
     plan = load_plan(study)
     runs = plan.runs()
     wanted = _chosen_runs(runs, cfg.only)
     results = study / "results.csv"
     stage = open_stage(study, "experiments", "runs", cfg, _inputs(plan), redo)
     if stage.done and results.exists() and not cfg.retry_failed:
-        return
+        return _raise_failures(study, ResultsTable(study, runs).rows)
     if not any(stage.path.glob("*/*/run.json")) and results.exists():
         move_aside(study, "results.csv")  # of older runs
     device = stage.compute_on(cfg.device)
@@ -99,10 +107,10 @@ def stage_experiments(
         context = RunContext(study, plan, cfg, device)
         do_runs(context, todo, table, stage.record["threads"], executor)
     table.write()
-    _report_failures(study, table.rows)
     if len(table.rows) == len(runs):
         failed = sum(row["status"] == "failed" for row in table.rows.values())
         stage.finish(runs=len(runs), failed=failed)
+    _raise_failures(study, table.rows)
 
 # %% ../../nbs/06_classify.ipynb #89c6ae73
 def _done_runs(
