@@ -144,7 +144,8 @@ def test_no_network(tmp_path):
 
 def test_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    refused("run", tmp_path / "file" / "s", "--data", "phantom", says=["file", "is a file, and a folder should be there"])
+    says = ["file", "is a file, and a folder should be there"]
+    refused("run", tmp_path / "file" / "s", "--data", "phantom", says=says)
 
 
 def test_other_settings(study):
