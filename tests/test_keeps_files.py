@@ -356,6 +356,7 @@ REVIEWED = {  # file:function -> why nothing of a user's is lost
     "guide:_guide_rows": "weights that the line before has written, under the record of guide/",
     "base/loop:Mirror.copy": "under a temporary name; the target is new or named in .mirrored.json",
     "base/loop:Mirror.fetch": "under a temporary name, and only where no file is",
+    "base/network:remove_damaged": "a file just downloaded whose bytes differ from its name, a hash",
     "diffusion/pipelines:_write_text_encoder": "in the temporary folder of `save_pipeline`",
     "diffusion/pipelines:save_pipeline": "in a temporary folder; the target must not exist",
     "ship/pack:move_into_place": "only where nothing is, links included",

@@ -9,15 +9,24 @@ __all__ = ['CLASS_WORDS', 'SPLIT_FOLDERS', 'LAYOUT_HELP', 'SOURCES', 'patients_b
            'register_source', 'unregister_source', 'open_source', 'card_of']
 
 # %% ../../nbs/data/sources.ipynb #8a244722
-import os, re
+import os, re, time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from unittest.mock import patch
 import pandas as pd
 
 # %% ../../nbs/data/sources.ipynb #b68e0fc4
 from ..base.files import CxrError, digest_json, one_of
+from cxr_synth.base.network import (
+    hub_commit,
+    naming_network,
+    patient_hub,
+    remove_damaged,
+    was_answered,
+    without_secrets,
+)
 from ..base.records import Study
 from ..base.settings import CLASSES, SOURCE_SETTINGS, DataConfig
 from ..images.images import IMAGE_SUFFIXES
@@ -325,37 +334,74 @@ def folder_source(
     return ImageSource(rows, lambda path: read_inside(root, path), notes)
 
 # %% ../../nbs/data/sources.ipynb #5f62bf97
-def _hub_commit(hub_id: str, revision: str) -> str:
-    "The commit that a revision stands for; empty for a local folder."
-    from huggingface_hub import HfApi
+_NO_SET = (
+    "Check the id; or download the data and use --data FOLDER, or use --data phantom, which needs no "
+    "network."
+)
 
-    if Path(hub_id).is_dir():
-        return ""
-    return HfApi().dataset_info(hub_id, revision=revision, timeout=10).sha
+
+def _hub_commit(hub_id: str, revision: str) -> tuple[str, str]:
+    "The commit that a revision stands for, and why it is unknown if it is."
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode():
+        return "", "HF_HUB_OFFLINE is set"
+    try:
+        return hub_commit(hub_id, "dataset", revision, _NO_SET), ""
+    except CxrError as e:
+        if was_answered(e):
+            raise
+        return "", str(e).splitlines()[0]
+
+
+def _cached_tables(hub_id: str, cache_dir, why: str):
+    "The newest copy of a data set on this machine; raises `CxrError` if there is none."
+    import datasets
+
+    with patch.object(datasets.config, "HF_HUB_OFFLINE", True):
+        try:
+            tables = datasets.load_dataset(hub_id, cache_dir=cache_dir)
+        except Exception as e:  # whatever it makes of a cache that lacks something
+            raise CxrError(
+                f"cannot load the data set {hub_id}: the Hub was not reached, and no whole copy is on "
+                f"this machine.\n{why} ({without_secrets(str(e))[:100]})\n{_NO_SET}"
+            ) from e
+    print(f"{hub_id}: the copy on this machine is used, its commit is unknown ({why}).")
+    return tables
+
+
+def _download_tables(hub_id: str, commit: str, cache_dir):
+    "The tables of one commit, or of a local folder; files that came damaged are removed and named."
+    import datasets
+    from huggingface_hub import constants
+
+    since = time.time() - 2
+    try:
+        return datasets.load_dataset(hub_id, revision=commit or None, cache_dir=cache_dir)
+    finally:
+        kept = Path(constants.HF_HUB_CACHE) / f"datasets--{hub_id.replace('/', '--')}"
+        if commit:
+            remove_damaged(hub_id, kept, since)
 
 
 def hub_tables(
     hub_id: str,  # data set id, or a local folder in the Hub's layout
     revision: str = "main",  # branch, tag or commit
     cache_dir=None,  # where to keep the download; None is the library's own place
-):  # DatasetDict and the commit; raises `CxrError` if it can't be had
-    "Load a data set from the Hub."
+):  # DatasetDict and the commit, empty where it is unknown; raises `CxrError` if it can't be had
+    "Load a data set from the Hub; without a network the copy that was downloaded before."
     import datasets
-    from huggingface_hub.errors import HfHubHTTPError
 
     if os.environ.get("CXR_QUIET"):
         datasets.disable_progress_bars()
-    network = HfHubHTTPError.__bases__  # the HTTP library's own errors
-    try:
-        commit = _hub_commit(hub_id, revision)
-        return datasets.load_dataset(hub_id, revision=commit or None, cache_dir=cache_dir), commit
-    except (OSError, ValueError, datasets.exceptions.DatasetsError, *network) as e:
-        why = (str(e).strip() or type(e).__name__).splitlines()[0][:150]
-        raise CxrError(
-            f"cannot load the data set {hub_id!r} (revision {revision}) from the Hub:\n  {why}\n"
-            "Check the id and the network; or download the data and use --data FOLDER,\n"
-            "or use --data phantom, which needs no network."
-        ) from e
+    local, commit, address = Path(hub_id).is_dir(), "", hub_id
+    if not local:
+        commit, why = _hub_commit(hub_id, revision)
+        if not commit:
+            return _cached_tables(hub_id, cache_dir, why), ""
+        address = ""
+    with naming_network(f"load the data set {hub_id}", address, _NO_SET), patient_hub():
+        return _download_tables(hub_id, commit, cache_dir), commit
 
 # %% ../../nbs/data/sources.ipynb #dcef06ba
 def hub_names(
@@ -463,6 +509,10 @@ def hub_source(
     notes = [
         f"{n} images with the label {text} were left out." for text, n in sorted(unknown.items())
     ]
+    if not commit and not Path(hub_id).is_dir():
+        notes.append(
+            "The Hub was not reached: the images are of a copy on this machine, its commit is unknown."
+        )
     return ImageSource(rows, lambda path: _cell_bytes(*cells[path]), notes, commit)
 
 # %% ../../nbs/data/sources.ipynb #678028bf

@@ -18,6 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from ..base.files import CxrError, one_of
 from ..base.readers import read_json
 from ..base.settings import BASES, BaseModel
+from ..base.weights import refuse_stand_ins
 
 # %% ../../nbs/diffusion/families.ipynb #d9b3db34
 _PAIRS = {  # what must be equal in a Stable Diffusion folder, and what to say if it is not
@@ -28,14 +29,45 @@ _PAIRS = {  # what must be equal in a Stable Diffusion folder, and what to say i
 }
 
 
+def _part_config(
+    folder,  # in Stable Diffusion's format
+    part: str,  # unet, vae or text_encoder
+    *needed: str,  # settings that must be whole numbers
+) -> dict:  # raises `CxrError` for one that is no configuration
+    "The configuration of a part."
+    path = Path(folder) / part / "config.json"
+    config = read_json(path)
+    lost = [name for name in needed if not isinstance(dict(config).get(name), int)]
+    if lost:
+        raise CxrError(
+            f"{path} says nothing of {', '.join(lost)}, or no whole number.\n"
+            "It is damaged, or of another kind of model; copy the model again."
+        )
+    return config
+
+
+def _read_tokenizer(
+    folder,  # of the tokenizer
+) -> CLIPTokenizer:  # raises `CxrError` for one that cannot be read
+    "CLIP's tokenizer from its files."
+    try:
+        return CLIPTokenizer.from_pretrained(folder)
+    except Exception as e:  # of transformers and tokenizers, in many ways
+        raise CxrError(
+            f"{folder} cannot be read as CLIP's tokenizer ({type(e).__name__}).\n"
+            "Copy its files again: vocab.json, merges.txt, tokenizer_config.json."
+        ) from e
+
+
 def stable_diffusion_misfits(
     folder,  # in Stable Diffusion's format; configuration and tokenizer suffice
 ) -> list[str]:
     "A sentence for each two parts that do not belong together."
-    unet, vae, text = (
-        read_json(Path(folder) / part / "config.json") for part in ("unet", "vae", "text_encoder")
-    )
-    tokenizer = CLIPTokenizer.from_pretrained(Path(folder) / "tokenizer")
+    unet = _part_config(folder, "unet", "cross_attention_dim", "in_channels")
+    vae = _part_config(folder, "vae")
+    lengths = "vocab_size", "hidden_size", "max_position_embeddings"
+    text = _part_config(folder, "text_encoder", *lengths)
+    tokenizer = _read_tokenizer(Path(folder) / "tokenizer")
     numbers = {
         "tokens": (len(tokenizer), text["vocab_size"]),
         "width": (unet["cross_attention_dim"], text["hidden_size"]),
@@ -178,16 +210,25 @@ def allowed_sources() -> str:
     )
 
 # %% ../../nbs/diffusion/families.ipynb #8a95dfc6
+_VARIANTS = "Pipeline", "Img2ImgPipeline", "InpaintPipeline"  # how the class of a family may end
+
+
 def find_family(
     index: dict,  # content of model_index.json
     source: str,  # what the user asked for
 ) -> Family:
     "The family of a pipeline; raises `CxrError` for one that cannot be trained here, and names it."
     known = {f.pipeline.__name__.removesuffix("Pipeline"): f for f in FAMILIES.values()}
-    kind = index.get("_class_name", "unknown class")
+    index = index if isinstance(index, dict) else {}
+    kind = str(index.get("_class_name", "unknown class"))
     fitting = [start for start in known | _UNSUPPORTED if kind.startswith(start)]
     start = max(fitting, key=len, default="")
-    if start in known and not (_TELLTALE_PARTS & set(index)) - set(known[start].parts):
+    other = _TELLTALE_PARTS & set(index)
+    if (
+        start in known
+        and kind.removeprefix(start) in _VARIANTS
+        and not other - set(known[start].parts)
+    ):
         return known[start]
     raise CxrError(
         f"{source} is a pipeline of {_UNSUPPORTED.get(start, 'another family')} ({kind}); this trainer "
@@ -199,6 +240,11 @@ def family_of(
     pipe,  # a pipeline that was loaded or made
 ) -> Family:
     "The family of a pipeline at hand; raises `CxrError` for one that cannot be trained here."
+    if not hasattr(pipe, "config"):
+        raise CxrError(
+            f"a {type(pipe).__name__} is no pipeline.\n"
+            "Give what load_finetuned_model or load_pipeline returns."
+        )
     return find_family(dict(pipe.config) | {"_class_name": type(pipe).__name__}, "this")
 
 # %% ../../nbs/diffusion/families.ipynb #c01237f3
@@ -219,13 +265,30 @@ def check_parts(
             f"A folder of {family.label} has the parts {', '.join(family.parts)}, with weights as "
             "safetensors.\nCopy it again whole, or save it again with save_pretrained."
         )
+    there = [p for part in family.parts for p in sorted((folder / part).iterdir())]
+    kinds = (".safetensors", ".json", ".txt")
+    refuse_stand_ins(p for p in there if p.is_file() and p.suffix in kinds)
 
 # %% ../../nbs/diffusion/families.ipynb #baa99e11
 def check_fit(
     folder,  # with a pipeline; configuration and tokenizer suffice
     family: Family = FAMILIES["Stable Diffusion"],  # that it belongs to
 ):
-    "Raise `CxrError` naming the parts that do not belong together."
+    "Raise `CxrError` naming the parts that do not belong together, or describe no network."
+    for part, file in family.parts.items():
+        if not isinstance(read_json(Path(folder) / part / file), dict):
+            raise CxrError(
+                f"{Path(folder) / part / file} is no configuration.\nCopy the model again."
+            )
     misfits = family.misfits(folder)
     if misfits:
         raise CxrError(f"{folder}: {'; '.join(misfits)}.\nTake all parts from one model.")
+    try:
+        with torch.device("meta"):
+            family.from_config(folder)
+    except Exception as e:  # of diffusers and transformers
+        raise CxrError(
+            f"{folder}: no network can be built from its configuration ({type(e).__name__}: "
+            f"{(str(e).splitlines() or [''])[0][:100]}).\n"
+            "A config.json is damaged, or of another kind of model; copy the model again."
+        ) from e

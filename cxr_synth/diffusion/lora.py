@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LORA_FILE', 'LORA_TARGETS', 'lora_kinds', 'lora_layers', 'inject_lora', 'add_lora', 'lora_state', 'base_signature',
-           'same_signature', 'save_lora', 'lora_base', 'native_weight_names', 'check_lora', 'load_lora']
+           'same_signature', 'save_lora', 'lora_facts', 'lora_base', 'native_weight_names', 'check_lora', 'read_lora',
+           'load_lora']
 
 # %% ../../nbs/diffusion/lora.ipynb #5a6cc7fd
 import math, os, re
@@ -13,11 +14,12 @@ import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 # %% ../../nbs/diffusion/lora.ipynb #dc1a1940
 from ..base.compute import seed_for
 from ..base.files import CxrError, atomic_path, library_versions, write_json
+from ..base.weights import check_finite, read_tensors, refuse_stand_ins
 from ..base.readers import read_json
 from .families import family_of
 
@@ -196,11 +198,47 @@ def _base_facts(folder: Path, base, revision) -> dict:
     return dict(base=str(base), local=False, revision=revision)
 
 # %% ../../nbs/diffusion/lora.ipynb #641abdcc
+def _is_signature(value) -> bool:
+    numbers = value if isinstance(value, list) else []
+    return len(numbers) == 16 and all(isinstance(v, (int, float)) for v in numbers)
+
+
+_LORA_FACTS = {  # what lora.json must say -> whether a value will do
+    "base": lambda v: isinstance(v, str) and v.strip(),
+    "local": lambda v: isinstance(v, bool),
+    "revision": lambda v: v is None or isinstance(v, str),
+    "parts": lambda v: isinstance(v, list) and set(v) <= {"unet", "text_encoder"},
+    "signature": _is_signature,
+}
+
+
+def lora_facts(
+    folder,  # of a LoRA
+) -> (
+    dict
+):  # what lora.json says; raises `CxrError` if it says something else than `save_lora` wrote
+    "What a LoRA's folder says about it."
+    path = Path(folder) / "lora.json"
+    refuse_stand_ins([path])
+    facts = read_json(path)
+    wrong = [name for name, good in _LORA_FACTS.items() if not _says(facts, name, good)]
+    if wrong:
+        raise CxrError(
+            f"{path} is damaged: {', '.join(wrong)} missing or of another form.\n"
+            "Copy the file again from the folder that training wrote."
+        )
+    return facts
+
+
+def _says(facts, name: str, good) -> bool:
+    return isinstance(facts, dict) and name in facts and bool(good(facts[name]))
+
+
 def lora_base(
     folder,  # of a LoRA
 ) -> tuple:  # source and revision, as `check_source` takes them
     "The base that a LoRA folder names; raises `CxrError` if that is a folder which is not there."
-    facts = read_json(Path(folder) / "lora.json")
+    facts = lora_facts(folder)
     if not facts["local"]:
         return facts["base"], facts["revision"]
     if not (Path(folder) / facts["base"]).is_dir():
@@ -231,21 +269,58 @@ def _layer_of(name: str) -> str:
     return re.sub(r"\.lora.*", "", name)
 
 
+_AGAIN = "\nLoad it on the base that it was trained on."
+
+
+def _is_down(name: str) -> bool:
+    "Whether a weight is the first matrix of its pair, from the layer's inputs to the rank."
+    return ".down." in name or ".lora_A." in name
+
+
 def _check_lora_weight(pipe, name: str, weight: torch.Tensor, what: str):
     "Whether some layer of the pipeline takes up a LoRA weight; raises `CxrError` if none does."
-    again = "\nLoad it on the base that it was trained on."
     part, _, path = _layer_of(name).partition(".")
     layers = dict(getattr(pipe, part).named_modules()) if part in family_of(pipe).trained else {}
-    if path not in layers:
-        raise CxrError(f"{what}: no layer of this pipeline takes up {name}.{again}")
-    inputs = layers[path].weight.shape[1]
-    is_a = ".down." in name or ".lora_A." in name
-    if is_a and weight.shape[1] != inputs:
-        raise CxrError(
-            f"{what}: {name} is for {weight.shape[1]} inputs, the layer has {inputs}.{again}"
-        )
+    if not hasattr(layers.get(path), "weight") or _layer_of(name) == name:
+        raise CxrError(f"{what}: no layer of this pipeline takes up {name}.{_AGAIN}")
+    if name.endswith(".alpha"):
+        return
+    outputs, inputs = layers[path].weight.shape[:2]
+    side, wanted, word = (1, inputs, "inputs") if _is_down(name) else (0, outputs, "outputs")
+    found = weight.shape[side] if weight.ndim >= 2 else 0
+    if found != wanted:
+        raise CxrError(f"{what}: {name} is for {found} {word}, the layer has {wanted}.{_AGAIN}")
+
+
+def _check_lora_pairs(state: dict, what: str):
+    "Raise `CxrError` unless each layer has two matrices of one rank."
+    pairs = {}
+    for name, weight in state.items():
+        if not name.endswith(".alpha"):
+            rank = weight.shape[0 if _is_down(name) else 1]
+            pairs.setdefault(_layer_of(name), []).append((_is_down(name), rank))
+    for layer, pair in pairs.items():
+        kinds, ranks = {down for down, _ in pair}, {rank for _, rank in pair}
+        if len(pair) != 2 or len(kinds) != 2 or len(ranks) != 1 or 0 in ranks:
+            raise CxrError(
+                f"{what}: the weights of {layer} are no pair of one rank (found ranks: "
+                f"{', '.join(map(str, sorted(ranks)))}).\nCopy {LORA_FILE} again."
+            )
 
 # %% ../../nbs/diffusion/lora.ipynb #4a2801e0
+def _check_lora_base(
+    pipe,  # the base
+    facts: dict,  # from lora.json, or {}
+    what: str,  # how the user knows it
+):
+    "Raise `CxrError` if a LoRA is for another base than this pipeline."
+    if facts and not same_signature(facts["signature"], base_signature(pipe.unet)):
+        raise CxrError(
+            f"{what} is a LoRA for {facts.get('base', 'another model')}; the weights of this pipeline "
+            "are others.\nLoad it on the base that it was trained on."
+        )
+
+
 def check_lora(
     pipe,  # the base
     state: dict,  # from a LoRA file, native names
@@ -253,38 +328,47 @@ def check_lora(
     what: str,  # how the user knows it
 ):
     "Raise `CxrError` if a LoRA is for another base than this pipeline, or has weights that fit nowhere."
-    if facts and not same_signature(facts["signature"], base_signature(pipe.unet)):
-        raise CxrError(
-            f"{what} is a LoRA for {facts.get('base', 'another model')}; the weights of this pipeline "
-            "are others.\nLoad it on the base that it was trained on."
-        )
+    _check_lora_base(pipe, facts, what)
     for part in facts.get("parts", ()):
         if not any(k.startswith(part + ".") for k in state):
             raise CxrError(
                 f"{what} should hold LoRA weights of the {part} and holds none.\n"
                 f"Copy {LORA_FILE} again."
             )
+    if not state:
+        raise CxrError(f"{what} holds no weights at all.\nCopy {LORA_FILE} again.")
     for name, weight in state.items():
         _check_lora_weight(pipe, name, weight, what)
+    _check_lora_pairs(state, what)
+    check_finite(state, what)
 
 # %% ../../nbs/diffusion/lora.ipynb #a7115fb8
+def read_lora(
+    folder,  # with pytorch_lora_weights.safetensors
+) -> dict:  # name -> tensor; raises `CxrError` for a file that is none
+    "The weights of a LoRA's folder, as they stand in the file."
+    path = Path(folder) / LORA_FILE
+    if not path.is_file():
+        raise CxrError(
+            f"{folder} has no {LORA_FILE}.\nGive a folder that training with method lora has written."
+        )
+    refuse_stand_ins([path])
+    return read_tensors(path)
+
+
 def load_lora(
     pipe,  # the base; changed in place
     folder,  # with pytorch_lora_weights.safetensors; lora.json is used if it is there
 ):
     "Apply a LoRA by diffusers; raises `CxrError` if it is for another base or if a part of it fits nowhere."
     folder, parts = Path(folder), family_of(pipe).trained
-    if not (folder / LORA_FILE).is_file():
-        raise CxrError(
-            f"{folder} has no {LORA_FILE}.\nGive a folder that training with method lora has written."
-        )
     if any(lora_layers(getattr(pipe, part)) for part in parts):
         raise CxrError(
             "the pipeline carries a LoRA already.\nFuse it first, or load the base again."
         )
-    state = native_weight_names(load_file(folder / LORA_FILE), pipe.text_encoder)
-    facts = read_json(folder / "lora.json") if (folder / "lora.json").is_file() else {}
-    check_lora(pipe, state, facts, str(folder))
+    state = native_weight_names(read_lora(folder), pipe.text_encoder)
+    facts = lora_facts(folder) if (folder / "lora.json").is_file() else {}
+    check_lora(pipe, state, facts, str(folder / LORA_FILE))
     pipe.load_lora_weights(state)
     for part in parts:
         _check_taken_up(pipe, part, state, folder)

@@ -8,14 +8,21 @@ __all__ = ['Shipment', 'shipment', 'shipment_text', 'push_failure', 'naming_hub_
 # %% ../../nbs/ship/hub_push.ipynb #d624de64
 from pathlib import Path
 from dataclasses import dataclass
-import re
 from contextlib import contextmanager
 from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 # %% ../../nbs/ship/hub_push.ipynb #5669ccb4
 from ..base.files import CxrError, write_text
+from cxr_synth.base.network import (
+    NoAnswer,
+    answer_status,
+    hub_address,
+    network_failure,
+    patient_hub,
+    without_secrets,
+)
 from ..base.records import Study
 from ..protocol.dataset import CARDS, dataset_card, stated
 from .pack import OLD_CLAIM
@@ -126,36 +133,12 @@ def shipment_text(
     return "\n".join([first, *rows, "", "The card, README.md:", "", ship.card])
 
 # %% ../../nbs/ship/hub_push.ipynb #d0cf7436
-def _causes(
-    e: BaseException,  # an error
-) -> list[BaseException]:  # the error, what caused it, what caused that, ...
-    "An error and its causes."
-    chain = [e]
-    while chain[-1].__cause__ is not None:
-        chain.append(chain[-1].__cause__)
-    return chain
-
-
-def _status_of(
-    chain: list[BaseException],  # from `_causes`
-) -> int | None:
-    "The status with which the Hub answered, if it did."
-    for error in chain:
-        response = getattr(error, "response", None)
-        if response is not None:
-            return response.status_code
-    return None
-
-
 def push_failure(
     e: BaseException,  # from huggingface_hub or below
     repo_id: str,  # what was pushed to
 ) -> str:
     "Why the Hub did not do as asked, and what to do."
-    chain = _causes(e)
-    status = _status_of(chain)
-    lines = str(chain[-1]).strip().splitlines() or [type(e).__name__]
-    said = re.sub(r"hf_\w+", "hf_***", lines[0][:200])
+    status = answer_status(e)
     if status == 401:
         return (
             "the Hub does not accept the token.\n"
@@ -168,12 +151,14 @@ def push_failure(
         )
     again = "what has arrived is not sent again."
     if status:
+        said = without_secrets(str(e))
         return f"the Hub answered with status {status}: {said}\nRepeat the command later: {again}"
     if constants.is_offline_mode():
         return "HF_HUB_OFFLINE is set, so nothing can be sent.\nUnset it and repeat the command."
     return (
-        f"{constants.ENDPOINT} cannot be reached: {said}\n"
-        f"Check the network and repeat the command: {again}"
+        f"{hub_address()} cannot be reached, or gives no usable answer: {network_failure(e)}.\n"
+        "Check the network and its proxy (HTTPS_PROXY; HF_ENDPOINT for a mirror), and repeat the "
+        f"command: {again}"
     )
 
 # %% ../../nbs/ship/hub_push.ipynb #524a14f8
@@ -184,12 +169,9 @@ def naming_hub_errors(
     "Turn failures of the Hub, the token or the network into a `CxrError`."
     try:
         yield
-    except (
-        HfHubHTTPError,
-        OSError,
-        RuntimeError,
-        *HfHubHTTPError.__bases__,
-    ) as e:  # the bases: every error of the HTTP library in use
+    except CxrError:
+        raise
+    except Exception as e:  # of any library, and whatever it makes of an odd answer
         raise CxrError(f"cannot push to {repo_id}: {push_failure(e, repo_id)}") from e
 
 # %% ../../nbs/ship/hub_push.ipynb #e07fdcec
@@ -214,6 +196,21 @@ def check_target(
         )
 
 # %% ../../nbs/ship/hub_push.ipynb #a1bbf1b4
+def _open_target(
+    ship: Shipment,  # from `shipment`
+    repo_id: str,  # OWNER/NAME on the Hub
+    private: bool,  # for a data set that is new
+) -> HfApi:
+    "Make the data set if it is new, and look at what it holds."
+    api = HfApi()
+    with patient_hub():
+        made = str(api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True))
+        if not made.rstrip("/").endswith(repo_id):
+            raise NoAnswer(f"it answers in another form than the Hub's (made {made[:80]!r})")
+        check_target(api, repo_id, ship, private)
+    return api
+
+
 def _upload(
     ship: Shipment,  # from `shipment`
     folder: Path,  # of the set
@@ -221,19 +218,20 @@ def _upload(
     private: bool,  # for a data set that is new
 ) -> list[str]:  # files that have not arrived
     "Send the files of a set to the Hub."
-    api = HfApi()
-    api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-    check_target(api, repo_id, ship, private)
-    api.upload_folder(
-        repo_id=repo_id,
-        repo_type="dataset",
-        folder_path=folder,
-        allow_patterns=sorted({_file_group(name) for name in ship.files}),
-        commit_message=f"Synthetic set {folder.name}",
-    )
-    return sorted(set(ship.files) - set(api.list_repo_files(repo_id, repo_type="dataset")))
+    api = _open_target(ship, repo_id, private)
+    with patient_hub(each=120, patience=300):
+        api.upload_folder(
+            repo_id=repo_id,
+            repo_type="dataset",
+            folder_path=folder,
+            allow_patterns=sorted({_file_group(name) for name in ship.files}),
+            commit_message=f"Synthetic set {folder.name}",
+        )
+    with patient_hub():
+        arrived = set(api.list_repo_files(repo_id, repo_type="dataset"))
+    return sorted(set(ship.files) - arrived)
 
-
+# %% ../../nbs/ship/hub_push.ipynb #a1bbf1b5
 def push(
     study: Study,  # the study
     generator: str,  # whose set

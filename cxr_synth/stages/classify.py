@@ -28,6 +28,7 @@ from ..base.settings import ExperimentsConfig
 from ..classify.executors import ResultsTable, do_runs, result_key
 from ..classify.recipes import RunContext
 from ..classify.runs import split_scores
+from ..images.networks import check_weights
 from ..images.study_images import split_rows
 from ..protocol.plan import Plan, Run, load_plan
 from ..protocol.round_trips import planned_round_trips, round_trip_set
@@ -90,6 +91,7 @@ def stage_experiments(
 ):
     "Do every run of the plan and write results.csv; at the end `PartlyFailed` if some failed."
     plan = load_plan(study)
+    check_weights(cfg.network, cfg.weights, cfg.size, cfg.method == "finetune", cfg.pretrained)
     runs = plan.runs()
     wanted = _chosen_runs(runs, cfg.only)
     results = study / "results.csv"

@@ -15,7 +15,7 @@ from ..base.files import CxrError, write_csv, write_json
 from ..base.readers import read_json
 from ..base.records import Study, open_stage
 from ..base.settings import CLASSES, QualityConfig, is_scratch
-from ..images.networks import find_network
+from ..images.networks import check_weights, find_network
 from ..protocol.round_trips import is_round_trip_set
 from ..protocol.schema import MARK_COLUMNS
 from ..protocol.sets import MARK_FILES
@@ -146,6 +146,7 @@ def stage_quality(
 ):
     "Measure every synthetic set of the study: quality/GENERATOR.json, GENERATOR-copies.csv and figures."
     cfg, names = cfg or QualityConfig(), synthetic_sets(study)
+    check_weights(cfg.extractor, cfg.weights, cfg.size)
     inputs = ["data/manifest.csv", "data/images", *(f"synthetic/{name}" for name in names)]
     stage = open_stage(study, "quality", "quality", cfg, inputs, redo)
     if stage.done:
