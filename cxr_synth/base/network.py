@@ -91,7 +91,7 @@ def was_answered(
     names = {type(cause).__name__ for cause in _causes(error)}
     return bool(names & set(_HUB_ERRORS)) or answer_status(error) in (401, 403, 404)
 
-
+# %% ../../nbs/base/network.ipynb #31427fba
 def network_failure(
     error: BaseException,  # of any library
 ) -> str:
@@ -171,7 +171,7 @@ def _is_page(response) -> bool:
         return True
     return "text/html" in kind and not url.path.endswith((".html", ".htm"))
 
-
+# %% ../../nbs/base/network.ipynb #b743a375
 class _Watch:
     "Looks at the requests of one call of huggingface_hub."
 
@@ -351,7 +351,7 @@ def _fetch(url: str, path: Path, desc: str):
     if size and came != size:
         raise NoAnswer(f"its answer was cut short: {came:,} of {size:,} bytes")
 
-
+# %% ../../nbs/base/network.ipynb #b520353c
 def download_file(
     url: str,  # where it is
     path,  # where to put it; its folder is made

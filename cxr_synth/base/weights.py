@@ -40,7 +40,7 @@ def file_kind(
     printable = all(byte in b"\t\n\r\f" or 32 <= byte < 127 for byte in start)
     return "a text" if printable else ""
 
-
+# %% ../../nbs/base/weights.ipynb #6d96fef3
 def refuse_stand_ins(
     paths,  # files, of any kind
 ):
@@ -87,7 +87,7 @@ def _load_without_unpickling(path):
             f"{path} cannot be read as weights ({what}): damaged or no PyTorch file.\n{_GET_AGAIN}"
         ) from e
 
-
+# %% ../../nbs/base/weights.ipynb #eb5d4a9a
 def read_weights(
     path,  # .pth or .safetensors file
 ) -> dict:  # name -> tensor; raises `CxrError` for anything else

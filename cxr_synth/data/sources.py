@@ -369,7 +369,7 @@ def _cached_tables(hub_id: str, cache_dir, why: str):
     print(f"{hub_id}: the copy on this machine is used, its commit is unknown ({why}).")
     return tables
 
-
+# %% ../../nbs/data/sources.ipynb #c0e6884b
 def _download_tables(hub_id: str, commit: str, cache_dir):
     "The tables of one commit, or of a local folder; files that came damaged are removed and named."
     import datasets

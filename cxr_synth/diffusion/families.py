@@ -58,7 +58,7 @@ def _read_tokenizer(
             "Copy its files again: vocab.json, merges.txt, tokenizer_config.json."
         ) from e
 
-
+# %% ../../nbs/diffusion/families.ipynb #08b71d80
 def stable_diffusion_misfits(
     folder,  # in Stable Diffusion's format; configuration and tokenizer suffice
 ) -> list[str]:

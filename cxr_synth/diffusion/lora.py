@@ -233,7 +233,7 @@ def lora_facts(
 def _says(facts, name: str, good) -> bool:
     return isinstance(facts, dict) and name in facts and bool(good(facts[name]))
 
-
+# %% ../../nbs/diffusion/lora.ipynb #fe262e37
 def lora_base(
     folder,  # of a LoRA
 ) -> tuple:  # source and revision, as `check_source` takes them
@@ -291,7 +291,7 @@ def _check_lora_weight(pipe, name: str, weight: torch.Tensor, what: str):
     if found != wanted:
         raise CxrError(f"{what}: {name} is for {found} {word}, the layer has {wanted}.{_AGAIN}")
 
-
+# %% ../../nbs/diffusion/lora.ipynb #5e06f5a7
 def _check_lora_pairs(state: dict, what: str):
     "Raise `CxrError` unless each layer has two matrices of one rank."
     pairs = {}
@@ -373,7 +373,7 @@ def load_lora(
     for part in parts:
         _check_taken_up(pipe, part, state, folder)
 
-
+# %% ../../nbs/diffusion/lora.ipynb #7379713b
 def _check_taken_up(pipe, part: str, state: dict, folder: Path):
     "Raise `CxrError` unless as many layers carry LoRA weights as the file has weights for."
     expected = {_layer_of(name) for name in state if name.startswith(part + ".")}

@@ -95,7 +95,7 @@ def _sizes(files: list[Path]) -> dict:
                 sizes[name] = file, count
     return sizes
 
-
+# %% ../../nbs/diffusion/pipelines.ipynb #a6301d77
 def check_whole(
     network,  # just loaded
     folder,  # it came from

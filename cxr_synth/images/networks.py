@@ -53,7 +53,7 @@ def _named_file(
         "(--quality.weights, --experiments.weights)."
     )
 
-
+# %% ../../nbs/images/networks.ipynb #f79cd245
 def find_weights(
     file: str,  # name of the file
     url: str,  # where it can be had
@@ -211,7 +211,7 @@ def _torchvision_weights(
     url = get_model_weights(name).IMAGENET1K_V1.url
     return find_weights(url.rsplit("/", 1)[1], url, where)
 
-
+# %% ../../nbs/images/networks.ipynb #2166e77b
 def torchvision_net(
     name: str,  # of `torchvision.models`, such as densenet121
     size: int,  # side of the images, px
@@ -343,7 +343,7 @@ def _open_rad_dino(
     check_finite(net.state_dict(), path)
     return net, AutoImageProcessor.from_pretrained(name), Path(path)
 
-
+# %% ../../nbs/images/networks.ipynb #44ccc587
 def rad_dino(
     where=None,  # Hub id or folder; None is microsoft/rad-dino
 ) -> LoadedNetwork:
@@ -438,7 +438,7 @@ class Network:
     )
     has_maps: bool = True  # its inner layers are maps of the image, as Grad-CAM needs them
 
-
+# %% ../../nbs/images/networks.ipynb #7b9376da
 def _torchvision_entry(
     name: str,  # of `torchvision.models`
     label: str,  # as a text names it

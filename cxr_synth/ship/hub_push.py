@@ -54,7 +54,7 @@ def _check_repo_id(
     if "/" not in repo_id:
         raise CxrError(f"{repo_id!r} names no owner.\nExpected OWNER/NAME, such as anna/{repo_id}.")
 
-
+# %% ../../nbs/ship/hub_push.ipynb #6437a00e
 def _check_licence(
     study: Study,  # the study
     generator: str,  # whose set
@@ -85,7 +85,7 @@ def _check_claim(
             "Move it away and repeat the command: a card with this study's facts takes its place."
         )
 
-
+# %% ../../nbs/ship/hub_push.ipynb #a5c9049a
 def shipment(
     study: Study,  # the study
     generator: str,  # whose set
