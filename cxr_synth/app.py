@@ -26,6 +26,7 @@ from .base.messages import system_error_text, use_plain_characters
 from .base.readers import read_csv, read_json
 from .base.records import STAGES, Study, not_here, stale_stages
 from .base.settings import CONFIGS, PRESETS, resolve
+from .protocol.schema import Analysis, Audit, ManifestRow
 from .stages.run import has_test, in_turn, is_test_open, run_stage, stages_until
 
 # %% ../nbs/09_app.ipynb #892c7d78
@@ -197,7 +198,7 @@ def closing_text(
     study: Study,  # with a report
 ) -> str:
     "The verdict and where to read more."
-    verdict = read_json(study / "analysis.json")["verdict"]["sentence"]
+    verdict = read_json(study / "analysis.json", Analysis)["verdict"]["sentence"]
     return f"\n{verdict}\nReport: {study / 'report' / 'index.html'}"
 
 
@@ -205,12 +206,12 @@ def data_closing_text(
     study: Study,  # after data
 ) -> str:
     "What the audit found, and where to read more."
-    rows = read_csv(study / "data/manifest.csv")
+    rows = read_csv(study / "data/manifest.csv", ManifestRow)
     patients = {row["patient_id"] for row in rows}
     counts = Counter(row["split"] for row in rows)
     splits = ", ".join(f"{s} {counts[s]:,}" for s in ("train", "val", "internal", "test"))
     lines = [f"{len(rows):,} images of {len(patients):,} patients: {splits}"]
-    findings = read_json(study / "data/audit.json")["findings"]
+    findings = read_json(study / "data/audit.json", Audit)["findings"]
     lines += [f"{f['level']}: {f['found']}" for f in findings if f["level"] != "ok"]
     lines.append(f"Audit: {study / 'data' / 'audit.html'}")
     return "\n".join(lines)

@@ -41,6 +41,7 @@ from .images.folders import image_files, read_image
 from .images.networks import torchvision_net
 from .images.study_images import load_manifest
 from .protocol.dataset import parse_name
+from .protocol.schema import result_row
 from .protocol.sets import load_metadata
 from .stats.auc import auroc
 
@@ -496,7 +497,7 @@ def _study_files(
 # %% ../nbs/08_guide.ipynb #350b0ad4
 def _assert_test_is_open(study: Study):
     opened = (study / "opened.json").exists()
-    if opened and any(r["test_auroc"] for r in read_csv(study / "results.csv")):
+    if opened and any(r["test_auroc"] for r in read_csv(study / "results.csv", result_row())):
         return
     raise CxrError(
         "the guide's arms read the official test after every epoch, and it is still "

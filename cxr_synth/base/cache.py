@@ -12,7 +12,7 @@ from pathlib import Path
 # %% ../../nbs/base/cache.ipynb #5cabf41f
 from .files import CxrError, atomic_path, digest_json, write_json
 from .messages import say
-from .readers import read_json
+from .readers import read_array, read_json
 
 # %% ../../nbs/base/cache.ipynb #0f6d4158
 def digest_array(
@@ -54,7 +54,8 @@ def read_or_none(
     try:
         return read(path)
     except (OSError, ValueError, EOFError, CxrError) as e:
-        say(f"{path} cannot be read ({type(e).__name__}) and is made anew.", sys.stderr)
+        why = type(e.__cause__ or e).__name__
+        say(f"{path} cannot be read ({why}) and is made anew.", sys.stderr)
         return None
 
 # %% ../../nbs/base/cache.ipynb #51509f9a
@@ -73,7 +74,7 @@ def cached(
     path = Path(folder) / f"{what}-{digest_json(key)[:32]}.npy"
 
     def read(path):
-        return np.load(path, mmap_mode="r" if mmap else None)
+        return read_array(path, mmap)
 
     found = read_or_none(path, read)
     if found is not None:

@@ -305,7 +305,7 @@ class Mirror:
     def _write_record(self):
         "Write down which files in the mirror are ours."
         if self.record.exists():
-            self.ours |= set(read_json(self.record))
+            self.ours |= set(read_json(self.record, list[str]))
         write_json(self.record, sorted(self.ours))
 
     def _claim(self, name: str):

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 # %% ../../nbs/classify/explain.ipynb #961a7186
-from ..protocol.schema import HEAT_COLUMNS
+from ..protocol.schema import HEAT_COLUMNS, ManifestRow
 from ..base.compute import seed_for
 from ..base.files import CxrError, atomic_path, write_csv
 from ..base.readers import read_csv
@@ -127,7 +127,7 @@ def disease_masks(
             "Only a study with --data phantom knows."
         )
     made = study.records()["data"]["settings"]
-    path = {r["image_id"]: r["path"] for r in read_csv(study / "data/manifest.csv")}
+    path = {r["image_id"]: r["path"] for r in read_csv(study / "data/manifest.csv", ManifestRow)}
     origins, arguments = phantom_origins(study), phantom_arguments(study)
     masks = []
     for i in image_ids:

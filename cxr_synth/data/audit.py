@@ -23,7 +23,7 @@ from sklearn.model_selection import PredefinedSplit, cross_val_predict
 from ..base.compute import seed_for
 from ..base.files import CxrError
 from .near_copies import MAX_PAIRS_SHOWN, exact_copies, near_report
-from ..images.study_images import MANIFEST_SPLITS
+from ..protocol.schema import MANIFEST_SPLITS
 from ..stats.auc import cluster_error, fold_auc
 
 # %% ../../nbs/data/audit.ipynb #5832139f

@@ -19,8 +19,8 @@ from ..base.settings import CLASSES, DataConfig
 from .sources import ImageSource, check_classes, patients_of
 from .splits import add_groups, add_splits
 from ..images.images import inspect_file, map_threads, naming_errors, prepare_file
-from ..images.study_images import MANIFEST_SPLITS, assert_disjoint
-from ..protocol.schema import MANIFEST_COLUMNS
+from ..images.study_images import assert_disjoint
+from ..protocol.schema import MANIFEST_COLUMNS, MANIFEST_SPLITS
 
 # %% ../../nbs/data/survey.ipynb #5922c824
 def _printable(path: str) -> str:

@@ -28,6 +28,7 @@ from cxr_synth.diffusion.dreambooth import (
 )
 from ..images.folders import is_clutter, read_image_folder
 from ..protocol.dataset import find_card
+from ..protocol.schema import Provenance
 
 # %% ../../nbs/diffusion/command.ipynb #de62178a
 _OTHER_NAMES = {"validation_steps": "preview_steps", "num_validation_images": "preview_images"}
@@ -91,7 +92,7 @@ def _guide_prior(
     "Class images: those that a person put there, otherwise drawn by the base as the folder says."
     folder = Path(folder)
     path = folder / "class_images.json"
-    facts = read_json(path) if path.exists() else {}
+    facts = read_json(path, dict) if path.exists() else {}
     if not facts and folder.is_dir() and any(not is_clutter(p.name) for p in folder.iterdir()):
         return read_image_folder(folder, resolution)[1]
     how = {k: facts[k] for k in ("steps", "guidance", "batch", "precision") if k in facts}
@@ -134,7 +135,7 @@ def _is_finished(
     path = Path(out) / "provenance.json"
     if not path.exists():
         return False
-    old = read_json(path)
+    old = read_json(path, Provenance)
     now = json.loads(json.dumps(cfg.settings())) | dict(seed=seed)
     changed = differences(old["settings"] | dict(seed=old["seed"]), now)
     if changed:

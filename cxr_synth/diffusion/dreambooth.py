@@ -12,8 +12,10 @@ __all__ = ['TRAINING', 'read_prompts', 'TrainingTask', 'class_task', 'model_key'
 import dataclasses, hashlib, json, os, shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 import numpy as np, torch
 from PIL import Image
+from pydantic import Field
 from safetensors.torch import load_file, save_file
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #12f11962
@@ -35,7 +37,7 @@ from cxr_synth.base.files import (
     write_json,
     write_text,
 )
-from ..base.readers import read_csv, read_json
+from ..base.readers import Row, read_csv, read_json
 from ..base.loop import Loop, TrainedPart, fit_batch, steps_for
 from ..base.messages import say
 from ..base.records import differences
@@ -58,18 +60,24 @@ from cxr_synth.diffusion.trainer import (
 from ..protocol.dataset import DatasetCard, hub_licence, lineage
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #101ce389
+class _PromptRow(Row):
+    "A table of prompts: an image, and what it shows."
+
+    unique = ("image_id",)
+    needed = True
+    image_id: Annotated[
+        str, Field(pattern=r"\S", description="the name of an image, without suffix")
+    ]
+    prompt: str
+
+
 def read_prompts(
     file,  # CSV with the columns image_id, prompt
     ids: list[str],  # the images that need one
     default: str = "",  # for images that the table leaves out; empty: that is an error
 ) -> tuple[list[str], np.ndarray]:  # different prompts, and for each image the number of its own
     "A prompt per image; raises `CxrError` for missing columns or images."
-    rows = read_csv(file)
-    if not rows or not {"image_id", "prompt"} <= set(rows[0]):
-        raise CxrError(
-            f"{file} needs the columns image_id, prompt; it has "
-            f"{', '.join(rows[0]) if rows else 'no rows'}."
-        )
+    rows = read_csv(file, _PromptRow, users=True)
     known = {r["image_id"]: r["prompt"].strip() for r in rows}
     lost = [i for i in ids if not known.get(i, default)]
     if lost:
@@ -127,7 +135,7 @@ def check_class_images(
 ):
     "A folder of class images says what it holds; raises `CxrError` if that is something else."
     path = Path(folder) / "class_images.json"
-    changed = differences(read_json(path), facts) if path.exists() else []
+    changed = differences(read_json(path, dict), facts) if path.exists() else []
     if changed:
         raise CxrError(
             f"{folder} holds class images made with other settings:\n"

@@ -30,6 +30,7 @@ from cxr_synth.diffusion.dreambooth import (
 from .pipelines import save_pipeline
 from ..images.study_images import load_images, training_rows, val_rows
 from ..protocol.dataset import dataset_card
+from ..protocol.schema import LogRow, Provenance
 
 # %% ../../nbs/diffusion/generator.ipynb #923831bd
 def _images_with_prompts(
@@ -210,7 +211,7 @@ def _collect_logs(
     "Join the parts' logs into train.csv: step, part, then named values."
     rows, columns = [], {"step": 0, "part": 0}
     for p in sorted((Path(folder) / "checkpoints").glob("*.csv")):
-        rows += [r | dict(part=p.stem) for r in read_csv(p)]
+        rows += [r | dict(part=p.stem) for r in read_csv(p, LogRow)]
     for r in rows:
         columns |= r
     write_csv(Path(folder) / "train.csv", list(columns), rows)
@@ -288,7 +289,7 @@ def model_of(
         return folder / "base", None, [f"models/{name}/base"]
     if base:
         path = folder / part / "provenance.json"
-        revision = read_json(path)["revision"] if path.exists() else how["revision"]
+        revision = read_json(path, Provenance)["revision"] if path.exists() else how["revision"]
         return trained["runtime"]["base"], revision, []
     parts = [part, "base"] if own and how["method"] == "lora" else [part]
     return folder / part, None, [f"models/{name}/{p}" for p in parts]

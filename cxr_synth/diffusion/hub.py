@@ -110,7 +110,7 @@ def _check_folder(
     if not index.is_file():
         raise CxrError(f"{name} is no pipeline: it has no model_index.json.\n{allowed_sources()}")
     refuse_stand_ins([index])
-    family = find_family(read_json(index), name)
+    family = find_family(read_json(index, dict), name)
     check_parts(folder, family, weights)
     check_fit(folder, family)
     return family

@@ -24,7 +24,7 @@ from cxr_synth.base.files import (
     write_json,
     write_text,
 )
-from ..base.readers import read_json, read_lines
+from ..base.readers import Row, read_json, read_lines
 from ..protocol.schema import MARK_COLUMNS
 
 # %% ../../nbs/diffusion/image_writer.ipynb #50f2662a
@@ -108,7 +108,7 @@ def agree_on_settings(
             os.rename(mine, parts)
         except OSError:
             remove_temporary(mine)  # another one was first
-    return read_json(parts / "settled.json")
+    return read_json(parts / "settled.json", dict)
 
 # %% ../../nbs/diffusion/image_writer.ipynb #acfe6661
 def image_names(
@@ -116,6 +116,13 @@ def image_names(
 ) -> list[str]:
     "File names of a synthetic set, class by class."
     return [f"{c}/{k:06d}.png" for c, n in counts.items() for k in range(n)]
+
+
+class _NotedLine(Row):
+    "A line that was noted; what sets of every kind say of an image."
+
+    file_name: str
+    sha256: str
 
 
 class ImageSetWriter:
@@ -131,7 +138,7 @@ class ImageSetWriter:
         "Lines by name and by SHA-256; metadata.jsonl comes last: notes go only after it is there."
         found = {}
         for p in [*sorted(self.parts.glob("*.jsonl")), self.folder / "metadata.jsonl"]:
-            for line in read_lines(p, growing=True):
+            for line in read_lines(p, _NotedLine, growing=True):
                 found.setdefault(line["file_name"], {})[line["sha256"]] = line
         return found
 
@@ -190,7 +197,7 @@ def _check_unchanged(
     lines: list[dict],  # what the images that are there now say
 ):
     "Raise `CxrError` if an image that was made again has other bytes than its line says."
-    old = {m["file_name"]: m["sha256"] for m in read_lines(path, growing=True)}
+    old = {m["file_name"]: m["sha256"] for m in read_lines(path, _NotedLine, growing=True)}
     other = [m["file_name"] for m in lines if old.get(m["file_name"]) != m["sha256"]]
     if other:
         raise CxrError(

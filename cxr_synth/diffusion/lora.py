@@ -10,10 +10,12 @@ __all__ = ['LORA_FILE', 'LORA_TARGETS', 'lora_kinds', 'lora_layers', 'inject_lor
 # %% ../../nbs/diffusion/lora.ipynb #5a6cc7fd
 import math, os, re
 from pathlib import Path
+from typing import Annotated, Literal
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
+from pydantic import BaseModel, Field, FiniteFloat
 from safetensors.torch import save_file
 
 # %% ../../nbs/diffusion/lora.ipynb #dc1a1940
@@ -198,18 +200,14 @@ def _base_facts(folder: Path, base, revision) -> dict:
     return dict(base=str(base), local=False, revision=revision)
 
 # %% ../../nbs/diffusion/lora.ipynb #641abdcc
-def _is_signature(value) -> bool:
-    numbers = value if isinstance(value, list) else []
-    return len(numbers) == 16 and all(isinstance(v, (int, float)) for v in numbers)
+class _LoraFacts(BaseModel):
+    "lora.json; what is needed to find and to know the base."
 
-
-_LORA_FACTS = {  # what lora.json must say -> whether a value will do
-    "base": lambda v: isinstance(v, str) and v.strip(),
-    "local": lambda v: isinstance(v, bool),
-    "revision": lambda v: v is None or isinstance(v, str),
-    "parts": lambda v: isinstance(v, list) and set(v) <= {"unet", "text_encoder"},
-    "signature": _is_signature,
-}
+    base: Annotated[str, Field(min_length=1)]
+    local: bool
+    revision: str | None
+    parts: list[Literal["unet", "text_encoder"]]
+    signature: Annotated[list[FiniteFloat], Field(min_length=16, max_length=16)]
 
 
 def lora_facts(
@@ -220,20 +218,9 @@ def lora_facts(
     "What a LoRA's folder says about it."
     path = Path(folder) / "lora.json"
     refuse_stand_ins([path])
-    facts = read_json(path)
-    wrong = [name for name, good in _LORA_FACTS.items() if not _says(facts, name, good)]
-    if wrong:
-        raise CxrError(
-            f"{path} is damaged: {', '.join(wrong)} missing or of another form.\n"
-            "Copy the file again from the folder that training wrote."
-        )
-    return facts
+    return read_json(path, _LoraFacts)
 
 
-def _says(facts, name: str, good) -> bool:
-    return isinstance(facts, dict) and name in facts and bool(good(facts[name]))
-
-# %% ../../nbs/diffusion/lora.ipynb #fe262e37
 def lora_base(
     folder,  # of a LoRA
 ) -> tuple:  # source and revision, as `check_source` takes them

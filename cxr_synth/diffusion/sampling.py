@@ -451,7 +451,7 @@ def _check_output(
 ):
     "Raise `CxrError` if a folder holds images that were made otherwise, or by something else."
     path = Path(folder) / ".settings.json"
-    changed = differences(read_json(path), facts) if path.exists() else []
+    changed = differences(read_json(path, dict), facts) if path.exists() else []
     if changed:
         raise CxrError(
             f"{folder} holds images made with other settings:\n"

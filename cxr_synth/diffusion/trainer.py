@@ -21,6 +21,7 @@ from ..base.readers import read_csv
 from ..base.loop import Loop, TrainedPart, batch_at, generator_for
 from .families import family_of
 from .small_pipeline import decode_latents, encode_latents, to_device
+from ..protocol.schema import LogRow
 
 # %% ../../nbs/diffusion/trainer.ipynb #37443559
 def diffusion_target(
@@ -510,7 +511,7 @@ def training_figure(
     grids = sorted(Path(previews).glob("*.png")) if previews else []
     panels = 2 if grids else 1
     fig, axes = plt.subplots(1, panels, figsize=(4 * panels, 2.4), dpi=70, squeeze=False)
-    _plot_losses(axes[0, 0], read_csv(log))
+    _plot_losses(axes[0, 0], read_csv(log, LogRow))
     if grids:
         axes[0, 1].imshow(Image.open(grids[-1]), cmap="gray")
         axes[0, 1].axis("off")

@@ -34,7 +34,7 @@ from cxr_synth.base.files import (
     remove_temporary,
     write_json,
 )
-from ..base.readers import read_json
+from ..base.readers import read_array, read_json
 
 # %% ../../nbs/images/images.ipynb #bebb2ab0
 _FEW_BITS = (
@@ -725,10 +725,10 @@ class PixelCache:
         "The map, uint8 (N, size, size), opened when first used; raises `CxrError` if it is damaged."
         if self._map is None:
             try:
-                self._map = np.load(self.path, mmap_mode="r")
-            except (OSError, ValueError) as e:
+                self._map = read_array(self.path, mmap=True, length=len(self.names))
+            except CxrError as e:
                 raise CxrError(
-                    f"the pixel cache {self.path} is damaged ({e}).\n"
+                    f"the pixel cache is damaged: {str(e).splitlines()[0]}\n"
                     "Repeat the command; it will be built again."
                 ) from e
         return self._map
@@ -824,6 +824,9 @@ def _fingerprints(
     return dict(zip(names, found))
 
 # %% ../../nbs/images/images.ipynb #b1bc658e
+_Fingerprint = tuple[int, int, str]  # as `file_fingerprint` gives it
+
+
 def pixel_cache(
     folder,  # where caches are, such as the study's cache/
     names: list,  # N different names, such as image ids
@@ -841,7 +844,7 @@ def pixel_cache(
         )
     about = digest_json(dict(names=names, size=size, settings=settings, path=IMAGE_PATH_VERSION))
     index = Path(folder) / f"pixels-{size}-{about[:16]}.json"
-    old = read_or_none(index, read_json) or {}
+    old = read_or_none(index, lambda p: read_json(p, dict[str, _Fingerprint])) or {}
     files = _fingerprints(names, paths, old, workers)
     contents = [sha256 for _, _, sha256 in files.values()]
     out = index.with_name(f"pixels-{size}-{digest_json([about, contents])[:16]}.npy")
@@ -850,7 +853,7 @@ def pixel_cache(
         return _read_square(*job, size, settings.get("fit", "pad"))
 
     with _BUILDING:
-        if read_or_none(out, lambda path: np.load(path, mmap_mode="r")) is None:
+        if read_or_none(out, lambda p: read_array(p, True, len(names))) is None:
             jobs = list(zip(paths, contents))
             squares = map_threads_iter(read, jobs, workers, f"pixels at {size} px")
             write_pixels(out, squares, (len(names), size, size))

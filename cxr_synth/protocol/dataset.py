@@ -17,6 +17,7 @@ from ..base.files import CxrError, write_json
 from ..base.readers import read_csv, read_json
 from ..base.records import Study
 from ..base.settings import is_scratch, known_base
+from .schema import ManifestRow
 
 # %% ../../nbs/protocol/dataset.ipynb #da7a0007
 UNKNOWN, ASK = "unknown", "unknown, ask the owner"
@@ -134,7 +135,7 @@ def read_card(
     )
     if not Path(text).is_file():
         raise CxrError(f"--data.card {text!r} is neither a known data set nor a file.\n{allowed}")
-    facts = read_json(text)
+    facts = read_json(text, users=True)
     if not isinstance(facts, dict):
         raise CxrError(f"{text} holds no table of facts.\n{allowed}")
     for key, value in facts.items():
@@ -170,7 +171,8 @@ def dataset_card(
         return read_card(str(study / FILE))
     settings = study.records().get("data", {}).get("settings", {})
     source = settings.get("source") or study.info().get("source", "")
-    rows = read_csv(study / "data/manifest.csv") if (study / "data/manifest.csv").is_file() else []
+    manifest = study / "data/manifest.csv"
+    rows = read_csv(manifest, ManifestRow) if manifest.is_file() else []
     return find_card(source, settings.get("hub_id", ""), [r["image_id"] for r in rows])
 
 # %% ../../nbs/protocol/dataset.ipynb #da7a0015

@@ -9,6 +9,7 @@ __all__ = ['BASIC_ARMS', 'WIDE_ARMS', 'DOSE_ARMS', 'TIERS', 'Run', 'Cell', 'Cont
 # %% ../../nbs/protocol/plan.ipynb #cfa9b28c
 import json
 from dataclasses import asdict, dataclass, field
+from pydantic import ConfigDict
 
 # %% ../../nbs/protocol/plan.ipynb #37d833c9
 from ..base.files import CxrError, digest_json
@@ -59,7 +60,7 @@ class Cell:
     fraction: float  # 0-1
     replicates: int  # draws of patients
     seeds: int  # classifiers for each draw and arm
-    arms: tuple  # names of arms and variants
+    arms: tuple[str, ...]  # names of arms and variants
 
 
 @dataclass(frozen=True)
@@ -88,19 +89,22 @@ class PlannedGenerator:
 class Plan:
     "Everything that is decided before a result exists; plan.json as an object."
 
+    __pydantic_config__ = ConfigDict(extra="forbid")  # a key that is not known is an error
     tier: str = ""  # size of the study
     seed: int = 0  # study seed
-    arms: tuple = ()  # in the order of the report
+    arms: tuple[str, ...] = ()  # in the order of the report
     questions: dict = field(default_factory=dict)  # arm -> its question
-    cells: tuple = ()  # of `Cell`
+    cells: tuple[Cell, ...] = ()  # of `Cell`
     pools: dict = field(default_factory=dict)  # mixed, full -> images, both classes together
     builtin: str = ""  # the known generator that takes the place of trained ones
-    generators: tuple = ()  # of `PlannedGenerator`
+    generators: tuple[PlannedGenerator, ...] = ()  # of `PlannedGenerator`
     primary: Contrast | None = None  # the one that the verdict is about
-    secondary: tuple = ()  # of `Contrast`: they share 5 % by Holm's method
+    secondary: tuple[Contrast, ...] = ()  # of `Contrast`: they share 5 % by Holm's method
     margin_pp: float = 0.5  # a smaller difference does not matter, percentage points
     margin_why: str = ""
-    headroom: tuple = ()  # a dict for each fraction: what could be gained, what could be seen
+    headroom: tuple[
+        dict, ...
+    ] = ()  # a dict for each fraction: what could be gained, what could be seen
     answer: dict = field(default_factory=dict)  # can: bool; sentence
     assumed: dict = field(default_factory=dict)  # spreads that power rests on, percentage points
     guess: str = ""  # the user's, in words
@@ -238,7 +242,7 @@ def load_plan(
         raise CxrError(
             f"{path} is missing: nothing has been planned yet.\nRun: cxr-synth plan {study.root}"
         )
-    values = read_json(path)
+    values = read_json(path, Plan)
     sealed = {k: v for k, v in values.items() if k not in ("sealed", "sha256")}
     if values.get("sha256") != digest_json(sealed):
         raise CxrError(

@@ -6,13 +6,14 @@
 __all__ = ['round_trip_set', 'is_round_trip_set', 'refuse_round_trips', 'planned_round_trips', 'read_round_trips']
 
 # %% ../../nbs/protocol/round_trips.ipynb #5a0c1b14
-import json
 from pathlib import Path
 
 # %% ../../nbs/protocol/round_trips.ipynb #5a0c1b15
 from ..base.files import CxrError
+from ..base.readers import read_lines
 from ..base.records import Study
 from .plan import Plan
+from .schema import RoundTripLine
 
 # %% ../../nbs/protocol/round_trips.ipynb #5a0c1b19
 _ENDING = "-roundtrip"
@@ -62,8 +63,7 @@ def read_round_trips(
             f"{folder} holds no finished round trips, which the arm roundtrip needs.\n"
             f"Make them: cxr-synth generate {study.root}"
         )
-    text = (folder / "metadata.jsonl").read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in text.splitlines()]
+    lines = read_lines(folder / "metadata.jsonl", RoundTripLine)
     if [m["image_id"] for m in lines] != list(image_ids):
         raise CxrError(
             f"{folder} holds round trips of other images than the training images of {generator}.\n"

@@ -14,6 +14,7 @@ from ..base.files import CxrError
 from ..base.readers import read_csv, read_lines
 from ..base.records import Study
 from .round_trips import refuse_round_trips
+from .schema import MarkRow, SyntheticLine
 
 # %% ../../nbs/protocol/sets.ipynb #f6a912db
 def unexpected_files(
@@ -41,7 +42,7 @@ def load_metadata(
         raise CxrError(
             f"{path.parent} holds no finished synthetic set.\nRun: cxr-synth generate {study.root}"
         )
-    lines = read_lines(path)
+    lines = read_lines(path, SyntheticLine)
     others = sorted({m["generator"] for m in lines} - {generator})
     if others:
         raise CxrError(
@@ -64,11 +65,18 @@ def set_marks(
     generator: str,  # name of the set
 ) -> list[dict]:  # file_name, reason, by
     "Everything that was noted about a set's images: by the gate, by the copy report, by a person."
-    marks = []
-    for pattern in MARK_FILES.values():
+    names, marks = {line["file_name"] for line in load_metadata(study, generator)}, []
+    for by, pattern in MARK_FILES.items():
         path = study / pattern.format(generator)
-        if path.is_file():
-            marks += read_csv(path)
+        if not path.is_file():
+            continue
+        rows = read_csv(path, MarkRow, users=by == "person")
+        if strange := [row["file_name"] for row in rows if row["file_name"] not in names]:
+            raise CxrError(
+                f"{path} marks {len(strange)} images that {generator} does not have, such as "
+                f"{strange[0]}.\nAllowed: a file_name of its metadata.jsonl, such as {min(names)}."
+            )
+        marks += rows
     return marks
 
 

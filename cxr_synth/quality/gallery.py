@@ -23,7 +23,7 @@ from ..base.readers import read_csv
 from ..base.records import Study
 from ..base.settings import CLASSES
 from ..images.folders import read_image
-from ..protocol.schema import MARK_COLUMNS
+from ..protocol.schema import MARK_COLUMNS, MarkRow
 from ..protocol.sets import MARK_FILES, load_metadata, set_marks
 
 # %% ../../nbs/quality/gallery.ipynb #5ad6c130
@@ -51,7 +51,8 @@ class Gallery:
         self.marks = {}
         self._history = []
         if self.path.exists():
-            self.marks = {row["file_name"]: row["reason"] for row in read_csv(self.path)}
+            rows = read_csv(self.path, MarkRow, users=True)
+            self.marks = {row["file_name"]: row["reason"] for row in rows}
         for name in self.marks:
             self._check(name)
 

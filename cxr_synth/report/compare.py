@@ -13,6 +13,7 @@ from ..base.files import CxrError, write_text
 from ..base.readers import read_json
 from ..base.records import Study
 from ..protocol.arms import arm_colour
+from ..protocol.schema import Analysis
 from .contrasts import format_percent
 from .figures import new_axes, save_figure
 from .render import render
@@ -76,7 +77,9 @@ def compare_studies(
         if not (s / "analysis.json").is_file():
             raise CxrError(f"{s.root} has no report yet.\nMake it first: cxr-synth report {s.root}")
     out = Path(out)
-    analyses = dict(zip(study_names(studies), (read_json(s / "analysis.json") for s in studies)))
+    analyses = dict(
+        zip(study_names(studies), (read_json(s / "analysis.json", Analysis) for s in studies))
+    )
     png = None
     if any(a["contrasts"][0]["state"] == "measured" for a in analyses.values()):
         ax = figure_compare(analyses, new_axes(4.5, 0.8 + 0.5 * len(analyses)))

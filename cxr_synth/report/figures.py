@@ -27,11 +27,12 @@ from sklearn.metrics import brier_score_loss, roc_curve
 # %% ../../nbs/report/figures.ipynb #381539ef
 from ..base.compute import seed_for
 from ..base.files import CxrError, atomic_path
-from ..base.readers import read_json
+from ..base.readers import read_array, read_frame, read_json
 from ..base.records import Study, generator_name
 from ..base.settings import CLASSES
 from ..protocol.arms import arm_colour, arm_label
 from ..protocol.plan import Run
+from ..protocol.schema import Audit, GuideRecord, HeatRow, LogRow, QualityRow
 from .contrasts import format_percent, format_pp, run_thresholds
 from .evidence import Evidence, pair_scores
 from ..stats.auc import rates_at
@@ -462,7 +463,7 @@ def selection_curves(
     for path in sorted((study / "guide").glob("*/seed*.json")):
         label = path.parent.name.removeprefix("guide-")
         if label not in out:
-            out[label] = read_json(path)["history"]["val_acc"]
+            out[label] = read_json(path, GuideRecord)["history"]["val_acc"]
     return out
 
 # %% ../../nbs/report/figures.ipynb #e3736683
@@ -472,7 +473,7 @@ def training_curves(
     "train.csv of every generator, class by class, in order of their names."
     out = {}
     for path in sorted((study / "models").glob("*/train.csv")):
-        for part, table in pd.read_csv(path).groupby("part"):
+        for part, table in read_frame(path, LogRow).groupby("part"):
             if part not in ("base", "vae"):
                 out[f"{path.parent.name}, {part}"] = table.dropna(subset="loss")
     return out
@@ -500,7 +501,7 @@ def load_quality(
     for path in sorted((study / "quality").glob("*.json")):
         if path.name != "stage.json" and path.stem.endswith("-base") == base:
             name = path.stem.removesuffix("-base")
-            rows += [row | dict(generator=name) for row in read_json(path)]
+            rows += [row | dict(generator=name) for row in read_json(path, list[QualityRow])]
     return rows
 
 
@@ -690,8 +691,8 @@ def heat_cases(
         folder = ev.study / Run(arm, primary.fraction, 0, 0).folder
         if not (folder / "heat.csv").is_file():
             continue
-        table = pd.read_csv(folder / "heat.csv", dtype={"image_id": str})
-        maps = np.load(folder / "heat.npy")
+        table = read_frame(folder / "heat.csv", HeatRow)
+        maps = read_array(folder / "heat.npy", length=len(table))
         maps = (maps / max(maps.max(), 1e-12)).astype(np.float32)
         table["path"] = [ev.study / f"data/images/{i}.png" for i in table.image_id]
         table = table[[p.is_file() for p in table.path]]
@@ -828,7 +829,7 @@ def score_figures(
 def _measured_shift(study):
     "What the audit found about the official test, where a class had patients enough."
     path = study / "data/audit.json"
-    shift = read_json(path)["shift"] if path.is_file() else []
+    shift = read_json(path, Audit)["shift"] if path.is_file() else []
     return [s for s in shift if s["auc"] is not None]
 
 

@@ -10,12 +10,12 @@ __all__ = ['DIGESTED', 'primary_pairs', 'heat_rows', 'selection_rows', 'quality_
 import numpy as np, pandas as pd
 
 # %% ../../nbs/report/page.ipynb #ea99af6a
-from ..base.readers import read_csv, read_json
+from ..base.readers import read_csv, read_frame, read_json
 from ..base.records import Study
 from ..protocol.dataset import UNKNOWN, dataset_card
 from ..protocol.plan import Contrast, Run, load_plan
 from .contrasts import OTHER_METRICS
-from ..protocol.schema import SPLITS
+from ..protocol.schema import SPLITS, Audit, GuideRow, HeatRow, ManifestRow
 from .figures import distances, fd_name, load_quality
 from .render import pairs_wrong, render
 from ..stats.auc import SCORES, THRESHOLD_RULES
@@ -45,7 +45,7 @@ def heat_rows(
         path = study / Run(arm, primary.fraction, replicate=0, seed=0).folder / "heat.csv"
         if not path.is_file():
             continue
-        t = pd.read_csv(path)
+        t = read_frame(path, HeatRow)
         known = t.overlap.notna().any()
         rows.append(
             dict(
@@ -64,7 +64,7 @@ def selection_rows(
     "The guide's arms: accuracy of the epoch that is best on the test, and of the last one."
     if not (study / "guide/results.csv").is_file():
         return []
-    t = pd.read_csv(study / "guide/results.csv")
+    t = read_frame(study / "guide/results.csv", GuideRow)
     t["gain"] = t.best_accuracy - t.last_accuracy
     return [
         dict(
@@ -112,7 +112,7 @@ def audit_facts(
     "What the audit of the data found."
     if not (study / "data/audit.json").is_file():
         return {}
-    findings = read_json(study / "data/audit.json")["findings"]
+    findings = read_json(study / "data/audit.json", Audit)["findings"]
     png = study / "data/audit.png"
     return dict(
         checks=len(findings),
@@ -126,7 +126,7 @@ def split_counts(
     study: Study,  # the study
 ) -> dict:  # {split: (images, patients)}
     "Images and patients of each split, from the manifest."
-    rows = read_csv(study / "data/manifest.csv")
+    rows = read_csv(study / "data/manifest.csv", ManifestRow)
     counts = {}
     for split in ("train", *SPLITS):
         patients = [r["patient_id"] for r in rows if r["split"] == split]
@@ -138,7 +138,9 @@ def shared_patients(
     study: Study,  # the study
 ) -> int:
     "Patients with images in more than one split."
-    pairs = {(r["patient_id"], r["split"]) for r in read_csv(study / "data/manifest.csv")}
+    pairs = {
+        (r["patient_id"], r["split"]) for r in read_csv(study / "data/manifest.csv", ManifestRow)
+    }
     return len(pairs) - len({patient for patient, _ in pairs})
 
 # %% ../../nbs/report/page.ipynb #6d77915c

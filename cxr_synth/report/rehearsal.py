@@ -16,7 +16,7 @@ from PIL import Image
 
 # %% ../../nbs/report/rehearsal.ipynb #d0eca028
 from ..base.files import atomic_path, digest_json, now, write_csv, write_json
-from ..base.readers import read_json
+from ..base.readers import read_frame, read_json
 from ..base.records import STAGES, Study, generator_name, open_stage
 from cxr_synth.base.settings import (
     CLASSES,
@@ -35,12 +35,17 @@ from ..data.survey import manifest_rows
 from ..images.known_generators import draw_film, phantom_arguments, stage_known_generator
 from ..images.known_generators import phantom_origins
 from ..images.phantom import phantom_files, scene
-from ..images.study_images import split_rows, training_rows
+from ..images.study_images import load_manifest, split_rows, training_rows
 from ..protocol.arms import ARMS, parse_arm
 from ..protocol.dataset import find_card, write_card_file
 from ..protocol.plan import Cell, Contrast, Plan, PlannedGenerator, Run
 from ..protocol.plan import load_plan, margin, secondary_contrasts
-from ..protocol.schema import FRACTION_COLUMNS, MANIFEST_COLUMNS, MARK_COLUMNS
+from cxr_synth.protocol.schema import (
+    FRACTION_COLUMNS,
+    MANIFEST_COLUMNS,
+    MARK_COLUMNS,
+    PredictionRow,
+)
 from ..quality.measure import low_n_warning, make_row, summarise_draws
 from ..stats.power import ASSUMED_SD
 from ..stats.simulate import simulate
@@ -93,7 +98,7 @@ def _manifest(films, config):
 
 def _draw_images(study, image_ids):
     "Draw prepared images, where they are not there yet."
-    manifest = pd.read_csv(study / "data/manifest.csv", index_col="image_id")
+    manifest = load_manifest(study).set_index("image_id")
     origins = phantom_origins(study)
     for image_id in image_ids:
         film = origins[manifest.path[image_id]]
@@ -316,7 +321,7 @@ def rehearse_quality(
 # %% ../../nbs/report/rehearsal.ipynb #e53471aa
 def _disease_maps(study, image_ids):
     "Where the disease of drawn children is, on 16 x 16 places; of a healthy child nowhere."
-    manifest = pd.read_csv(study / "data/manifest.csv", index_col="image_id")
+    manifest = load_manifest(study).set_index("image_id")
     origins, arguments = phantom_origins(study), phantom_arguments(study)
     maps = []
     for image_id in image_ids:
@@ -334,7 +339,7 @@ def rehearse_heat(
     p = load_plan(study).primary
     for arm in (p.control, p.arm):
         run = Run(arm, p.fraction, 0, 0)
-        predicted = pd.read_csv(study / run.folder / "predictions.csv")
+        predicted = read_frame(study / run.folder / "predictions.csv", PredictionRow)
         shown = predicted[predicted.split == run.splits[-1]][["image_id", "label", "prob"]]
         cases = draw_cases(shown, n=2)
         _draw_images(study, cases.image_id)
@@ -384,8 +389,8 @@ def rehearse_opening(
     open_test(study)
     if exploratory:
         path = study / load_plan(study).runs()[0].folder / "test.csv"
-        table = pd.read_csv(path, dtype=str)
-        table["prob"] = table.prob.astype(float).round(3)
+        table = read_frame(path, PredictionRow)
+        table["prob"] = table.prob.round(3)
         write_csv(path, list(table), table.to_dict("records"))
         open_test(study)
     return study

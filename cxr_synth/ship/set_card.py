@@ -15,9 +15,10 @@ from pathlib import Path
 from huggingface_hub import DatasetCardData
 
 # %% ../../nbs/ship/set_card.ipynb #36e2b206
+from ..protocol.schema import MarkRow, SyntheticLine
 from ..protocol.sets import MARK_FILES
 from ..base.files import CxrError, digest_file, digest_json, write_text
-from ..base.readers import read_csv
+from ..base.readers import read_csv, read_lines
 from ..base.records import Study, parse_generator
 from ..base.settings import is_scratch
 from cxr_synth.protocol.dataset import (
@@ -51,14 +52,7 @@ def _read_lines(
         raise CxrError(
             f"{folder} holds no finished synthetic set: it has no metadata.jsonl.\n{again}"
         )
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except ValueError as e:
-        raise CxrError(
-            f"{path} is damaged ({e}).\n"
-            "Restore it from a copy; or give the folder another name and make the set again. "
-            f"{again}"
-        ) from e
+    return read_lines(path, SyntheticLine)
 
 
 def read_set(
@@ -133,7 +127,7 @@ def _marks_text(
     "How many images a table marks, and why."
     if not path.is_file():
         return "not made when this card was written"
-    rows = read_csv(path)
+    rows = read_csv(path, MarkRow, users=path.parent.name == "curation")
     marked = {r["file_name"] for r in rows}
     reasons = Counter(r["reason"] for r in rows)
     why = ", ".join(f"{reason}: {n}" for reason, n in sorted(reasons.items()))

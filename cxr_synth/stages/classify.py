@@ -22,7 +22,7 @@ from cxr_synth.base.files import (
     write_json,
 )
 from ..base.messages import failure_reason
-from ..base.readers import read_csv, read_json
+from ..base.readers import read_csv, read_frame, read_json
 from ..base.records import Study, move_aside, open_stage
 from ..base.settings import ExperimentsConfig
 from ..classify.executors import ResultsTable, do_runs, result_key
@@ -32,7 +32,7 @@ from ..images.networks import check_weights
 from ..images.study_images import split_rows
 from ..protocol.plan import Plan, Run, load_plan
 from ..protocol.round_trips import planned_round_trips, round_trip_set
-from ..protocol.schema import result_columns
+from ..protocol.schema import OpenedLog, PredictionRow, result_columns, result_row
 
 # %% ../../nbs/06_classify.ipynb #3c5526f1
 def _inputs(plan: Plan) -> list[str]:  # relative to the study
@@ -121,7 +121,8 @@ def _done_runs(
 ) -> dict[Run, dict]:  # run -> its row of results.csv
     "What was done under this plan and has test predictions."
     done = {}
-    rows = read_csv(study / "results.csv") if (study / "results.csv").exists() else []
+    there = (study / "results.csv").exists()
+    rows = read_csv(study / "results.csv", result_row()) if there else []
     for row in rows:
         key = float(row["real_fraction"]), int(row["replicate"]), int(row["seed"])
         run = Run(row["arm"], *key)
@@ -155,7 +156,8 @@ def _log_opening(
 ) -> dict:  # content of opened.json
     "Note in opened.json that these predictions are opened; only the first is not exploratory."
     path = study / "opened.json"
-    log = read_json(path) if path.exists() else dict(plan_sha256=plan.sha256, opened=[])
+    fresh = dict(plan_sha256=plan.sha256, opened=[])
+    log = read_json(path, OpenedLog) if path.exists() else fresh
     entry = dict(plan_sha256=plan.sha256, tests_sha256=tests)
     last = log["opened"][-1] if log["opened"] else {}
     if any(last.get(k) != v for k, v in entry.items()):
@@ -180,8 +182,9 @@ def open_test(
     log = _log_opening(study, plan, digest_json([digest_file(path) for path in files]))
     opened = {}
     for run, row in done.items():
-        scores = split_scores(pd.read_csv(study / run.folder / "test.csv"), "test")
+        scores = split_scores(read_frame(study / run.folder / "test.csv", PredictionRow), "test")
         opened[result_key(row)] = row | scores
-    rows = [opened.get(result_key(row), row) for row in read_csv(study / "results.csv")]
+    old = read_csv(study / "results.csv", result_row())
+    rows = [opened.get(result_key(row), row) for row in old]
     write_csv(study / "results.csv", result_columns(), rows)
     return log

@@ -17,7 +17,7 @@ from ..base.records import Study, open_stage
 from ..base.settings import CLASSES, QualityConfig, is_scratch
 from ..images.networks import check_weights, find_network
 from ..protocol.round_trips import is_round_trip_set
-from ..protocol.schema import MARK_COLUMNS
+from ..protocol.schema import MARK_COLUMNS, QualityRow
 from ..protocol.sets import MARK_FILES
 from ..quality.copies import plot_copies, plot_pairs
 from ..quality.figures import comparison_grid, plot_bars, plot_map, save_quality_figure
@@ -126,7 +126,8 @@ def measure_generator(
     for (c, report), n in zip(reports.items(), synthetic.counts):
         rows.append(copy_row(c, report, n, real.embedder.about))
     base = study / f"quality/{generator}-base.json"
-    save_figures(real, synthetic, nearest, rows, read_json(base) if base.exists() else [])
+    before = read_json(base, list[QualityRow]) if base.exists() else []
+    save_figures(real, synthetic, nearest, rows, before)
     save_copies(real, synthetic, reports)
     write_json(study / f"quality/{generator}.json", rows)
     n = min(row["n_real"] for row in rows if row["metric"] in FRECHET)
@@ -181,5 +182,5 @@ def quality_table(
             f"{study / 'quality'} holds no results.\n"
             f"Run the stage first: {study.writer('quality')}."
         )
-    rows = [dict(generator=p.stem) | row for p in files for row in read_json(p)]
+    rows = [dict(generator=p.stem) | row for p in files for row in read_json(p, list[QualityRow])]
     return pd.DataFrame(rows)[[*columns]]

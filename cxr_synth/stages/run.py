@@ -17,6 +17,7 @@ from ..base.messages import say
 from ..base.readers import read_csv
 from ..base.records import STAGES, Study
 from ..base.settings import PRESETS, resolve
+from ..protocol.schema import ManifestRow, result_row
 
 # %% ../../nbs/stages/run.ipynb #e96cd29c
 def run_stage(
@@ -41,14 +42,15 @@ def is_test_open(
     study: Study,  # the study, after experiments
 ) -> bool:
     "Whether the results there already have their test columns."
-    return any(row["test_auroc"] for row in read_csv(study / "results.csv"))
+    return any(row["test_auroc"] for row in read_csv(study / "results.csv", result_row()))
 
 
 def has_test(
     study: Study,  # the study, after data
 ) -> bool:
     "Whether the data set has an official test; without one there is nothing to open."
-    return any(row["split"] == "test" for row in read_csv(study / "data/manifest.csv"))
+    rows = read_csv(study / "data/manifest.csv", ManifestRow)
+    return any(row["split"] == "test" for row in rows)
 
 # %% ../../nbs/stages/run.ipynb #6bcc0d02
 def stages_until(
