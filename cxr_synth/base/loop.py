@@ -440,11 +440,14 @@ class TrainingState:
         | None = None,  # what determines the run: a checkpoint of another one is refused
         mirror: Mirror | None = None,  # gets copies of checkpoint, log and best weights
         items: int = 1,  # images per step, for the progress bar
+        setting: str = "learning_rate",  # how the user knows the learning rate, for messages
         **optimizer,  # for `OptimizerStep`: warmup, shape, ema_decay, clip, precision, eight_bit
     ):
         self.total = total
         self.every = every
         self.items = items
+        self.setting = setting
+        self.desc = ""
         self.mirror = mirror
         self.hooks = []  # called with the loop before every step and after the last
         self.optimizer = OptimizerStep(parts, total, **optimizer)
@@ -471,6 +474,18 @@ class TrainingState:
         if self.best and self.mirror:
             self.mirror.fetch(self.best_path)
 
+    def diverged(self, step: int, found) -> CxrError:  # found: what is not finite
+        "The error for a training that has left the finite numbers."
+        path, peak = self.checkpoint.path, max(p.peak for p in self.optimizer.parts.values())
+        kept = "No checkpoint was written before."
+        if path.exists():
+            kept = f"The last good checkpoint is kept: {path}"
+        return CxrError(
+            f"{self.desc}: the training has diverged; not a finite number at step {step}: {found}.\n"
+            f"Start it anew with a lower {self.setting}, such as {peak / 10:.2g} (it is {peak:g}), or "
+            f"with mixed precision bf16 or no, and --redo.\n{kept}"
+        )
+
     def check(self, desc: str):
         "Fetch the pending values; raises `CxrError` if one is not finite (float16 gradients may overflow)."
         scaler = self.optimizer.scaler
@@ -480,11 +495,7 @@ class TrainingState:
         for row in self.log.flush():
             bad = {n: v for n, v in row.items() if n not in allowed and not math.isfinite(v)}
             if bad:
-                raise CxrError(
-                    f"{desc}: not a finite number at step {row['step']}: {bad}.\n"
-                    "Try a lower learning rate, or mixed_precision bf16 or no.\n"
-                    f"The last good checkpoint is kept: {self.checkpoint.path.name}."
-                )
+                raise self.diverged(row["step"], bad)
         if scaler.is_enabled() and scaler.get_scale() < 1:
             raise CxrError(
                 f"{desc}: gradients overflow float16 at step {self.step}, whatever the scale.\n"
@@ -494,6 +505,8 @@ class TrainingState:
     def save(self, desc: str = ""):
         "Checkpoint, log and their copies."
         self.check(desc)
+        if not all(p.isfinite().all() for p in self.optimizer.params.values()):
+            raise self.diverged(self.step, "a weight")
         self.log.write()
         self.checkpoint.save(self.state())
         if self.mirror:
@@ -503,11 +516,7 @@ class TrainingState:
         "Note a held-out loss; keep the (averaged) weights if no earlier one was lower."
         self.log.row(self.step)["heldout"] = loss
         if not math.isfinite(loss):
-            raise CxrError(
-                f"the held-out loss is {loss} at step {self.step}.\n"
-                "Try a lower learning rate. The last good checkpoint is kept: "
-                f"{self.checkpoint.path.name}."
-            )
+            raise self.diverged(self.step, f"the held-out loss is {loss}")
         if self.step == 0 or (self.best and loss >= self.best["loss"]):
             return
         self.best = dict(step=self.step, loss=loss)
@@ -527,6 +536,7 @@ class Loop(TrainingState):
         desc: str,  # of the run, for the progress bar and messages
     ) -> list[dict]:  # the log
         "Take steps until `total`; at the end the weights are the averages."
+        self.desc = desc
         images = self.total * self.items
         done = self.step * self.items
         with progress(total=images, initial=done, desc=desc, unit="image") as bar:

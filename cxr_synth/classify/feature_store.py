@@ -19,7 +19,12 @@ from .augment import ALTERATIONS, AUGMENT_VERSION, augment
 from ..images.features import extract_features, features_key
 from ..images.networks import network_key
 from ..images.images import IMAGE_PATH_VERSION, pixel_cache
-from ..images.study_images import load_images, split_rows, training_rows
+from cxr_synth.images.study_images import (
+    load_images,
+    refuse_empty_images,
+    split_rows,
+    training_rows,
+)
 from ..protocol.round_trips import read_round_trips, round_trip_set
 from ..protocol.sets import load_metadata
 
@@ -122,15 +127,17 @@ class FeatureStore:
         lines = load_metadata(self.study, generator)
         folder = self.study / "synthetic" / generator
         names = [line["file_name"] for line in lines]
+        labels = np.array([line["label"] for line in lines])
 
         def make():
             size = self.side or self.study.records()["data"]["settings"]["resolution"]
             keys, paths = [f"{generator}/{n}" for n in names], [folder / n for n in names]
-            pixels = pixel_cache(self.study / "cache" / "pixels", keys, paths, size)
-            return self.represent(pixels[keys], f"features, {generator}")
+            pixels = pixel_cache(self.study / "cache" / "pixels", keys, paths, size)[keys]
+            refuse_empty_images(self.study, generator, pixels, labels)
+            return self.represent(pixels, f"features, {generator}")
 
         x = self.cached(generator, [digest_file(folder / "metadata.jsonl")], make)
-        return x, np.array([line["label"] for line in lines]), names
+        return x, labels, names
 
     def roundtrip(self, fraction: float, replicate: int):  # in the order of `training_rows`
         "Real training images after their generator's autoencoder, as `generate` wrote them."

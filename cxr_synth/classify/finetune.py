@@ -219,6 +219,7 @@ def finetune(
         config=cfg.settings() | dict(about=[str(a) for a in about]),
         items=cfg.batch_size,
         peak=cfg.learning_rate,
+        setting="--experiments.learning-rate",
         warmup=min(cfg.warmup, steps // 5),
         precision=cfg.mixed_precision,
     )

@@ -350,6 +350,7 @@ def make_trainer(
     choose_weights(pipe, cfg, seed)
     settings = {argument: getattr(cfg, name) for argument, name in _FINE_TUNING.items()}
     where = dict(seed=seed, device=device, config=config, mirror=mirror)
+    where["setting"] = "--train.learning-rate"
     trainer = Trainer(pipe, data, path, total, batch, prior=prior, **settings, **where)
     prompts = task.previews or task.prompts[:4]
     return _add_hooks(trainer, cfg, heldout, previews, prompts, seed)
@@ -607,6 +608,7 @@ def _scratch_vae(
     cfg: TrainConfig,  # settings, with the precision chosen
     device: str,  # cuda, mps or cpu
     seed: int = 0,  # of weights, order, noise
+    desc: str = "autoencoder",  # for the progress bar and messages
     **loop,  # for `Loop`: config, mirror
 ):  # the autoencoder, trained
     "Train a small autoencoder from nothing."
@@ -616,10 +618,9 @@ def _scratch_vae(
     batch = fit_batch(cfg.vae_batch_size, len(images))
     total = steps_for(len(images), batch, cfg.vae_steps, cfg.vae_views)
     parts = dict(vae=TrainedPart(vae, cfg.vae_learning_rate))
-    loop = Loop(
-        parts, Path(work) / "vae.pt", total, every=cfg.checkpoint_steps, items=batch, **loop
-    )
-    train_vae(vae, images, loop, batch, seed, device, cfg.mixed_precision)
+    path, how = Path(work) / "vae.pt", dict(setting="--train.vae-learning-rate") | loop
+    loop = Loop(parts, path, total, every=cfg.checkpoint_steps, items=batch, **how)
+    train_vae(vae, images, loop, batch, seed, device, cfg.mixed_precision, desc)
     return vae
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #de0e6cd0
@@ -636,7 +637,7 @@ def train_base(
     device, cfg = resolve_precision(cfg)
     work = Path(work)
     loop = dict(config=cfg.settings() | dict(data=task.key(), seed=seed), mirror=mirror)
-    vae = _scratch_vae(task.images, work, cfg, device, seed, **loop)
+    vae = _scratch_vae(task.images, work, cfg, device, seed, f"{desc}, autoencoder", **loop)
     prompts = [*PROMPTS.values(), cfg.class_prompt, *task.prompts]
     pipe = tiny_pipeline(work / "tokenizer", prompts, task.images.shape[-1], seed, vae)
     data, _, heldout = _latent_task(pipe, task, cfg, device)
@@ -655,6 +656,7 @@ def train_base(
         warmup=50,
         ema_decay=cfg.ema_decay,
         every=cfg.checkpoint_steps,
+        setting="--train.base-learning-rate",
         **where,
         **loop,
     )

@@ -48,7 +48,13 @@ from cxr_synth.diffusion.sampling import (
 )
 from ..images.study_images import load_images, training_rows
 from ..protocol.plan import PlannedGenerator
-from ..protocol.sets import load_metadata, unexpected_files
+from cxr_synth.protocol.sets import (
+    EMPTY,
+    load_metadata,
+    refuse_empty,
+    refuse_empty_set,
+    unexpected_files,
+)
 
 # %% ../../nbs/diffusion/image_set.ipynb #f13271be
 def images_per_class(
@@ -268,6 +274,9 @@ def load_model(
     return pipe
 
 # %% ../../nbs/diffusion/image_set.ipynb #33638a94
+_SOON = 16  # images of a class after which it is asked whether they show anything
+
+
 def _draw_class(
     job: SetJob,  # of the set
     cls: str,  # class
@@ -281,9 +290,15 @@ def _draw_class(
     numbers = [int(PurePosixPath(name).stem) for name in missing]
     lines = {k: metadata_line(cls, k, cfg, pipe, job.name) for k in numbers}
 
+    reasons = []
+
     def put(k, pixels):
         image = to_image(pixels, job.resolution)
-        job.writer.put(image, lines[k] | dict(reason=quality_gate(pixels, image, limits)))
+        reasons.append(quality_gate(pixels, image, limits))
+        job.writer.put(image, lines[k] | dict(reason=reasons[-1]))
+        if len(reasons) == _SOON and not job.name.endswith("-base"):  # do not draw 1000 of them
+            found = {cls: sum(reason in EMPTY for reason in reasons)}
+            refuse_empty(job.stage.path, found, {cls: _SOON}, job.study.root)
 
     try:
         sampler = Sampler(pipe, PROMPTS[cls], job.side, cfg, settled["batch_size"])
@@ -327,6 +342,7 @@ def finish_set(
     "Complete a set if every image is there, and its record; otherwise say what is missing."
     choices, absent = recorded_choices(stage), complete_set(writer)
     if not absent:
+        refuse_empty_set(stage.study, stage.path.name)
         there = read_json(stage.study.record_path(stage.out))  # another may have noted more
         stage.record = there | stage.record | choices
         stage.finish(**facts)

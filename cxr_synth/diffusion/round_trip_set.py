@@ -25,8 +25,9 @@ from cxr_synth.diffusion.image_writer import (
     process_share,
 )
 from .pipelines import ROUND_TRIP_BATCH, load_pipeline, round_trip_batches
-from ..images.study_images import load_images, training_rows
+from ..images.study_images import load_images, shows_nothing, training_rows
 from ..protocol.round_trips import round_trip_set
+from ..protocol.sets import refuse_empty
 
 # %% ../../nbs/diffusion/round_trip_set.ipynb #6c3d9e1a
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ def _send_through(
     absent = set(writer.lacking(names))
     vae = load_pipeline(model, device=choices["device"], revision=revision).vae
     for batch, decoded in zip(batches, round_trip_batches(vae, images, stage.path.name)):
+        empty = sum(bool(shows_nothing(pixels)) for pixels in decoded)
+        refuse_empty(stage.path, {"both": empty}, {"both": len(batch)}, study.root, 1)
         for name, pixels in zip(batch, decoded):
             if name in absent:
                 writer.put(Image.fromarray(pixels), lines[name])

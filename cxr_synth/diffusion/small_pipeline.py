@@ -270,6 +270,7 @@ def train_vae(
     seed: int = 0,  # of order and noise
     device: str = "cpu",  # where
     precision: str = "no",  # no or bf16
+    desc: str = "autoencoder",  # for the progress bar and messages
 ) -> list[dict]:  # one row per step
     "Train the autoencoder, then set `scaling_factor` so that latents have unit variance; returns the log."
     vae.to(device).train()
@@ -284,7 +285,7 @@ def train_vae(
         loop.optimizer.backward(parts["loss"])
         return parts
 
-    log = loop.run(losses, "autoencoder")
+    log = loop.run(losses, desc)
     mean, std = encode_latents(vae.eval(), images[:512], device)
     spread = (mean.var() + std.square().mean()).sqrt()
     vae.register_to_config(scaling_factor=1 / float(spread))

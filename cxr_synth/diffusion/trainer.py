@@ -85,7 +85,13 @@ def cached_latents(
     "Posterior of every image's latent, from the cache if it is there."
 
     def compute():
-        return np.stack([part.numpy() for part in encode_latents(vae, images, device)])
+        latents = np.stack([part.numpy() for part in encode_latents(vae, images, device)])
+        if not np.isfinite(latents).all():
+            raise CxrError(
+                "the autoencoder's latents are not finite numbers: its weights are damaged.\n"
+                "Give another base, or train this one again; nothing was stored."
+            )
+        return latents
 
     if folder is None:
         mean, std = compute()

@@ -50,6 +50,16 @@ def _network_view(
 
 # %% ../../nbs/images/features.ipynb #1bafc49a
 @torch.inference_mode()
+def _check_finite(features: np.ndarray, extractor, weights):
+    "Raise `CxrError` for features that are not numbers: the weights must be damaged."
+    if not np.isfinite(features).all():
+        raise CxrError(
+            f"the features of {extractor} are not finite numbers: its weights are damaged"
+            f"{f' ({weights})' if weights else ''}.\n"
+            "Bring the weights from their source again; nothing was stored."
+        )
+
+
 def compute_features(
     images,  # uint8 (N, R, R)
     extractor,  # an extractor of `NETWORKS`, or a callable: uint8 (B, R, R) -> (B, D)
@@ -69,6 +79,7 @@ def compute_features(
             full = np.zeros((FEATURE_BATCH, *images.shape[1:]), np.uint8)
             full[: len(part)] = part
             features.append(np.asarray(view(full), np.float32)[: len(part)])
+            _check_finite(features[-1], extractor, weights)
             bar.update(len(part))
     return np.concatenate(features)
 

@@ -852,11 +852,22 @@ def pixel_cache(
     def read(job):
         return _read_square(*job, size, settings.get("fit", "pad"))
 
+    seal = f"/{out.name}"  # no image has such a name
+
+    def check(path):
+        found = read_array(path, True)
+        if (found.shape, found.dtype) != ((len(names), size, size), np.uint8):
+            raise ValueError(f"{found.dtype} {found.shape}, not {len(names)} images of {size} px")
+        if seal in old and file_fingerprint(out, old[seal])[2] != old[seal][2]:
+            raise ValueError("its bytes are not those that were written")
+        return path
+
     with _BUILDING:
-        if read_or_none(out, lambda p: read_array(p, True, len(names))) is None:
+        if read_or_none(out, check) is None:
             jobs = list(zip(paths, contents))
             squares = map_threads_iter(read, jobs, workers, f"pixels at {size} px")
             write_pixels(out, squares, (len(names), size, size))
-        if files != old:
-            write_json(index, files)
+        found = files | {seal: file_fingerprint(out, old.get(seal))}
+        if found != old:
+            write_json(index, found)
     return PixelCache(out, names)

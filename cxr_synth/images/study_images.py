@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FRACTIONS', 'REPLICATES', 'load_manifest', 'load_fractions', 'split_rows', 'training_rows', 'val_rows',
-           'assert_disjoint', 'load_images', 'load_synthetic']
+           'assert_disjoint', 'load_images', 'shows_nothing', 'refuse_empty_images', 'load_synthetic']
 
 # %% ../../nbs/images/study_images.ipynb #f0230a0c
 import numpy as np, pandas as pd
@@ -17,8 +17,8 @@ from ..base.readers import RESTORE, read_frame, read_json
 from ..base.records import Study
 from ..base.settings import CLASSES
 from .images import pixel_cache
-from ..protocol.schema import MANIFEST_SPLITS, FractionRow, ManifestRow
-from ..protocol.sets import load_metadata, unexpected_files
+from ..protocol.schema import FractionRow, MANIFEST_SPLITS, ManifestRow
+from ..protocol.sets import load_metadata, refuse_empty, unexpected_files
 
 # %% ../../nbs/images/study_images.ipynb #3f24f4e1
 def load_manifest(
@@ -164,6 +164,34 @@ def _read_recorded(
     return np.asarray(Image.open(path))
 
 
+def shows_nothing(
+    image,  # uint8 (S, S)
+) -> str:  # constant, black or white; empty for a picture
+    "Whether there is nothing in an image, up to a speck of one per cent of its area."
+    x = np.asarray(image)
+    if x.std() < 1:
+        return "constant"
+    dark, bright = np.percentile(x, [1, 99])
+    return "black" if bright < 8 else "white" if dark > 247 else ""
+
+
+def refuse_empty_images(
+    study: Study,  # with a synthetic set
+    generator: str,  # name of the set
+    pixels: np.ndarray,  # uint8 (N, S, S)
+    labels: np.ndarray,  # (N,)
+):
+    "Raise `CxrError` if all or nearly all images of a class show nothing."
+    if generator.endswith("-base"):  # before fine-tuning: it is only measured
+        return
+    empty = np.array([bool(shows_nothing(image)) for image in pixels])
+    counts = [
+        {c: int(part[labels == k].sum()) for k, c in enumerate(CLASSES)}
+        for part in (empty, np.ones(len(labels)))
+    ]
+    refuse_empty(study / "synthetic" / generator, *counts, study.root)
+
+
 def load_synthetic(
     study: Study,  # with synthetic images
     generator: str,  # its name
@@ -180,4 +208,6 @@ def load_synthetic(
             f"{folder} holds {extra[0]}, of which metadata.jsonl knows nothing.\n"
             "Move it away: images of one set are made by one run of the generate stage."
         )
-    return np.stack(images), np.array([m["label"] for m in lines])
+    pixels, labels = np.stack(images), np.array([m["label"] for m in lines])
+    refuse_empty_images(study, generator, pixels, labels)
+    return pixels, labels
