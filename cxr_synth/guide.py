@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['GUIDE_EXPERIMENTS', 'PROTOCOL_VERSION', 'GUIDE_COLUMNS', 'BIASED_NOTE', 'ChestXrayDataset', 'get_transforms',
-           'PneumoniaClassifier', 'TwoLogits', 'train_classifier', 'run_all_experiments', 'stage_guide']
+           'PneumoniaClassifier', 'TwoLogits', 'train_classifier', 'check_both_classes', 'run_all_experiments',
+           'stage_guide']
 
 # %% ../nbs/08_guide.ipynb #ea40f792
 from collections.abc import Callable
@@ -19,6 +20,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 # %% ../nbs/08_guide.ipynb #5c5d2282
+from cxr_synth.base.arguments import (
+    check_folders,
+    check_kind,
+    check_number,
+    check_path,
+    check_whole,
+)
 from .base.cache import recorded, weights_key
 from .base.compute import pick_device, progress, seed_for
 from cxr_synth.base.files import (
@@ -84,6 +92,10 @@ class ChestXrayDataset(Dataset):
         transform=None,  # from `get_transforms`
         seed: int = 42,  # of the two draws
     ):
+        check_kind(
+            transform, "transform", lambda t: t is None or callable(t), "a function, or None"
+        )
+        check_whole(seed, "seed", 0)
         self.transform = transform
         self.samples = []  # (path, label, source)
         self._add(real_dirs or {}, real_ratio, seed, "real")
@@ -92,10 +104,14 @@ class ChestXrayDataset(Dataset):
         say(f"Dataset: {len(self)} images ({n_real} real, {n_synthetic} synthetic)")
 
     def _add(self, dirs: dict, ratio: float, seed: int, source: str):
-        if not ratio:
+        if not check_number(ratio, f"{source}_ratio", 0, 1):
             return
-        for name, folder in dirs.items():
-            label = CLASSES.index(one_of(name, CLASSES, "class"))
+        for name in check_kind(dirs, f"{source}_dirs", dict, "a dict from classes to folders"):
+            one_of(name, CLASSES, "class")
+        for name, folder in (
+            check_folders(dirs, f"{source}_dirs", CLASSES) if dirs else {}
+        ).items():
+            label = CLASSES.index(name)
             files = _folder_part(folder, ratio, seed, source)
             self.samples += [(path, label, source) for path in files]
 
@@ -117,6 +133,7 @@ def get_transforms(
     size: int = 224,  # side of the result, px (guide: 224, cut from 256)
 ):
     "The guide's image transforms: decode, resize, cut, ImageNet's mean and spread."
+    check_whole(size, "size", 8, 4096)
     big = round(size * 256 / 224)
     steps = [transforms.Resize((big, big))]
     if train:
@@ -142,6 +159,9 @@ class PneumoniaClassifier(nn.Module):
         weights=None,  # that file or its folder, where there is no network
     ):
         super().__init__()
+        check_whole(num_classes, "num_classes", 1)
+        if weights is not None:
+            check_path(weights, "weights")
         self.densenet = torchvision_net("densenet121", 224, pretrained, weights)
         width = self.densenet.classifier.in_features
         self.densenet.classifier = nn.Sequential(
@@ -232,6 +252,11 @@ _EPOCH_LINE = (
 )
 
 
+def _gives_batches(loader) -> bool:
+    "Whether something can be walked through, and is not empty."
+    return hasattr(loader, "__iter__") and hasattr(loader, "__len__") and len(loader) > 0
+
+
 def train_classifier(
     model: nn.Module,  # such as `PneumoniaClassifier`
     train_loader,  # of (images, labels)
@@ -242,6 +267,12 @@ def train_classifier(
     save_path="best_model.pth",  # the best weights go here
 ) -> tuple[dict, float]:  # history (train_loss, val_loss, val_acc, val_f1, val_auc), best accuracy
     "Train as the guide does: keep the epoch with the best accuracy on `val_loader`."
+    check_kind(model, "model", nn.Module, "a PyTorch module, such as PneumoniaClassifier()")
+    for name, loader in (("train_loader", train_loader), ("val_loader", val_loader)):
+        check_kind(loader, name, _gives_batches, "a DataLoader that holds images")
+    check_whole(num_epochs, "num_epochs")
+    check_number(learning_rate, "learning_rate", above=True)
+    check_path(save_path, "save_path")
     device = pick_device(device)
     model = model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
@@ -391,7 +422,14 @@ def _summarise(
     return summary
 
 
+def _is_list(seeds) -> bool:
+    return isinstance(seeds, (list, tuple, range)) and len(seeds) > 0
+
+
 def _check_seeds(seeds):
+    check_kind(seeds, "seeds", _is_list, "a list of whole numbers, at least one")
+    for seed in seeds:
+        check_whole(seed, "seeds: the seed", 0, 2**32 - 1)
     if len(set(seeds)) < len(seeds):
         raise CxrError(
             f"seeds repeated: {list(seeds)}.\n"
@@ -399,6 +437,31 @@ def _check_seeds(seeds):
         )
 
 # %% ../nbs/08_guide.ipynb #71b55a4e
+def _check_experiments(num_epochs, batch_size, num_workers, size, model, device):
+    "Raise `CxrError` for arguments of `run_all_experiments` that cannot be."
+    check_whole(num_epochs, "num_epochs")
+    check_whole(batch_size, "batch_size")
+    check_whole(num_workers, "num_workers", 0, 256)
+    check_whole(size, "size", 8, 4096)
+    check_kind(model, "model", lambda m: m is None or callable(m), "a function that makes a model")
+    pick_device(device)
+
+
+def check_both_classes(
+    dirs,  # what the user gave
+    name: str,  # of the argument
+):
+    "Raise `CxrError` unless there is a folder with images for each of the two classes."
+    folders = check_folders(dirs, name, CLASSES)
+    missing = [c for c in CLASSES if c not in folders]
+    if missing:
+        raise CxrError(
+            f"{name} has no folder for {missing[0]}.\nGive one for each of: {', '.join(CLASSES)}."
+        )
+    for folder in folders.values():
+        image_files(folder)
+
+
 def run_all_experiments(
     real_dirs: dict,  # {'normal': folder, 'pneumonia': folder}
     synthetic_dirs: dict,  # the same
@@ -414,6 +477,11 @@ def run_all_experiments(
 ) -> dict:  # experiment -> means over seeds; raises `CxrError` for seeds repeated and for a leak
     "The guide's seven experiments, each with its best epoch on the test images; none is done twice."
     _check_seeds(seeds)
+    _check_experiments(num_epochs, batch_size, num_workers, size, model, device)
+    check_path(output_dir, "output_dir")
+    named = dict(real_dirs=real_dirs, synthetic_dirs=synthetic_dirs, test_dirs=test_dirs)
+    for name, dirs in named.items():
+        check_both_classes(dirs, name)
     for source in (*real_dirs.values(), *synthetic_dirs.values(), *test_dirs.values()):
         check_apart(source, [output_dir])
     claim(output_dir, ".experiments.json", dict(experiments=list(GUIDE_EXPERIMENTS)))

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 # %% ../../nbs/classify/finetune.ipynb #08a5dacd
+from ..base.arguments import check_kind
 from ..base.compute import autocast, seed_for
 from ..base.files import CxrError, atomic_path
 from ..base.loop import Loop, TrainedPart, batch_at
@@ -26,6 +27,7 @@ def count_parameters(
     model: nn.Module,  # any
 ) -> int:
     "Number of trainable parameters (guide, section 10)."
+    check_kind(model, "model", nn.Module, "a PyTorch module, such as PneumoniaClassifier()")
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 # %% ../../nbs/classify/finetune.ipynb #38e80f5f

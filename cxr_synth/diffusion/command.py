@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 # %% ../../nbs/diffusion/command.ipynb #35feb6b6
+from ..base.arguments import check_folder, check_kind, check_number, check_path, check_whole
 from ..base.compute import pick_device
 from ..base.files import CxrError, check_apart, lies_in, one_of, remove_files
 from ..base.readers import read_json
@@ -26,6 +27,7 @@ from cxr_synth.diffusion.dreambooth import (
     print_preflight,
     read_prompts,
 )
+from .prompts import check_prompt, check_table_prompts
 from ..images.folders import is_clutter, read_image_folder
 from ..protocol.dataset import find_card
 from ..protocol.schema import Provenance
@@ -118,6 +120,8 @@ def _guide_task(
     if flags.heldout_data_dir:
         others = read_image_folder(flags.heldout_data_dir, side)[1]
     prior = None
+    before = dict(class_prompt=cfg.class_prompt) if cfg.prior_loss_weight else {}
+    check_table_prompts(pipe.tokenizer, prompts, **before)
     if cfg.prior_loss_weight:
         folder = flags.class_data_dir or Path(flags.output_dir) / "class_images"
         prior = _guide_prior(pipe, folder, cfg, side), cfg.class_prompt

@@ -19,6 +19,7 @@ from pydantic import Field
 from safetensors.torch import load_file, save_file
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #12f11962
+from ..base.arguments import check_number, check_path, check_whole
 from ..base.cache import weights_key
 from ..base.compute import pick_device, pick_precision, progress
 from cxr_synth.base.files import (
@@ -45,8 +46,15 @@ from ..base.settings import PROMPTS, TrainConfig, is_scratch, known_base
 from .hub import check_source
 from .lora import add_lora, save_lora
 from .pipelines import load_pipeline
+from .prompts import check_prompt, check_prompts, check_table_prompts
 from .preflight import device_memory, preflight, preflight_text
-from .small_pipeline import tiny_pipeline, tiny_vae, train_vae, vae_channels
+from cxr_synth.diffusion.small_pipeline import (
+    tiny_pipeline,
+    tiny_vae,
+    train_vae,
+    vae_channels,
+    write_tokenizer,
+)
 from ..images.folders import read_image
 from cxr_synth.diffusion.trainer import (
     HeldOutLoss,
@@ -100,6 +108,12 @@ class TrainingTask:
     prior: tuple = None  # (images, prompt) that should not be forgotten
     heldout: tuple = None  # (images, prompts, which) of other patients
     previews: list = None  # prompts to draw; None: the first few instance prompts
+
+    def check(self, tokenizer):
+        "Look at its prompts as a model will read them; raises `CxrError`, see `check_prompts`."
+        used = [self.prompts[k] for k in np.unique(self.which)]
+        others = dict(class_prompt=self.prior[1]) if self.prior else {}
+        check_table_prompts(tokenizer, used, **others)
 
     def key(self) -> str:
         "Fingerprint of what is learned."
@@ -159,6 +173,7 @@ def make_class_images(
     "Draw the class images that are missing; image k has seed k."
     made = dict(steps=steps, guidance=guidance, batch=batch, precision=precision)
     about = dict(prompt=prompt, model=model_key(pipe), resolution=resolution)
+    check_prompts(pipe.tokenizer, dict(class_prompt=prompt))
     check_class_images(folder, about | made)
     paths = [Path(folder) / f"{k:04d}.png" for k in range(n)]
     missing = [k for k, path in enumerate(paths) if not path.exists()]
@@ -184,7 +199,16 @@ def generate_class_images(
     device: str = "auto",  # auto, cuda, mps or cpu
 ) -> str:  # `output_dir`
     "Draw class images for prior preservation (guide, section 6); image k has seed k, what exists is kept."
+    check_whole(num_images, "num_images")
+    check_path(output_dir, "output_dir")
+    check_prompt(prompt)
+    check_path(base, "base")
+    check_whole(steps, "steps", 1, 1000)
+    check_number(guidance_scale, "guidance_scale", 0, 100)
+    check_whole(batch_size, "batch_size")
     device = pick_device(device)
+    if Path(base).is_dir():
+        check_apart(base, [output_dir])
     pipe = load_pipeline(base, device=device)
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
     how = (steps, guidance_scale, batch_size, "fp16" if device == "cuda" else "no")
@@ -567,10 +591,13 @@ TRAINING = ".training.json"  # in a model folder, as long as it is in the making
 def claim_model(
     out,  # model folder
     base,  # name, folder or Hub id
+    source=None,  # from `check_source`: where it comes from, a LoRA's own base too
 ):
     "Note that a model folder is ours; raises `CxrError` if it holds other files, or overlaps the base."
-    if Path(str(base)).is_dir():
-        check_apart(base, [out])
+    read = [Path(str(base)), getattr(source, "folder", None), getattr(source, "lora", None)]
+    for folder in read:
+        if folder and folder.is_dir():
+            check_apart(folder, [out])
     claim(out, TRAINING, dict(base=str(base), versions=library_versions()), beside=["class_images"])
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #16357898
@@ -588,10 +615,11 @@ def fine_tune(
 ) -> list[dict]:  # the log; raises `CxrError` if the folder holds other files
     "Fine-tune a base on a task and save the model (Ruiz et al. 2023; guide, section 7)."
     source = check_source(base, cfg.revision)
-    claim_model(out, base)
+    claim_model(out, base, source)
     pipe = load_pipeline(base, revision=cfg.revision)
     if callable(task):
         task = task(pipe)
+    task.check(pipe.tokenizer)
     trainer = make_trainer(pipe, task, path, cfg, seed, **how)
     if watch:
         trainer.loop.hooks.append(TrainingMonitor(how.get("previews")))
@@ -637,8 +665,9 @@ def train_base(
     device, cfg = resolve_precision(cfg)
     work = Path(work)
     loop = dict(config=cfg.settings() | dict(data=task.key(), seed=seed), mirror=mirror)
-    vae = _scratch_vae(task.images, work, cfg, device, seed, f"{desc}, autoencoder", **loop)
     prompts = [*PROMPTS.values(), cfg.class_prompt, *task.prompts]
+    task.check(write_tokenizer(work / "tokenizer", prompts))
+    vae = _scratch_vae(task.images, work, cfg, device, seed, f"{desc}, autoencoder", **loop)
     pipe = tiny_pipeline(work / "tokenizer", prompts, task.images.shape[-1], seed, vae)
     data, _, heldout = _latent_task(pipe, task, cfg, device)
     batch = fit_batch(cfg.base_batch_size, len(task.images))

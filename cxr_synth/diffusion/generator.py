@@ -28,6 +28,7 @@ from cxr_synth.diffusion.dreambooth import (
     train_base,
 )
 from .pipelines import save_pipeline
+from .prompts import check_prompt, check_table_prompts
 from ..images.study_images import load_images, training_rows, val_rows
 from ..protocol.dataset import dataset_card
 from ..protocol.schema import LogRow, Provenance
@@ -61,9 +62,23 @@ class StudyTasks:
         rows, val = training_rows(study, *part), val_rows(study, *part)
         self.images, self.prompts, self.which = _images_with_prompts(study, rows, cfg)
         self.labels = rows.label.to_numpy().astype(int)
+        self._check_prompts()
         self.val_labels = val.label.to_numpy().astype(int)
         self.val = _images_with_prompts(study, val, cfg, default=True) if len(val) else None
         self.facts = dict(n_real=len(rows), n_patients=int(rows.patient_id.nunique()))
+
+    def _check_prompts(self):
+        "Raise `CxrError` for a blank class prompt, and for a prompt of both classes in a joint model."
+        if self.cfg.prior_loss_weight and self.cfg.prior == "generated":
+            check_prompt(self.cfg.class_prompt, "train.class_prompt")
+        normal, pneumonia = (set(self.which[self.labels == label]) for label in (0, 1))
+        both = sorted(self.prompts[k] for k in normal & pneumonia)
+        if self.cfg.joint and both:
+            raise CxrError(
+                f"{self.cfg.prompts}: images of both classes have the prompt {both[0]!r}, so that a joint "
+                "model could not tell the classes apart.\n"
+                "Give each class prompts of its own, or train a model for each: --train.no-joint."
+            )
 
     def models(self) -> dict:
         "Name of each model -> its label, or None for both classes."
@@ -90,6 +105,10 @@ class StudyTasks:
         "For one model; the base is at hand to draw class images."
         keep = np.full(len(self.labels), True) if label is None else self.labels == label
         previews = list(PROMPTS.values()) if label is None else [PROMPTS[CLASSES[label]]]
+        used = [self.prompts[k] for k in np.unique(self.which[keep])]
+        drawn = self.cfg.prior_loss_weight and self.cfg.prior == "generated"
+        others = dict(class_prompt=self.cfg.class_prompt) if drawn else {}
+        check_table_prompts(pipe.tokenizer, used, **others)
         prior, heldout = self.prior(pipe, label), self.heldout(label)
         return TrainingTask(
             self.images[keep], self.prompts, self.which[keep], prior, heldout, previews

@@ -14,9 +14,10 @@ import numpy as np, pandas as pd, torch
 from matplotlib.figure import Figure
 
 # %% ../../nbs/quality/folders.ipynb #ff74b7dc
+from ..base.arguments import check_folder, check_kind, check_path, check_whole
 from ..base.cache import cached, digest_array, weights_key
 from ..base.compute import pick_device, progress, seed_for
-from ..base.files import CxrError, atomic_path, digest_file
+from ..base.files import CxrError, atomic_path, digest_file, one_of
 from ..base.settings import CLASSES, QualityConfig
 from ..images.folders import image_files, read_folder, read_image, unused_files
 from ..images.images import prepare_image
@@ -39,6 +40,11 @@ def create_comparison_grid(
     save_path="comparison.png",  # where to write the figure
 ) -> Path:  # `save_path`
     "Random real images above random synthetic ones (guide, section 9)."
+    check_whole(num_samples, "num_samples", 1, 200)
+    suffix = check_path(save_path, "save_path").suffix[1:].lower() or "png"
+    one_of(suffix, sorted(Figure().canvas.get_supported_filetypes()), "kind of picture (save_path)")
+    for name, folder in (("real_dir", real_dir), ("synth_dir", synth_dir)):
+        image_files(check_folder(folder, name))
     fig = Figure(figsize=(3 * num_samples, 6), layout="tight")
     axes = fig.subplots(2, num_samples, squeeze=False)
     for ax in axes.flat:
@@ -51,7 +57,7 @@ def create_comparison_grid(
             ax.imshow(read_image(files[k]), cmap="gray", vmin=0, vmax=255)
         row[num_samples // 2].set_title(title, fontsize=14, fontweight="bold")
     with atomic_path(save_path) as tmp:
-        fig.savefig(tmp, dpi=150, bbox_inches="tight", format=Path(save_path).suffix[1:] or "png")
+        fig.savefig(tmp, dpi=150, bbox_inches="tight", format=suffix)
     return Path(save_path)
 
 # %% ../../nbs/quality/folders.ipynb #537c660f
@@ -126,6 +132,13 @@ def calculate_fid(
     weights=None,  # file or folder of Inception's weights; None: PyTorch's cache, then download
 ) -> float:
     "FID between two folders (guide, section 9); the quality stage adds what it lacks: equal n and a floor."
+    check_whole(batch_size, "batch_size")
+    for name, folder in (("real_path", real_path), ("synthetic_path", synthetic_path)):
+        image_files(check_folder(folder, name), 2)
+    if model is not None:
+        check_kind(model, "model", torch.nn.Module, "a PyTorch module, or None for Inception")
+    if weights is not None:
+        check_path(weights, "weights")
     device = pick_device()
     model = (model or inception_fid(weights).net.net).to(device).eval()
     settings = model, batch_size, device, cache
