@@ -106,13 +106,10 @@ class ChestXrayDataset(Dataset):
     def _add(self, dirs: dict, ratio: float, seed: int, source: str):
         if not check_number(ratio, f"{source}_ratio", 0, 1):
             return
-        for name in check_kind(dirs, f"{source}_dirs", dict, "a dict from classes to folders"):
-            one_of(name, CLASSES, "class")
-        for name, folder in (
-            check_folders(dirs, f"{source}_dirs", CLASSES) if dirs else {}
-        ).items():
-            label = CLASSES.index(name)
-            files = _folder_part(folder, ratio, seed, source)
+        check_kind(dirs, f"{source}_dirs", dict, "a dict from classes to folders")
+        for name, folder in dirs.items():
+            label = CLASSES.index(one_of(name, CLASSES, "class"))
+            files = _folder_part(check_path(folder, f"{source}_dirs"), ratio, seed, source)
             self.samples += [(path, label, source) for path in files]
 
     def count(self, source: str) -> int:

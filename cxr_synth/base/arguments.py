@@ -17,7 +17,9 @@ def _refuse(name: str, value, allowed: str):
     "Raise the error of an argument."
     shown = repr(value)
     shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
-    raise CxrError(f"{name} {shown} ({type(value).__name__}) is not possible.\nAllowed: {allowed}.")
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        shown += f" ({type(value).__name__})"
+    raise CxrError(f"{name} {shown} is not possible.\nAllowed: {allowed}.")
 
 
 def _range_text(least, most) -> str:

@@ -11,8 +11,10 @@ import hashlib, json
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, pandas as pd
+from PIL import Image
 
 # %% ../../nbs/01_data.ipynb #d145eab2
+from ..base.arguments import check_path, check_whole
 from cxr_synth.base.files import (
     CxrError,
     atomic_path,
@@ -292,6 +294,34 @@ def stage_data(
     stage.finish(manifest_sha256=study.digest("data/manifest.csv"), **facts)
 
 # %% ../../nbs/01_data.ipynb #62b5c765
+def _training_samples(dataset):
+    "The training images of a data set; raises `CxrError` if there are none."
+    try:
+        samples = dataset["train"]
+    except (TypeError, KeyError, IndexError, ValueError):
+        samples = ()
+    if not (hasattr(samples, "__len__") and hasattr(samples, "__getitem__") and len(samples)):
+        raise CxrError(
+            f"the data set ({type(dataset).__name__}) has no training images.\n"
+            "Expected a dictionary whose 'train' is a list of items with image and label, as "
+            "load_dataset gives it."
+        )
+    return samples
+
+
+def _training_sample(samples, k: int) -> dict:
+    "An item of a data set; raises `CxrError` if it is no image with a label of 0 or 1."
+    sample = samples[k]
+    known = isinstance(sample, dict) and {"image", "label"} <= set(sample)
+    if not known or not isinstance(sample["image"], Image.Image) or sample["label"] not in (0, 1):
+        what = {name: type(value).__name__ for name, value in sample.items()} if known else sample
+        raise CxrError(
+            f"item {k} of the data set is {str(what)[:80]}, label {sample.get('label') if known else None}.\n"
+            "Expected image (of PIL) and label (0 normal, 1 pneumonia)."
+        )
+    return sample
+
+
 def prepare_training_data(
     dataset,  # dataset["train"]: items with image (PIL) and label (0 or 1)
     output_dir,  # where to write normal/ and pneumonia/
@@ -299,13 +329,17 @@ def prepare_training_data(
     workers: int = 4,  # threads
 ):  # `output_dir`; raises `CxrError` if that holds other files
     "Save the training images of a data set by class (guide, section 6)."
+    check_path(output_dir, "output_dir")
+    check_whole(target_size, "target_size", 1, 10_000)
+    check_whole(workers, "workers", 1, 1000)
+    samples = _training_samples(dataset)
     claim(output_dir, ".prepared.json", dict(target_size=target_size))
 
     def save(k):
-        sample = dataset["train"][k]
+        sample = _training_sample(samples, k)
         image = prepare_image(sample["image"], target_size, "squash").convert("RGB")
         with atomic_path(Path(output_dir) / CLASSES[sample["label"]] / f"{k:05d}.png") as tmp:
             image.save(tmp, "PNG", compress_level=1)
 
-    map_threads(save, range(len(dataset["train"])), workers, "preparing data")
+    map_threads(save, range(len(samples)), workers, "preparing data")
     return output_dir
