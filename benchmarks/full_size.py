@@ -73,7 +73,7 @@ def main():
         train_batch_size=a.batch,
         mixed_precision=a.precision,
         gradient_checkpointing=a.checkpointing,
-        ema_decay=0.0,
+        ema_decay=None,
     )
     need = preflight(cfg, a.resolution)
     print(preflight_text(need, psutil.virtual_memory().available / 2**30))

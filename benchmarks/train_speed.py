@@ -61,7 +61,7 @@ def compare(base, root, trained, args):
         train_batch_size=args.batch,
         mixed_precision=args.precision,
         max_train_steps=10**6,
-        ema_decay=0.0,
+        ema_decay=None,
         checkpoint_steps=10**6,
     )
     device = pick_device(cfg.device)

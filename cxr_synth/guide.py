@@ -43,7 +43,7 @@ from cxr_synth.base.files import (
 from .base.messages import say
 from .base.readers import read_csv
 from .base.records import Study, open_stage
-from .base.settings import CLASSES, GuideConfig
+from .base.settings import CLASSES, GuideConfig, parse_seeds
 from .classify.finetune import Classifier
 from .images.folders import image_files, read_image
 from .images.networks import torchvision_net
@@ -51,6 +51,7 @@ from .images.study_images import load_manifest
 from .protocol.dataset import parse_name
 from .protocol.schema import result_row
 from .protocol.sets import load_metadata
+from .stages.door import check_door
 from .stats.auc import auroc
 
 # %% ../nbs/08_guide.ipynb #7cc67863
@@ -601,8 +602,9 @@ def stage_guide(
     redo: bool = False,  # move results with other settings aside
 ):
     "The guide's seven arms: guide/ARM/seedN.json and guide/results.csv."
+    check_door(study, redo, guide=cfg)
     _assert_test_is_open(study)
-    seeds = [int(s) for s in cfg.seeds.replace(",", " ").split()]
+    seeds = parse_seeds(cfg.seeds)
     _check_seeds(seeds)
     plan = load_plan(study)
     name = max(plan.generators, key=lambda g: (g.fraction, -g.replicate)).name

@@ -24,7 +24,7 @@ SMALL = {  # stage -> settings of a study with trained generators that is made i
         "base_batch_size": 8,
         "max_train_steps": 4,
         "train_batch_size": 8,
-        "preview_steps": 0,
+        "preview_steps": None,
         "heldout_images": 8,
     },
     "generate": {"num_inference_steps": 2, "batch_size": 2},

@@ -102,8 +102,8 @@ def test_a_base_from_nothing_passes_the_preflight_and_is_trained(name, tmp_path)
         base_steps=1,
         max_train_steps=1,
         lr_warmup_steps=0,
-        heldout_images=0,
-        preview_steps=0,
+        heldout_images=None,
+        preview_steps=None,
         joint=True,
     )
     assert preflight.preflight(cfg, 32)["disk"]["download"] == 0

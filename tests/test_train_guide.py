@@ -106,7 +106,7 @@ def test_lora_command():
         cfg.learning_rate,
         cfg.max_train_steps,
     ) == ("lora", 128, 128, 16, 1e-4, 1500)
-    assert cfg.train_text_encoder and cfg.prior_loss_weight == 0.0
+    assert cfg.train_text_encoder and cfg.prior_loss_weight is None
 
 
 def test_every_flag_arrives():
@@ -135,7 +135,7 @@ NEEDED = dict(
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (NEEDED | dict(resolution=30), "multiples of 8"),
+        (NEEDED | dict(resolution=30), "a multiple of 8"),
         (NEEDED | dict(learning_rat=1), "unknown argument 'learning_rat'"),
         (dict(output_dir="x"), "needs pretrained_model_name_or_path"),
     ],

@@ -108,7 +108,7 @@ def test_same_learning(case, base, images, tmp_path):
             train_batch_size=BATCH,
             learning_rate=PEAK,
             lr_warmup_steps=WARMUP,
-            ema_decay=0.0,
+            ema_decay=None,
             mixed_precision="no",
             device="cpu",
         )

@@ -89,15 +89,15 @@ class TrainedPart:
 
 # %% ../../nbs/base/loop.ipynb #b94cf7de
 class WeightAverage:
-    "Exponential moving average of some parameters (decay 0: none)."
+    "Exponential moving average of some parameters."
 
     def __init__(
         self,
         params,  # iterable of parameters
-        decay: float,  # share of the old average that stays, 0-1; 0 for no average
+        decay: float | None,  # share of the old average that stays, 0-1; None: no average
     ):
         self.params = list(params)
-        self.decay = decay
+        self.decay = decay or 0.0
         self.values = [p.detach().clone() for p in self.params] if decay else []
 
     def update(self, step: int):
@@ -170,7 +170,7 @@ class OptimizerStep:
         total: int,  # optimizer steps
         warmup: int = 20,  # steps of warm-up
         shape: str = "cosine",  # of the learning rate
-        ema_decay: float = 0,  # of the average of the weights; 0 for none
+        ema_decay: float | None = None,  # of the average of the weights; None: none
         clip: float = 1.0,  # largest norm of the gradient
         precision: str = "no",  # no, bf16 or fp16
         eight_bit: bool = False,  # optimizer states in 8 bits

@@ -124,7 +124,7 @@ class StudyTasks:
         if label is None:
             raise CxrError(
                 "a joint model has no other class for a prior.\n"
-                "Use --train.prior generated, or --train.prior-loss-weight 0."
+                "Use --train.prior generated, or --train.prior-loss-weight none."
             )
         return self.images[self.labels != label], PROMPTS[CLASSES[1 - label]]
 

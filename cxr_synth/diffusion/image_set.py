@@ -19,7 +19,14 @@ from ..base.compute import pick_device, pick_precision
 from ..base.files import CxrError
 from ..base.messages import say
 from ..base.readers import read_json
-from ..base.records import Stage, Study, move_aside, open_stage, parse_generator
+from cxr_synth.base.records import (
+    Stage,
+    Study,
+    differences,
+    move_aside,
+    open_stage,
+    parse_generator,
+)
 from ..base.settings import CLASSES, GenerateConfig, PROMPTS
 from .generator import model_of, trained_record
 from cxr_synth.diffusion.image_writer import (
@@ -35,7 +42,6 @@ from cxr_synth.diffusion.image_writer import (
 )
 from cxr_synth.diffusion.sampling import (
     Sampler,
-    check_settings,
     draw_all,
     even_batch_size,
     find_batch_size,
@@ -128,7 +134,7 @@ def _is_current(
     "Whether the record is of these settings and inputs."
     path = study.record_path(out)
     record = read_json(path) if path.exists() else {}
-    if record.get("settings") != json.loads(json.dumps(cfg.settings())):
+    if differences(record.get("settings", {}), json.loads(json.dumps(cfg.settings()))):
         return False
     return all(record["inputs"].get(i) == study.digest(i) for i in inputs)
 
@@ -376,7 +382,6 @@ def generate_set(
     base: bool = False,  # draw GENERATOR-base, before fine-tuning
 ) -> bool:  # is the set complete?
     "Generate the synthetic set of one generator; with several processes, this one's share of it."
-    check_settings(cfg)
     out, share = f"synthetic/{set_name(entry.name, base)}", process_share(cfg.shard)
     rows = training_rows(study, *parse_generator(entry.name))
     models = {c: model_of(study, entry.name, c, base) for c in CLASSES}

@@ -25,7 +25,7 @@ from cxr_synth.base.files import (
     write_text,
 )
 from ..base.readers import Row, read_json, read_lines
-from ..images.study_images import shows_nothing
+from ..base.settings import parse_shard
 from ..protocol.schema import MARK_COLUMNS
 
 # %% ../../nbs/diffusion/image_writer.ipynb #50f2662a
@@ -61,12 +61,12 @@ def quality_gate(
     image: Image.Image,  # as written
     limits: dict,  # from `grey_limits`; may be empty
 ) -> str:  # what is wrong with it, or nothing
-    "The quality gate: not a number, constant, black, or greys outside the real range."
+    "The quality gate: not a number, constant, or greys outside the real range."
     x = np.asarray(image)
     if not np.isfinite(pixels).all():
         return "not a number"
-    if nothing := shows_nothing(x):
-        return nothing
+    if x.std() < 1:
+        return "constant"
     reasons = []
     for name, (value,) in grey_quantiles(x[None]).items():
         low, high = limits.get(name, (-np.inf, np.inf))
@@ -81,12 +81,7 @@ def process_share(
     "Which part of the work is this process's."
     if not shard:
         return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    m = re.fullmatch(r"(\d+)/(\d+)", shard)
-    if not m or not 1 <= int(m[1]) <= int(m[2]):
-        raise CxrError(
-            f"shard {shard!r} is not possible.\nAllowed: such as 2/4, the second of four processes."
-        )
-    return int(m[1]) - 1, int(m[2])
+    return parse_shard(shard)
 
 
 def own_share(

@@ -46,7 +46,7 @@ def diffusion_target(
 def snr_weights(
     scheduler,  # with alphas_cumprod and a config
     t: torch.Tensor,  # (B,) times
-    gamma: float,  # 5 in the paper; 0: all weights are 1
+    gamma: float | None,  # 5 in the paper; None: all weights are 1
 ) -> torch.Tensor:  # (B,)
     "Min-SNR weight of each item's loss (Hang et al. 2023, section 3.4)."
     if not gamma:
@@ -291,9 +291,9 @@ class Trainer(Denoiser):
         drop: float = 0.0,  # share of prompts that are dropped
         prior: LatentSet = None,  # images not to forget
         prior_weight: float = 1,  # weight of their loss
-        snr_gamma: float = 0,  # of the Min-SNR weights
-        text_peak: float = 0,  # the text encoder's learning rate; 0: the same
-        text_stop: int = 0,  # step from which on it stands still; 0: never
+        snr_gamma: float | None = None,  # of the Min-SNR weights; None: all are 1
+        text_peak: float | None = None,  # the text encoder's learning rate; None: the same
+        text_stop: int | None = None,  # step from which on it stands still; None: never
         seed: int = 0,  # of order, noise, times
         device: str = "cpu",  # where
         precision: str = "no",  # no, bf16 or fp16
@@ -307,7 +307,7 @@ class Trainer(Denoiser):
         self.seed = seed
         parts = dict(
             unet=TrainedPart(pipe.unet, peak),
-            text_encoder=TrainedPart(pipe.text_encoder, text_peak or peak, text_stop or None),
+            text_encoder=TrainedPart(pipe.text_encoder, text_peak or peak, text_stop),
         )
         parts = {name: part for name, part in parts.items() if part.params()}
         self.text_until = (text_stop or total) if "text_encoder" in parts else 0

@@ -28,12 +28,11 @@ from ..base.settings import ExperimentsConfig
 from ..classify.executors import ResultsTable, do_runs, result_key
 from ..classify.recipes import RunContext
 from ..classify.runs import split_scores
-from ..images.networks import check_weights
 from ..images.study_images import split_rows
 from ..protocol.plan import Plan, Run, load_plan
 from ..protocol.round_trips import planned_round_trips, round_trip_set
 from ..protocol.schema import OpenedLog, PredictionRow, result_columns, result_row
-from ..protocol.sets import refuse_empty_set
+from .door import check_door
 
 # %% ../../nbs/06_classify.ipynb #3c5526f1
 def _inputs(plan: Plan) -> list[str]:  # relative to the study
@@ -91,14 +90,12 @@ def stage_experiments(
     executor: Executor = None,  # any; None: the one that the settings name
 ):
     "Do every run of the plan and write results.csv; at the end `PartlyFailed` if some failed."
+    check_door(study, redo, experiments=cfg)
     plan = load_plan(study)
-    check_weights(cfg.network, cfg.weights, cfg.size, cfg.method == "finetune", cfg.pretrained)
     runs = plan.runs()
     wanted = _chosen_runs(runs, cfg.only)
     results = study / "results.csv"
     stage = open_stage(study, "experiments", "runs", cfg, _inputs(plan), redo)
-    for generator in plan.generators:
-        refuse_empty_set(study, generator.name)
     if stage.done and results.exists() and not cfg.retry_failed:
         return _raise_failures(study, ResultsTable(study, runs).rows)
     if not any(stage.path.glob("*/*/run.json")) and results.exists():

@@ -42,6 +42,7 @@ from ..images.study_images import load_manifest
 from ..protocol.dataset import dataset_card, read_card, write_card_file
 from ..protocol.schema import FRACTION_COLUMNS, MANIFEST_COLUMNS
 from ..report.audit_page import write_audit
+from .door import check_door
 
 # %% ../../nbs/01_data.ipynb #6bbca638
 _PLACES = [name for stage in STAGES.values() for name in stage.writes]  # within a study
@@ -273,6 +274,7 @@ def stage_data(
     redo: bool = False,  # move an output with other settings or of other data aside
 ):
     "Write data/ (tables, audit, images) and study.json; raises `CxrError` for bad input."
+    check_door(study, redo, data=cfg)
     check_place(study, cfg, redo)
     if is_data_done(study, cfg, redo):
         correct_card(study, cfg)

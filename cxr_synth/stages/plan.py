@@ -12,12 +12,18 @@ from dataclasses import replace
 import pandas as pd
 
 # %% ../../nbs/02_plan.ipynb #8da59160
-from ..base.files import CxrError, one_of, write_json
+from ..base.files import CxrError, write_json
 from ..base.records import Study, generator_name, now, open_stage
-from ..base.settings import CLASSES, PlanConfig, is_scratch, resolve
+from cxr_synth.base.settings import (
+    CLASSES,
+    PlanConfig,
+    is_scratch,
+    parse_arms,
+    parse_guess,
+    resolve,
+)
 from ..classify.headroom import choose_primary, measure_headroom
 from ..classify.recipes import class_gap
-from ..images.known_generators import KNOWN_GENERATORS
 from ..images.study_images import split_rows, training_rows
 from ..protocol.arms import ARMS, parse_arm
 from cxr_synth.protocol.plan import (
@@ -32,6 +38,7 @@ from cxr_synth.protocol.plan import (
     secondary_contrasts,
     tier_cells,
 )
+from .door import check_door
 from ..stats.power import ASSUMED_SD
 
 # %% ../../nbs/02_plan.ipynb #2cb5722b
@@ -179,17 +186,10 @@ def plan_cost(
 def guess_text(
     cfg: PlanConfig,  # my_guess, because
 ) -> tuple[str, float | None]:  # "+1.5, because ..."; the number
-    "The user's guess, to be sealed with the plan; raises `CxrError` if it is no number."
+    "The user's guess, to be sealed with the plan."
     if not cfg.my_guess:
         return cfg.because, None
-    try:
-        value = float(cfg.my_guess.replace(",", "."))
-    except ValueError as e:
-        raise CxrError(
-            f"--my-guess {cfg.my_guess!r} is no number.\n"
-            "Expected the gain in percentage points of AUROC, such as "
-            '--my-guess +1.5 --because "more data helps".'
-        ) from e
+    value = parse_guess(cfg.my_guess)
     reason = f", because {cfg.because}" if cfg.because else ""
     return f"{value:+g}{reason}", value
 
@@ -219,19 +219,6 @@ def _impossible_arms(
         found.append("rebalanced")
     return found
 
-
-def _check_settings(
-    cfg: PlanConfig,  # tier, arms, builtin
-) -> list[str]:  # the arms that are asked for besides those of the tier
-    "Raise `CxrError` for a tier, an arm or a known generator that does not exist."
-    one_of(cfg.tier, TIERS, "tier")
-    extra = cfg.arms.replace(",", " ").split()
-    for name in extra:
-        parse_arm(name)
-    if cfg.builtin:
-        one_of(cfg.builtin, KNOWN_GENERATORS, "built-in generator")
-    return extra
-
 # %% ../../nbs/02_plan.ipynb #cd007d30
 def _questions(
     arms: list[str],  # of the plan
@@ -245,7 +232,7 @@ def make_plan(
     cfg: PlanConfig,  # tier, pool, seed, guess, ...
 ) -> Plan:  # not yet sealed
     "Everything that must be decided before a result exists."
-    extra = _check_settings(cfg)
+    extra = parse_arms(cfg.arms)
     guess, guess_pp = guess_text(cfg)
     sizes = pool_sizes(study, cfg.pool)
     tier = TIERS[cfg.tier]
@@ -286,6 +273,7 @@ def stage_plan(
     redo: bool = False,  # move an old plan with other settings aside
 ):
     "Write plan.json, sealed."
+    check_door(study, redo, plan=cfg)
     has_runs = any(study.root.glob("runs/*/*/run.json"))
     if not redo and has_runs and (study / "plan.json").exists():
         load_plan(study)

@@ -15,10 +15,10 @@ from ..base.files import CxrError, write_csv, write_json
 from ..base.readers import read_json
 from ..base.records import Study, open_stage
 from ..base.settings import CLASSES, QualityConfig, is_scratch
-from ..images.networks import check_weights, find_network
+from ..images.networks import find_network
 from ..protocol.round_trips import is_round_trip_set
 from ..protocol.schema import MARK_COLUMNS, QualityRow
-from ..protocol.sets import MARK_FILES, refuse_empty_set
+from ..protocol.sets import MARK_FILES
 from ..quality.copies import plot_copies, plot_pairs
 from ..quality.figures import comparison_grid, plot_bars, plot_map, save_quality_figure
 from cxr_synth.quality.measure import (
@@ -35,6 +35,7 @@ from cxr_synth.quality.measure import (
     similarity_rows,
 )
 from ..quality.metrics import FRECHET
+from .door import check_door
 
 # %% ../../nbs/05_quality.ipynb #e8e40588
 def synthetic_sets(
@@ -146,10 +147,9 @@ def stage_quality(
     redo: bool = False,  # move an old output with other settings aside
 ):
     "Measure every synthetic set of the study: quality/GENERATOR.json, GENERATOR-copies.csv and figures."
-    cfg, names = cfg or QualityConfig(), synthetic_sets(study)
-    check_weights(cfg.extractor, cfg.weights, cfg.size)
-    for name in names:
-        refuse_empty_set(study, name)
+    cfg = cfg or QualityConfig()
+    check_door(study, redo, quality=cfg)
+    names = synthetic_sets(study)
     inputs = ["data/manifest.csv", "data/images", *(f"synthetic/{name}" for name in names)]
     stage = open_stage(study, "quality", "quality", cfg, inputs, redo)
     if stage.done:

@@ -23,6 +23,7 @@ from ..report.evidence import Evidence
 from ..report.figures import draw_figures
 from ..report.page import report_page, unfinished_stages
 from ..ship.set_card import card_text
+from .door import check_door
 
 # %% ../../nbs/07_report.ipynb #3d940d26
 def assert_fresh(
@@ -86,6 +87,7 @@ def stage_report(
     redo: bool = False,  # keep the old report aside instead of replacing it
 ):
     "Write analysis.json and report/: page, figures, cards, tables and talking points."
+    check_door(study, redo, report=cfg)
     ev = Evidence(study)
     assert_fresh(study)
     stage = _open_report(study, cfg, redo)

@@ -11,6 +11,7 @@ from ..base.settings import TrainConfig
 from ..diffusion.dreambooth import print_preflight
 from ..diffusion.generator import train_generator
 from ..protocol.plan import Plan, load_plan
+from .door import check_door
 
 # %% ../../nbs/03_train.ipynb #536a2c4d
 def stage_train(
@@ -20,6 +21,7 @@ def stage_train(
     plan: Plan | None = None,  # None: the sealed one
 ):
     "Train every generator of the plan; there is nothing to train where a known one takes its place."
+    check_door(study, redo, train=cfg)
     plan = plan or load_plan(study)
     if plan.builtin:
         return
