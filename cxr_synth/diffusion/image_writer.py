@@ -26,6 +26,7 @@ from cxr_synth.base.files import (
 )
 from ..base.readers import Row, read_json, read_lines
 from ..base.settings import parse_shard
+from ..images.study_images import shows_nothing
 from ..protocol.schema import MARK_COLUMNS
 
 # %% ../../nbs/diffusion/image_writer.ipynb #50f2662a
@@ -61,12 +62,12 @@ def quality_gate(
     image: Image.Image,  # as written
     limits: dict,  # from `grey_limits`; may be empty
 ) -> str:  # what is wrong with it, or nothing
-    "The quality gate: not a number, constant, or greys outside the real range."
+    "The quality gate: not a number, constant, black, or greys outside the real range."
     x = np.asarray(image)
     if not np.isfinite(pixels).all():
         return "not a number"
-    if x.std() < 1:
-        return "constant"
+    if nothing := shows_nothing(x):
+        return nothing
     reasons = []
     for name, (value,) in grey_quantiles(x[None]).items():
         low, high = limits.get(name, (-np.inf, np.inf))

@@ -32,6 +32,7 @@ from ..images.study_images import split_rows
 from ..protocol.plan import Plan, Run, load_plan
 from ..protocol.round_trips import planned_round_trips, round_trip_set
 from ..protocol.schema import OpenedLog, PredictionRow, result_columns, result_row
+from ..protocol.sets import refuse_empty_set
 from .door import check_door
 
 # %% ../../nbs/06_classify.ipynb #3c5526f1
@@ -96,6 +97,8 @@ def stage_experiments(
     wanted = _chosen_runs(runs, cfg.only)
     results = study / "results.csv"
     stage = open_stage(study, "experiments", "runs", cfg, _inputs(plan), redo)
+    for generator in plan.generators:
+        refuse_empty_set(study, generator.name)
     if stage.done and results.exists() and not cfg.retry_failed:
         return _raise_failures(study, ResultsTable(study, runs).rows)
     if not any(stage.path.glob("*/*/run.json")) and results.exists():

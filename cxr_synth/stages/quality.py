@@ -18,7 +18,7 @@ from ..base.settings import CLASSES, QualityConfig, is_scratch
 from ..images.networks import find_network
 from ..protocol.round_trips import is_round_trip_set
 from ..protocol.schema import MARK_COLUMNS, QualityRow
-from ..protocol.sets import MARK_FILES
+from ..protocol.sets import MARK_FILES, refuse_empty_set
 from ..quality.copies import plot_copies, plot_pairs
 from ..quality.figures import comparison_grid, plot_bars, plot_map, save_quality_figure
 from cxr_synth.quality.measure import (
@@ -150,6 +150,8 @@ def stage_quality(
     cfg = cfg or QualityConfig()
     check_door(study, redo, quality=cfg)
     names = synthetic_sets(study)
+    for name in names:
+        refuse_empty_set(study, name)
     inputs = ["data/manifest.csv", "data/images", *(f"synthetic/{name}" for name in names)]
     stage = open_stage(study, "quality", "quality", cfg, inputs, redo)
     if stage.done:
