@@ -38,7 +38,7 @@ each_field = pytest.mark.parametrize("stage, f", FIELDS, ids=NAMES)
 numbers = [(s, f) for s, f in FIELDS if settings._number_type(f)]
 each_number = pytest.mark.parametrize("stage, f", numbers, ids=lambda x: getattr(x, "name", x))
 few = hypothesis_settings(
-    max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+    max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
 )
 
 
@@ -79,7 +79,7 @@ def refused_values(f):
             return st.sampled_from([0, 1, "yes", "True", 0.0, None])
         if get_origin(f.type) is Literal:
             return wrong | texts | st.none() | st.sampled_from(get_args(f.type)).map(str.upper)
-        return wrong | st.just("a\0b") | st.none()
+        return wrong | st.sampled_from(["a\0b", " ", "\ud800", "a\x1b[2Jb"]) | st.none()
     low, high, step = bounds(f)
     wrong = texts | st.sampled_from([float("nan"), math.inf, -math.inf, True, False, [1]])
     if not settings._is_optional(f):
@@ -455,10 +455,10 @@ def test_the_guides_command_names_its_own_flags():
         instance_prompt="p",
     )
     for name, value in dict(
-        train_batch_size=0, resolution=100, resolution_=0, max_train_steps=-1, validation_steps=0
+        train_batch_size=0, resolution=100, resolution_=0, max_train_steps=-1, validation_steps=-1
     ).items():
         name = name.rstrip("_")
-        with pytest.raises(CxrError, match=f"--{name} {value} is not possible"):
+        with pytest.raises(CxrError, match=f"{name} {value}"):
             guide_flags(four | {name: value}).config()
 
 

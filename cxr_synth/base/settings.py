@@ -154,7 +154,8 @@ class Config:
 def _check_text(config: type, f, value: str):
     "Raise `CxrError` for a name that is in no table, and for a text of another form."
     facts = _facts(f)
-    if (not value and not facts.get("empty", True)) or "\0" in value:
+    blank = not value.strip() and bool(value or not facts.get("empty", True))
+    if blank or any(not (c.isprintable() or c.isspace()) for c in value):
         raise CxrError(refused(config, f.name, value))
     if value and "table" in facts:
         table = resolve_name(facts["table"])
@@ -181,9 +182,10 @@ def refused(
 ) -> str:
     "The message for a value that a setting can't have."
     f = config.__dataclass_fields__[name]
-    given = f"{value:g}" if isinstance(value, float) else repr(value)
-    if value is None or (isinstance(value, str) and value.strip()):
-        given = (value or "none").replace("\0", "\\0")
+    given = f"{value:g}" if isinstance(value, float) else ascii(value)
+    if isinstance(value, str) and value.strip() and value.isprintable():
+        given = value
+    given = "none" if value is None else given
     default = "none" if f.default is None else f.default if f.default != "" else "an empty text"
     return (
         f"{flag(config, name)} {given[:80]} is not possible.\n"

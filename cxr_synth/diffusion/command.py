@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 # %% ../../nbs/diffusion/command.ipynb #35feb6b6
+from ..base.arguments import check_folder, check_kind, check_number, check_path, check_whole
 from ..base.compute import pick_device
 from ..base.files import CxrError, check_apart, lies_in, one_of, remove_files
 from ..base.readers import read_json
@@ -27,7 +28,9 @@ from cxr_synth.diffusion.dreambooth import (
     print_preflight,
     read_prompts,
 )
-from ..images.folders import is_clutter, read_image_folder
+from .hub import check_source
+from .prompts import check_prompt, check_table_prompts
+from ..images.folders import image_files, is_clutter, read_image_folder
 from ..protocol.dataset import find_card
 from ..protocol.schema import Provenance
 
@@ -91,10 +94,10 @@ class GuideFlags:
         for flag, value in vars(self).items():
             name = _OTHER_NAMES.get(flag, flag)
             if name in TrainConfig.__dataclass_fields__ and value is not None:
-                settings[name] = value
+                settings[name] = value or None if name == "preview_steps" else value
         if self.rank is not None:
             settings |= dict(method="lora", lora_alpha=self.rank)
-        weight = self.prior_loss_weight if self.with_prior_preservation else None
+        weight = self.prior_loss_weight or None if self.with_prior_preservation else None
         settings |= dict(prior="generated", prior_loss_weight=weight)
         with _guide_names():
             DataConfig(resolution=self.resolution, seed=self.seed)
@@ -136,6 +139,8 @@ def _guide_task(
     if flags.heldout_data_dir:
         others = read_image_folder(flags.heldout_data_dir, side)[1]
     prior = None
+    before = dict(class_prompt=cfg.class_prompt) if cfg.prior_loss_weight else {}
+    check_table_prompts(pipe.tokenizer, prompts, **before)
     if cfg.prior_loss_weight:
         folder = flags.class_data_dir or Path(flags.output_dir) / "class_images"
         prior = _guide_prior(pipe, folder, cfg, side), cfg.class_prompt
@@ -165,6 +170,42 @@ def _is_finished(
     return True
 
 # %% ../../nbs/diffusion/command.ipynb #f4eabdf7
+_LEAST = {  # flags that are whole numbers -> the smallest that works
+    "resolution": 8,
+    "train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "lr_warmup_steps": 0,
+    "max_train_steps": 1,
+    "num_class_images": 1,
+    "num_validation_images": 1,
+    "validation_steps": 0,
+    "seed": 0,
+}
+
+
+def _check_flags(run: GuideFlags):
+    "Raise `CxrError` for values that cannot be."
+    for name, least in _LEAST.items():
+        check_whole(getattr(run, name), name, least)
+    if run.rank is not None:
+        check_whole(run.rank, "rank", 1)
+    if run.resolution % 8:
+        raise CxrError(
+            f"resolution {run.resolution} does not fit.\nAllowed: multiples of 8, such as 512."
+        )
+    check_number(run.learning_rate, "learning_rate", above=True)
+    check_number(run.prior_loss_weight, "prior_loss_weight", 0)
+    for name in ("pretrained_model_name_or_path", "instance_data_dir", "output_dir"):
+        check_path(getattr(run, name), name)
+    for name in ("train_text_encoder", "with_prior_preservation", "watch"):
+        check_kind(getattr(run, name), name, bool, "True or False")
+    check_prompt(run.instance_prompt, "instance_prompt")
+    if run.with_prior_preservation:
+        check_prompt(run.class_prompt, "class_prompt")
+    if run.validation_prompt is not None:
+        check_prompt(run.validation_prompt, "validation_prompt")
+
+
 def guide_flags(
     flags: dict,  # as `train_dreambooth` takes them
 ) -> GuideFlags:  # raises `CxrError` for an unknown or a missing flag, and for a value out of range
@@ -180,15 +221,26 @@ def guide_flags(
         )
     named = {k: v for k, v in flags.items() if k in guide}
     run = GuideFlags(**named, more={k: v for k, v in flags.items() if k not in guide})
+    _check_flags(run)
     run.config()  # refuses what is out of range
     return run
 
 # %% ../../nbs/diffusion/command.ipynb #98022655
+def _check_sources(run: GuideFlags, revision):
+    "Raise `CxrError` for a base or a folder of images that is not there, before anything is written."
+    check_source(run.pretrained_model_name_or_path, revision)
+    image_files(check_folder(run.instance_data_dir, "instance_data_dir"))
+    if run.heldout_data_dir:
+        image_files(check_folder(run.heldout_data_dir, "heldout_data_dir"))
+
+
 def _check_folders(
     run: GuideFlags,  # what the user asked for
     out: Path,  # the model folder
 ):
-    "Raise `CxrError` if the model would be written where images are read."
+    "Raise `CxrError` if the model would be written where images, or the base, are read."
+    if Path(str(run.pretrained_model_name_or_path)).is_dir():
+        check_apart(run.pretrained_model_name_or_path, [out])
     for source in (run.instance_data_dir, run.heldout_data_dir):
         if source:
             check_apart(source, [out])
@@ -202,9 +254,10 @@ def train_dreambooth(
     "Fine-tune a Stable Diffusion on a folder of images; takes each flag of the guide's commands (section 7)."
     run = guide_flags(flags)
     cfg, out = run.config(), Path(run.output_dir)
+    _check_folders(run, out)
     if _is_finished(out, cfg, run.seed):
         return _remove_checkpoints(out)
-    _check_folders(run, out)
+    _check_sources(run, cfg.revision)
     print_preflight(cfg, run.resolution, out)
     fine_tune(
         cfg.base,
@@ -248,8 +301,25 @@ def _split_words(
     variables: dict,  # name -> value
 ) -> list[str]:
     "The words of a line, with variables filled in and without comments."
-    words = shlex.split(line, comments=True)
+    try:
+        words = shlex.split(line, comments=True)
+    except ValueError as e:
+        raise CxrError(
+            f"cannot read the line {line[:100]!r}: {e}.\nClose every quotation mark."
+        ) from e
     return [re.sub(r"\$\{?(\w+)\}?", lambda m: variables.get(m[1], m[0]), w) for w in words]
+
+
+def _flag_value(name: str, text: str, kind: type):
+    "A flag's value in its type; raises `CxrError` for a text that is none."
+    if kind is bool:
+        return one_of(text.lower() or "true", ("true", "false"), f"value of --{name}") == "true"
+    try:
+        return kind(text)
+    except ValueError as e:
+        raise CxrError(
+            f"--{name}={text} is not possible.\nAllowed: a value of type {kind.__name__}."
+        ) from e
 
 
 def parse_command(
@@ -264,11 +334,11 @@ def parse_command(
         words = _split_words(line, variables)
         scripts = [k for k, word in enumerate(words) if word.endswith(".py")]
         if words[:1] == ["export"]:
-            variables |= dict(word.split("=", 1) for word in words[1:])
+            variables |= dict(word.split("=", 1) for word in words[1:] if "=" in word)
         elif scripts:
             if "lora" in words[scripts[0]]:
                 arguments["rank"] = 4  # the script's default
             for word in words[scripts[0] + 1 :]:
                 name, _, value = word.removeprefix("--").partition("=")
-                arguments[name] = types[one_of(name, types, "flag")](value or True)
+                arguments[name] = _flag_value(name, value, types[one_of(name, types, "flag")])
     return arguments
