@@ -70,6 +70,14 @@ class FolderFiles:
         else:
             self.others.append(path)
 
+    def extend(
+        self,
+        other: "FolderFiles",  # of another folder
+    ):
+        "Take what another folder holds too."
+        for part in ("images", "others", "odd", "links"):
+            getattr(self, part).extend(getattr(other, part))
+
 
 def _raise_unreadable(error: OSError):
     "A folder that can't be looked into is no empty folder."

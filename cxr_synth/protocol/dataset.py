@@ -54,7 +54,10 @@ KERMANY = DatasetCard(
         "children of one to five years, from one hospital (Guangzhou Women and Children's Medical "
         "Center)"
     ),
-    patient_rule="kind and number: person12_bacteria_7 shows bacteria-12, IM-0115-0001 shows normal-IM-0115",
+    patient_rule=(
+        "kind and number: person12_bacteria_7 shows bacteria-12, IM-0115-0001 shows normal-IM-0115; "
+        "in the version at its DOI, VIRUS-1008087-0001 shows virus-1008087"
+    ),
     home_page="https://doi.org/10.17632/rscbjbr9sj",
 )
 PHANTOM = DatasetCard(
@@ -100,14 +103,22 @@ KERMANY_NAMES = frozenset(
 )
 
 
+_DOI_NAME = re.compile(
+    r"(BACTERIA|VIRUS|NORMAL)-(\d{3,})-(\d{4})"
+)  # as the set's authors name them
+
+
 def recognise(
-    stems,  # file names without suffix
+    stems: list[str],  # file names without suffix
 ) -> DatasetCard:  # of the data set that has these names, or the unknown one
     "Tell a data set by its file names."
     marked = {
         s for s in stems if hashlib.sha256(s.encode(errors="replace")).hexdigest().startswith("00")
     }
-    return KERMANY if len(marked) >= 5 and marked <= KERMANY_NAMES else CARDS["unknown"]
+    kinds = {m[1] if (m := _DOI_NAME.fullmatch(s)) else "" for s in stems}
+    doi = len(stems) >= 5 and "NORMAL" in kinds and len(kinds) > 1 and "" not in kinds
+    known = len(marked) >= 5 and marked <= KERMANY_NAMES
+    return KERMANY if known or doi else CARDS["unknown"]
 
 
 def find_card(
@@ -265,4 +276,6 @@ def parse_name(
         return m[2], f"{m[2]}-{int(m[1])}"
     if m := re.match(r"((?:NORMAL2-)?IM-\d+)(-|$)", stem):
         return "normal", f"normal-{m[1]}"
+    if m := re.match(r"(BACTERIA|VIRUS|NORMAL)-(\d+)-\d+(?!\d)", stem, re.I):
+        return m[1].lower(), f"{m[1].lower()}-{m[2]}"
     return "", ""

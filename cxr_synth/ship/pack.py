@@ -6,9 +6,9 @@
 __all__ = ['PACK_PARTS', 'DEFAULT_PARTS', 'SUMS', 'BLOCK', 'PACK_PATTERN', 'MAX_BYTES', 'MAX_RATIO', 'OLD_CLAIM', 'never_packed',
            'folders_of', 'pack_members', 'add_member', 'check_free_space', 'naming_disk_errors', 'pack_contents',
            'is_pack', 'write_zip', 'pack', 'bad_name', 'pattern_regex', 'in_layout', 'bad_member', 'refuse_member',
-           'filesystem_key', 'check_members', 'read_sums', 'open_pack', 'missing_here', 'extract_member',
-           'force_to_disk', 'move_into_place', 'clear_unpacked', 'unpack', 'resume_copy', 'mirror_file', 'cli_pack',
-           'cli_unpack']
+           'filesystem_key', 'check_members', 'read_sums', 'check_zip_file', 'open_pack', 'missing_here',
+           'extract_member', 'force_to_disk', 'move_into_place', 'clear_unpacked', 'unpack', 'resume_copy',
+           'mirror_file', 'cli_pack', 'cli_unpack']
 
 # %% ../../nbs/ship/pack.ipynb #ecdfb313
 import errno, hashlib, io, os, re, shutil, stat, struct, unicodedata, zipfile, zlib
@@ -208,7 +208,12 @@ def pack(
     "Put the named parts of a study into one zip; an older pack is replaced, any other file is not."
     study.info()
     out = Path(out or study.root.resolve().parent / f"{study.root.resolve().name}.zip")
-    if out.exists() and not is_pack(out):
+    if out.is_dir():
+        raise CxrError(
+            f"{out} is a folder; a pack is one file.\n"
+            f"Name a file in it: --out {out / (study.root.resolve().name + '.zip')}"
+        )
+    if out.exists() and not (out.is_file() and is_pack(out)):
         raise CxrError(
             f"{out} exists and is no pack of a study.\n"
             "Move it away, or choose another name with --out."
@@ -436,13 +441,31 @@ _ZIP_ERRORS = (  # what a damaged zip makes Python raise
 )
 
 
+def check_zip_file(
+    file,  # where a zip should be
+):
+    "Raise `CxrError` for a missing or empty file, and for a folder or a device in its place."
+    path = Path(file)
+    if path.is_dir():
+        inside = " It seems to be unpacked already." if (path / "study.json").is_file() else ""
+        raise CxrError(
+            f"{file} is a folder, not the zip of a study.{inside}\n"
+            "Give the zip file that cxr-synth pack made; it ends with .zip."
+        )
+    if path.exists() and not path.is_file():
+        raise CxrError(f"{file} is no regular file.\nGive the zip file that cxr-synth pack made.")
+    if not path.exists():
+        raise CxrError(f"{file} is missing.\nMake it with: cxr-synth pack STUDY --out {file}")
+    if not path.stat().st_size:
+        raise CxrError(f"{file} is empty (0 bytes).\nGet the zip again from where it was packed.")
+
+
 @contextmanager
 def open_pack(
     file,  # the zip
 ):
     "The zip, open for reading; whatever a damaged one raises becomes a `CxrError`."
-    if not Path(file).is_file():
-        raise CxrError(f"{file} is missing.\nMake it with: cxr-synth pack STUDY --out {file}")
+    check_zip_file(file)
     try:
         with zipfile.ZipFile(file) as z:
             yield z
@@ -573,6 +596,8 @@ def unpack(
     study: Study,  # where to; made if need be
 ) -> dict:  # new and kept: how many files were unpacked, how many were there already
     "Unpack a study's zip: all verified before anything gets its name, no other file replaced."
+    if study.root.exists() and not study.root.is_dir():
+        raise CxrError(f"{study.root} is a file.\nName a folder for the study; it may be new.")
     with open_pack(file) as z:
         infos = check_members(z, file)
         sums = read_sums(z, infos, file)
@@ -623,11 +648,7 @@ def _check_mirror(
     folder: Path,  # where to
 ):
     "Raise `CxrError` for a missing source or folder."
-    if not file.is_file():
-        raise CxrError(
-            f"{file} is missing: there is nothing to copy.\n"
-            f"Make it with: cxr-synth pack STUDY --out {file}"
-        )
+    check_zip_file(file)
     if not folder.is_dir():
         raise CxrError(
             f"{folder} is no folder.\n"

@@ -37,6 +37,7 @@ from ..data.audit import audit, audit_figure
 from ..data.sources import SOURCES, ImageSource, card_of, open_source
 from ..data.splits import draw_fractions, too_small
 from ..data.survey import image_ids, inspect_source, write_prepared
+from ..images.folders import printable
 from ..images.images import map_threads, prepare_image
 from ..images.study_images import load_manifest
 from ..protocol.dataset import dataset_card, read_card, write_card_file
@@ -85,7 +86,7 @@ def other_folder(
     bad: set,  # paths that were skipped
 ) -> str:  # what differs, or an empty string
     "Compare names and classes of all files, and the content of some."
-    rows = [r for r in source.rows if r["path"] not in bad]
+    rows = [r for r in source.rows if printable(r["path"]) not in bad]
     here = dict(zip(image_ids([r["path"] for r in rows]), rows))
     if gone := sorted(set(t.image_id) ^ set(here)):
         return f"{len(gone)} images are only on one side, such as {gone[0]}"
@@ -283,6 +284,8 @@ def stage_data(
     source = open_source(study, cfg)
     card = card_of(cfg, source)
     t, small, bad = inspect_source(source, cfg)
+    for note in source.notes:
+        print(f"data: {note}", flush=True)
     stage = open_stage(study, "data", "data", cfg, redo=redo)
     sizes = _write_images(stage, source, t, cfg)
     notes = source.notes + too_small(t)
