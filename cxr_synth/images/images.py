@@ -423,16 +423,25 @@ def _is_padding(
 
 def _check_values(
     ds,  # pydicom Dataset
-    x: np.ndarray,  # stored values
 ):
-    "Raises `CxrError` for numbers that the header's bits can't hold."
-    lowest = -(2 ** (ds.BitsStored - 1)) if ds.PixelRepresentation else 0
-    inside = x[~_is_padding(ds, x)]
-    if inside.size and (inside.min() < lowest or inside.max() > lowest + 2**ds.BitsStored - 1):
+    "Raises `CxrError` for 16-bit numbers of which pydicom would cut bits off that are in use."
+    drawn = any(0x6000 <= tag.group < 0x6020 for tag in ds.keys())  # noqa: SIM118 (no dict)
+    if ds.file_meta.TransferSyntaxUID.is_compressed or ds.BitsAllocated != 16 or drawn:
+        return
+    x = np.frombuffer(
+        ds.PixelData, "<u2" if ds.file_meta.TransferSyntaxUID.is_little_endian else ">u2"
+    )
+    spare = x >> ds.BitsStored
+    good = (spare == 0) | _is_padding(ds, x)
+    if ds.PixelRepresentation:  # negative numbers fill the spare bits
+        good |= (spare == 0xFFFF >> ds.BitsStored) | _is_padding(
+            ds, x.view(x.dtype.str.replace("u", "i"))
+        )
+    if not good.all():
         raise CxrError(
-            f"it has pixels from {inside.min()} to {inside.max()}, more than the {ds.BitsStored} "
-            f"{'signed ' if ds.PixelRepresentation else ''}bits that its header names.\n"
-            "Correct the header (BitsStored, PixelRepresentation), or store it as 16-bit PNG."
+            f"it has pixels such as {x[~good][0]}, more than the {ds.BitsStored} bits that its header "
+            "names hold.\n"
+            "Correct the header (BitsStored, HighBit), or store it as 16-bit PNG."
         )
 
 
@@ -451,7 +460,7 @@ def _dicom_pixels(
             "Install a decoder (pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg),\n"
             "or decompress the files first (gdcmconv --raw IN OUT)."
         ) from e
-    _check_values(ds, x)
+    _check_values(ds)
     return x
 
 # %% ../../nbs/images/images.ipynb #c0fabab2
