@@ -104,10 +104,13 @@ def _pattern(
     cut: int,  # how many of them are the beginning
 ) -> str:  # a regular expression
     "The form of a beginning."
-    of_kind = dict(number=r"\d+", word=r"[^\W\d_]+", code="[0-9A-Za-z-]+", date=r"\d[\d_.T -]+")
+    of_kind = dict(number=r"\d+", word=r"[^\W\d_]+", code="[0-9A-Za-z-]+")
     pieces = []
     for k in range(cut):
         kind, texts = names[0][k][0], {n[k][1] for n in names}
+        if kind == "date":  # each digit of the first one; dates of a set have one form
+            pieces.append(re.sub(r"\d", r"\\d", re.escape(names[0][k][1])))
+            continue
         fixed = kind in ("word", "other") and len(texts) == 1
         pieces.append(re.sub(r"\\([ -])", r"\1", re.escape(*texts)) if fixed else of_kind[kind])
     return "".join(pieces)

@@ -47,7 +47,7 @@ from .door import check_door
 
 # %% ../../nbs/01_data.ipynb #6bbca638
 _PLACES = [name for stage in STAGES.values() for name in stage.writes]  # within a study
-_PLACES += ["data/images", "curation", "runs-cv"]
+_PLACES += ["data/images", "curation", "runs-cv", "cache"]
 
 
 def _patient_table(
@@ -284,8 +284,6 @@ def stage_data(
     source = open_source(study, cfg)
     card = card_of(cfg, source)
     t, small, bad = inspect_source(source, cfg)
-    for note in source.notes:
-        print(f"data: {note}", flush=True)
     stage = open_stage(study, "data", "data", cfg, redo=redo)
     sizes = _write_images(stage, source, t, cfg)
     notes = source.notes + too_small(t)
