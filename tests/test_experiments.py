@@ -229,7 +229,7 @@ def test_only_and_unknown_executors(copy):
     cfg = ExperimentsConfig(**SETTINGS, only="real, mixed")
     stage_experiments(copy, cfg)
     assert {r["arm"] for r in read_csv(copy / "results.csv")} == {"real", "mixed"}
-    with pytest.raises(CxrError, match="unknown arm for --only: 'guide'"):
+    with pytest.raises(CxrError, match="--experiments.only: unknown arm 'guide'"):
         stage_experiments(copy, replace(cfg, only="guide"))
     with pytest.raises(CxrError, match="Allowed: serial, processes, dask"):
         stage_experiments(copy, ExperimentsConfig(**SETTINGS, executor="cloud"))

@@ -163,7 +163,11 @@ def _check_text(config: type, f, value: str):
             raise CxrError(refused(config, f.name, value))
     if value and facts.get("check"):
         check = facts["check"]
-        (resolve_name(check) if isinstance(check, str) else check)(value)
+        try:
+            (resolve_name(check) if isinstance(check, str) else check)(value)
+        except CxrError as e:
+            named = "" if "--" in str(e) else f"{flag(config, f.name)}: "
+            raise CxrError(f"{named}{e}") from None
 
 
 def flag(
@@ -325,7 +329,7 @@ class DataConfig(Config):
     val_share: float = ranged(0.15, 0.05, 0.5)
     seed: int = ranged(0, 0, SEED)  # seed of the splits, the fractions and the drawn phantoms
     # phantom only: number of drawn patients
-    patients: int = ranged(250, 20, 100_000, "patients")
+    patients: int = ranged(250, 10, 100_000, "patients")
     # phantom only: share of the patients in the official test
     test_share: float = ranged(0.2, 0, 0.9)
     strength: float = ranged(1.0, 0, 3)  # phantom only: factor on the opacities' strength
