@@ -188,15 +188,20 @@ def _check_run(settings: dict, last: str):
         )
 
 # %% ../../nbs/stages/door.ipynb #d0010014
-_PRECISION = ("mixed_precision", "use_8bit_adam")
+_OF_A_MACHINE = ("device", "mixed_precision", "use_8bit_adam", "tensorboard", "mirror")
+_OF_A_MACHINE += ("weights", "prompts", "base", "card")
 
 
 def _is_complete(study: Study, stage: str, cfg: Config) -> bool:
-    "Whether all that a stage has begun is complete, with the precision that is asked for now."
+    "Whether a stage is complete, with the same device, precision and files as are asked for now."
     found = [r for r in study.records().values() if r["stage"] == stage]
     return bool(found) and all(
         r["status"] == "complete"
-        and all(getattr(cfg, k) == v for k, v in r["settings"].items() if k in _PRECISION)
+        and all(
+            getattr(cfg, k) == v
+            for k, v in (r["settings"] | r["runtime"]).items()
+            if k in _OF_A_MACHINE and hasattr(cfg, k)
+        )
         for r in found
     )
 
