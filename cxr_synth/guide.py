@@ -42,6 +42,7 @@ from cxr_synth.base.files import (
 )
 from .base.messages import say
 from .base.readers import read_csv
+from .base.locks import alone
 from .base.records import Study, open_stage
 from .base.settings import CLASSES, GuideConfig, parse_seeds
 from .classify.finetune import Classifier
@@ -596,6 +597,7 @@ def _guide_rows(study: Study, cfg: GuideConfig, generator: str, seeds: list, dev
             yield record | dict(arm=f"guide-{arm}", network=cfg.network, biased=BIASED_NOTE)
 
 # %% ../nbs/08_guide.ipynb #9d4ab5f0
+@alone("guide")
 def stage_guide(
     study: Study,  # the study; its test is open
     cfg: GuideConfig = GuideConfig(),  # noqa: B008 (frozen)

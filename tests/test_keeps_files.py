@@ -345,6 +345,8 @@ REVIEWED = {  # file:function -> why nothing of a user's is lost
     "base/files:atomic_folder": "an empty folder (rmdir removes no file), and its own temporary name",
     "base/files:remove_temporary": "refuses every name but our temporary ones",
     "base/files:remove_files": "the names that it is given, and folders that are empty",
+    "base/locks:_clear": "a lock and its note, and folders that we made and that are empty",
+    "base/locks:_note_holder": "the note of our own lock",
     "base/records:move_aside": "to a name that is free: nothing is lost",
     "diffusion/dreambooth:choose_saved_weights": "into the temporary folder of `save_model`",
     "diffusion/dreambooth:save_model": "into our temporary folder",

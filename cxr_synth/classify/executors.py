@@ -20,6 +20,7 @@ from threadpoolctl import threadpool_limits
 # %% ../../nbs/classify/executors.ipynb #91d85128
 from ..base.compute import progress
 from ..base.files import CxrError, one_of, write_csv, write_json
+from ..base.locks import InUse, hold
 from ..base.messages import use_plain_characters
 from ..base.readers import RESTORE, read_csv, read_json
 from ..base.records import Study
@@ -92,16 +93,19 @@ def read_record(
 def do_run(
     run: Run,  # which
     job: Job,  # what this process needs
+    wait: bool = True,  # for a process that is at this run; otherwise `InUse` is raised
 ) -> dict:  # run.json: status done, or failed with its error
     "Make one run in whatever process this is; nothing to do when it is complete."
     path = Study(job.root) / run.folder / "run.json"
     if path.exists():
         return read_record(path, run)
     torch.set_num_threads(job.threads)
-    with threadpool_limits(1, "blas"):
+    with hold(job.root, run.folder, wait, keep=False), threadpool_limits(1, "blas"):
+        if path.exists():  # by now
+            return read_record(path, run)
         record = _record_of(run, _context_of(job))
-    write_json(path, record)
-    (path.parent / "checkpoint.pt").unlink(missing_ok=True)
+        write_json(path, record)
+        (path.parent / "checkpoint.pt").unlink(missing_ok=True)
     return record
 
 # %% ../../nbs/classify/executors.ipynb #539c3fa2
@@ -212,7 +216,13 @@ def as_finished(
 ):  # (run, record) as they finish
     "Do runs and give their records as they come."
     if executor is None:
+        later = []
         for run in todo:
+            try:
+                yield run, _result(run, partial(do_run, run, job, wait=False))
+            except InUse:  # another process shares the grid
+                later.append(run)
+        for run in later:
             yield run, _result(run, partial(do_run, run, job))
         return
     pending = {executor.submit(do_run, run, job): run for run in todo}
@@ -272,11 +282,16 @@ class ResultsTable:
         self.runs = runs
         self.written = 0.0  # when
         self.rows = {}  # run -> record
-        for run in runs:
-            path = study / run.folder / "run.json"
-            if path.exists():
-                self.rows[run] = read_record(path, run)
+        self.study = study
+        self.read_new()
         self._keep_test_columns()
+
+    def read_new(self):
+        "Take in what is done, by this process or by others that share the grid."
+        for run in self.runs:
+            path = self.study / run.folder / "run.json"
+            if run not in self.rows and path.exists():
+                self.rows[run] = read_record(path, run)
 
     def _keep_test_columns(self):
         if not self.path.exists():
@@ -295,6 +310,7 @@ class ResultsTable:
             self.write()
 
     def write(self):
+        self.read_new()
         rows = [self.rows[run] for run in self.runs if run in self.rows]
         write_csv(self.path, result_columns(), rows)
         self.written = time.monotonic()

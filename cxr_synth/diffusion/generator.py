@@ -15,6 +15,7 @@ from ..base.compute import pick_device, seed_for
 from ..base.files import CxrError, digest_json, one_of, remove_files, write_csv
 from ..base.readers import read_csv, read_json
 from ..base.loop import Mirror, checkpoint_files
+from ..base.locks import alone
 from ..base.records import Stage, Study, open_stage, parse_generator
 from ..base.settings import CLASSES, PROMPTS, TrainConfig, is_scratch
 from cxr_synth.diffusion.dreambooth import (
@@ -251,6 +252,7 @@ def _finish_generator(
     job.stage.finish(**job.tasks.facts)
 
 # %% ../../nbs/diffusion/generator.ipynb #0ba440da
+@alone("train {name}")
 def train_generator(
     study: Study,  # with data
     name: str,  # such as real010-rep0

@@ -23,6 +23,7 @@ from cxr_synth.base.files import (
 )
 from ..base.messages import failure_reason
 from ..base.readers import read_csv, read_frame, read_json
+from ..base.locks import alone, together
 from ..base.records import Study, move_aside, open_stage
 from ..base.settings import ExperimentsConfig
 from ..classify.executors import ResultsTable, do_runs, result_key
@@ -84,6 +85,7 @@ def _raise_failures(study: Study, rows: dict):  # rows: run -> record
     )
 
 # %% ../../nbs/06_classify.ipynb #30e95ee5
+@together("experiments")
 def stage_experiments(
     study: Study,  # the study; plan and generate are done
     cfg: ExperimentsConfig = ExperimentsConfig(),  # noqa: B008 (frozen)
@@ -169,6 +171,7 @@ def _log_opening(
     return log
 
 # %% ../../nbs/06_classify.ipynb #12e62786
+@alone("open-test")
 def open_test(
     study: Study,  # the study; experiments are done
 ) -> dict:  # content of opened.json: plan_sha256, and for each opening date and exploratory

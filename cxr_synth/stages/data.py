@@ -31,6 +31,7 @@ from cxr_synth.base.files import (
 )
 from ..base.messages import say
 from ..base.readers import read_json
+from ..base.locks import alone
 from ..base.records import STAGES, Stage, Study, make_room, move_aside, open_stage
 from ..base.settings import CLASSES, DataConfig
 from ..data.audit import audit, audit_figure
@@ -268,6 +269,7 @@ def _write_tables(
         write_json(study / "study.json", facts)
 
 # %% ../../nbs/01_data.ipynb #ce850da0
+@alone("data")
 def stage_data(
     study: Study,  # the study; made if need be
     cfg: DataConfig,  # settings

@@ -13,6 +13,7 @@ import pandas as pd
 
 # %% ../../nbs/02_plan.ipynb #8da59160
 from ..base.files import CxrError, write_json
+from ..base.locks import alone
 from ..base.records import Study, generator_name, now, open_stage
 from cxr_synth.base.settings import (
     CLASSES,
@@ -267,6 +268,7 @@ def make_plan(
     return replace(plan, cost=plan_cost(plan, study.info()["preset"], images))
 
 # %% ../../nbs/02_plan.ipynb #613c91ba
+@alone("plan")
 def stage_plan(
     study: Study,  # the study; data is done
     cfg: PlanConfig = PlanConfig(),  # settings

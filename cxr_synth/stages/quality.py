@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 # %% ../../nbs/05_quality.ipynb #d9dbd295
 from ..base.files import CxrError, write_csv, write_json
 from ..base.readers import read_json
+from ..base.locks import alone
 from ..base.records import Study, open_stage
 from ..base.settings import CLASSES, QualityConfig, is_scratch
 from ..images.networks import find_network
@@ -141,6 +142,7 @@ def measure_generator(
     )
 
 # %% ../../nbs/05_quality.ipynb #81eb8959
+@alone("quality")
 def stage_quality(
     study: Study,  # the study; data and generate are done
     cfg: QualityConfig | None = None,  # settings; None: the defaults

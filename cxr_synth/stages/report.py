@@ -7,6 +7,7 @@ __all__ = ['assert_fresh', 'write_texts', 'stage_report', 'cli_compare']
 
 # %% ../../nbs/07_report.ipynb #aa53090c
 from ..base.files import CxrError, null_for_nan, write_json, write_text
+from ..base.locks import alone
 from cxr_synth.base.records import (
     Stage,
     Study,
@@ -81,6 +82,7 @@ def write_texts(
         write_text(study / "report" / file, text)
 
 # %% ../../nbs/07_report.ipynb #e900b96a
+@alone("report")
 def stage_report(
     study: Study,  # the study; it may be unfinished
     cfg: ReportConfig = ReportConfig(),  # settings
