@@ -899,6 +899,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'cxr_synth/data/sources.py'),
                                         'cxr_synth.data.sources._unused_notes': ( 'data/sources.html#_unused_notes',
                                                                                   'cxr_synth/data/sources.py'),
+                                        'cxr_synth.data.sources._within': ('data/sources.html#_within', 'cxr_synth/data/sources.py'),
                                         'cxr_synth.data.sources.card_of': ('data/sources.html#card_of', 'cxr_synth/data/sources.py'),
                                         'cxr_synth.data.sources.check_classes': ( 'data/sources.html#check_classes',
                                                                                   'cxr_synth/data/sources.py'),

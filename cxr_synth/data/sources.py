@@ -66,7 +66,7 @@ def _compile_rule(rule: str) -> regex.Pattern:
         )
     return pattern
 
-
+# %% ../../nbs/data/sources.ipynb #1141564a
 def _search(
     rule: str,  # regular expression with one group
     paths: list[str],  # where to search
@@ -264,7 +264,7 @@ def class_rule(
         "Allowed: normal=NAME,pneumonia=NAME, such as normal=CLEAR,pneumonia=BACTERIA+VIRUS."
     )
 
-
+# %% ../../nbs/data/sources.ipynb #7229198b
 def check_named(
     spec: str,  # see `class_rule`
     there: list[str],  # names of folders or labels
@@ -376,7 +376,7 @@ def check_copied(
             f"cp -rL {root} COPY\nThen give that folder: --data COPY."
         )
 
-
+# %% ../../nbs/data/sources.ipynb #bd49b0ef
 def read_inside(
     root,  # the source's folder
     path: str,  # within it
@@ -396,6 +396,11 @@ def _listed(names: list) -> str:
     return f"{', '.join(printable(n) for n in names[:4])} ({len(names)} in all)"
 
 
+def _within(root: Path, paths) -> list[str]:
+    "Paths as seen from the source's folder, sorted."
+    return sorted(p.relative_to(root).as_posix() for p in paths)
+
+
 def _beside(
     root: Path,  # the source's folder
     folders: list,  # from `class_folders`
@@ -405,9 +410,9 @@ def _beside(
     splits = levels - {root}
     others = {d for level in levels | {root} for d in _subfolders(level)} - used - splits
     images = [p for level in levels | {root} for p in list_folder(level).images]
-    return [sorted(p.relative_to(root).as_posix() for p in found) for found in (others, images)]
+    return _within(root, others), _within(root, images)
 
-
+# %% ../../nbs/data/sources.ipynb #ca595275
 def _unused_notes(
     root: Path,  # the source's folder
     folders: list,  # from `class_folders`
@@ -422,11 +427,11 @@ def _unused_notes(
             f"out: {len(found.others)} ({kinds_of(found.others)})."
         )
     lists = {
-        "Empty class folders": [p.relative_to(root).as_posix() for p in empty],
+        "Empty class folders": _within(root, empty),
         "Folders that are no class were left out": beside,
         "Images that are in no class folder were left out": images,
-        "Pipes, devices and folders with a picture's name were left out": found.odd,
-        "Links to folders were not followed": found.links,
+        "Pipes, devices and folders with a picture's name were left out": _within(root, found.odd),
+        "Links to folders were not followed": _within(root, found.links),
     }
     return notes + [f"{what}: {_listed(names)}." for what, names in lists.items() if names]
 
@@ -473,7 +478,7 @@ def _refuse_empty(
         f"{LAYOUT_HELP}"
     )
 
-
+# %% ../../nbs/data/sources.ipynb #3fbfa502
 def folder_source(
     root,  # folder in the Kaggle layout, or with only class folders
     classes: str = "",  # see `class_rule`

@@ -102,7 +102,7 @@ def image_ids(
     marks = [hashlib.sha256(raw).hexdigest()[:8] for raw in raws]
     return [_short_id(i, mark, again) for i, mark in zip(ids, marks)]
 
-
+# %% ../../nbs/data/survey.ipynb #4e2df2a3
 def manifest_rows(
     rows: list[dict],  # from `inspect_files`
     rule: str = "",  # see `patients_of`
@@ -134,7 +134,7 @@ def check_pictures(
             "Replace them or move them out of the folder, then repeat the command."
         )
 
-
+# %% ../../nbs/data/survey.ipynb #eb6ff147
 def check_splits(
     t: pd.DataFrame,  # manifest with split
     val_share: float,  # share of the training patients for val, 0-1

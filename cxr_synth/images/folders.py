@@ -121,7 +121,7 @@ def kinds_of(
     listed = [f"{n:,} {kind}" for kind, n in sorted(kinds.items(), key=lambda k: (-k[1], k[0]))]
     return ", ".join(listed[:4] + ["..."] * (len(listed) > 4)) or "no files"
 
-
+# %% ../../nbs/images/folders.ipynb #fbd27b67
 def image_files(
     folder,  # where to look, not below it
     least: int = 1,  # how many there must be
@@ -171,7 +171,7 @@ def read_image(
         image = open_image(file_bytes(path), str(path), least=1)
         return decode_upright(image, colour=mode == "RGB")
 
-
+# %% ../../nbs/images/folders.ipynb #ee8a769b
 def read_folder(
     folder,  # of images, all of one size
     least: int = 1,  # how many there must be

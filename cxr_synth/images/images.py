@@ -270,7 +270,7 @@ def _identify(
         raise CxrError("its pixels are signed numbers of 8 bits.\nStore it with 8 or 16 bits.")
     return image
 
-
+# %% ../../nbs/images/images.ipynb #fef5ea74
 def open_image(
     raw: bytes,  # the file
     name: str = "",  # its name; only .dcm counts, for a file that nothing else identifies
@@ -389,7 +389,7 @@ def _set_encoding(
         explicit = uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
         ds.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if implicit else explicit
 
-
+# %% ../../nbs/images/images.ipynb #e554b57f
 def _read_dicom(
     raw: bytes,  # the file
 ):  # pydicom Dataset; raises `CxrError` without pydicom, and for a file that is no image
@@ -444,7 +444,7 @@ def _check_values(
             "Correct the header (BitsStored, HighBit), or store it as 16-bit PNG."
         )
 
-
+# %% ../../nbs/images/images.ipynb #268ca5ff
 def _dicom_pixels(
     ds,  # pydicom Dataset
 ) -> np.ndarray:  # stored values, (H, W) or (H, W, 3); raises `CxrError` for an unknown compression
@@ -501,7 +501,7 @@ def _shown_values(
         low, high = _held_range(ds, x, shown)
     return np.clip(np.round((shown - low) / (high - low) * 255), 0, 255).astype(np.uint8)
 
-
+# %% ../../nbs/images/images.ipynb #efeea04e
 def _palette_colours(
     ds,  # pydicom Dataset, PALETTE COLOR
     x: np.ndarray,  # stored values (H, W)
