@@ -253,7 +253,7 @@ def _preset_of(
     wanted: str | None,  # by the line; None: as recorded, tiny at first
 ) -> str:  # a key of `PRESETS`; raises `CxrError` for another one than the study's
     "The preset in force."
-    known = study.info()["preset"] if (study / "study.json").is_file() else None
+    known = study.preset()
     preset = one_of(wanted or known or "tiny", PRESETS, "preset")
     if known and preset != known:
         raise CxrError(

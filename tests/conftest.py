@@ -10,6 +10,7 @@ for name, value in dict(
     os.environ.setdefault(name, value)
 
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -39,6 +40,8 @@ def finished_study(tmp_path_factory):
     "Folder of a finished study, to be read only; made by the first process that wants it."
     from cxr_synth.stages.run import run
 
+    if ready := os.environ.get("CXR_FINISHED_STUDY"):  # one that is there, to save a minute
+        return Path(ready)
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent

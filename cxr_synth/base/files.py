@@ -6,8 +6,7 @@
 __all__ = ['TEMPORARY', 'CxrError', 'PartlyFailed', 'one_of', 'temporary_for', 'final_name', 'write_error', 'naming_writes',
            'atomic_path', 'use_plain_rights', 'write_text', 'write_json', 'not_finite', 'null_for_nan', 'write_csv',
            'is_left_behind', 'remove_temporary', 'remove_leftovers', 'remove_files', 'atomic_folder', 'lies_in',
-           'check_apart', 'first_file', 'claim', 'digest_file', 'digest_folder', 'digest_json', 'library_versions',
-           'now']
+           'check_apart', 'first_file', 'claim', 'digest_file', 'digest_json', 'library_versions', 'now']
 
 # %% ../../nbs/base/files.ipynb #ab6baf77
 import csv, errno, hashlib, io, itertools, json, math, os, platform, re, shutil, threading
@@ -371,20 +370,6 @@ def digest_file(
     "SHA-256 of a file's bytes."
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def digest_folder(
-    path,  # folder to walk
-) -> str:
-    "SHA-256 over names and bytes of every file below `path` but hidden ones and cards (README.md)."
-    h = hashlib.sha256()
-    for p in sorted(
-        q
-        for q in Path(path).rglob("*")
-        if q.is_file() and not q.name.startswith(".") and q.name != "README.md"
-    ):
-        h.update(f"{p.relative_to(path).as_posix()}\x00{digest_file(p)}\n".encode())
-    return h.hexdigest()
 
 # %% ../../nbs/base/files.ipynb #c439e02f
 def digest_json(

@@ -8,7 +8,7 @@ __all__ = ['RECORDED_CHOICES', 'images_per_class', 'SetConfig', 'check_folder', 
            'generate_set', 'regenerate_image']
 
 # %% ../../nbs/diffusion/image_set.ipynb #73a415f7
-import json, os, re, time
+import os, re, time
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 import pandas as pd, torch
@@ -22,13 +22,16 @@ from ..base.readers import read_json
 from cxr_synth.base.records import (
     Stage,
     Study,
+    as_recorded,
+    check_files,
     differences,
+    input_digest,
     move_aside,
     open_stage,
     parse_generator,
 )
 from ..base.settings import CLASSES, GenerateConfig, PROMPTS
-from .generator import model_of, trained_record
+from .generator import is_used_up, model_of, trained_record
 from cxr_synth.diffusion.image_writer import (
     ImageSetWriter,
     agree_on_settings,
@@ -121,8 +124,8 @@ def recorded_images(
     out: str,  # of a synthetic set
 ) -> list[str]:  # none without a record
     "File names of the images that the record of a set asks for."
-    path = study.record_path(out)
-    return image_names(read_json(path)["settings"]["images"]) if path.exists() else []
+    record = study.record(out)
+    return image_names(record["settings"]["images"]) if record else []
 
 # %% ../../nbs/diffusion/image_set.ipynb #de317f66
 def _is_current(
@@ -132,11 +135,10 @@ def _is_current(
     inputs: list[str],  # what the set is made from
 ) -> bool:
     "Whether the record is of these settings and inputs."
-    path = study.record_path(out)
-    record = read_json(path) if path.exists() else {}
-    if differences(record.get("settings", {}), json.loads(json.dumps(cfg.settings()))):
+    record = study.record(out) or {}
+    if differences(record.get("settings", {}), as_recorded(cfg)):
         return False
-    return all(record["inputs"].get(i) == study.digest(i) for i in inputs)
+    return all(record["inputs"].get(i) == input_digest(study, i) for i in inputs)
 
 
 def open_set(
@@ -349,7 +351,7 @@ def finish_set(
     choices, absent = recorded_choices(stage), complete_set(writer)
     if not absent:
         refuse_empty_set(stage.study, stage.path.name)
-        there = read_json(stage.study.record_path(stage.out))  # another may have noted more
+        there = stage.study.record(stage.out)  # another may have noted more
         stage.record = there | stage.record | choices
         stage.finish(**facts)
         return True
@@ -383,6 +385,8 @@ def generate_set(
 ) -> bool:  # is the set complete?
     "Generate the synthetic set of one generator; with several processes, this one's share of it."
     out, share = f"synthetic/{set_name(entry.name, base)}", process_share(cfg.shard)
+    if not redo and is_used_up(study, entry.name, set_name(entry.name, base)):
+        return True
     rows = training_rows(study, *parse_generator(entry.name))
     models = {c: model_of(study, entry.name, c, base) for c in CLASSES}
     cfg = SetConfig(
@@ -392,11 +396,13 @@ def generate_set(
         base_model=trained_record(study, entry.name)["settings"]["base"],
     )
     check_folder(study, out, recorded_images(study, out), redo and share[0] == 0)
-    inputs = sorted({i for model in models.values() for i in model[2]})
+    made_by = sorted({i for model in models.values() for i in model[2]})
+    inputs = [*made_by, "data/manifest.csv", "data/fractions.csv", "data/images"]
     stage = open_set(study, out, cfg, inputs, redo, share[0])
     job = SetJob(study, stage, cfg, models, rows, share)
     if stage.done and not job.writer.lacking():
         return True
+    check_files(study, made_by)
     draw_set(job)
     return finish_set(stage, job.writer, share, images=cfg.images, resolution=job.resolution)
 
@@ -414,7 +420,7 @@ def regenerate_image(
             f"{generator} has no image {file_name!r}.\n"
             f"Allowed: a file_name of {study / 'synthetic' / generator / 'metadata.jsonl'}."
         )
-    line, record = lines[file_name], read_json(study.record_path(f"synthetic/{generator}"))
+    line, record = lines[file_name], study.record(f"synthetic/{generator}")
     resolution = study.records()["data"]["settings"]["resolution"]
     cfg = SetConfig(**record["settings"] | dict(mixed_precision=record["precision"]))
     model = model_of(

@@ -15,7 +15,7 @@ from ..base.compute import pick_device
 from ..base.files import write_text
 from ..base.records import Study, parse_generator
 from ..base.settings import CLASSES, Config, GenerateConfig, runtime
-from .generator import model_of
+from .generator import is_used_up, model_of
 from .image_set import check_folder, finish_set, open_set
 from cxr_synth.diffusion.image_writer import (
     ImageSetWriter,
@@ -110,6 +110,8 @@ def generate_round_trips(
 ) -> bool:  # is the set complete?
     "Write a generator's real training images after its autoencoder; of several processes, this one's share."
     out, share = f"synthetic/{round_trip_set(generator)}", process_share(cfg.shard)
+    if not redo and is_used_up(study, generator, round_trip_set(generator)):
+        return True
     lines = _lines(training_rows(study, *parse_generator(generator)), generator)
     names = list(lines) if study.record_path(out).exists() else []
     check_folder(study, out, names, redo and share[0] == 0)

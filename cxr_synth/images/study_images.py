@@ -13,7 +13,7 @@ from PIL import Image
 
 # %% ../../nbs/images/study_images.ipynb #4a431f9a
 from ..base.files import CxrError, digest_file, one_of
-from ..base.readers import RESTORE, read_frame, read_json
+from ..base.readers import RESTORE, read_frame
 from ..base.records import Study
 from ..base.settings import CLASSES
 from .images import pixel_cache
@@ -140,7 +140,7 @@ def load_images(
             f"cannot read the image {gone[0]}: it is not in data/manifest.csv.\n"
             "Allowed: values of the column image_id."
         )
-    size = size or read_json(study.record_path("data"))["settings"]["resolution"]
+    size = size or study.record("data")["settings"]["resolution"]
     return pixel_cache(
         study / "cache" / "pixels",
         t.image_id.tolist(),

@@ -15,9 +15,9 @@ import numpy as np, pandas as pd
 from PIL import Image
 
 # %% ../../nbs/report/rehearsal.ipynb #d0eca028
-from ..base.files import atomic_path, digest_json, now, write_csv, write_json
+from ..base.files import atomic_path, digest_file, digest_json, now, write_csv, write_json
 from ..base.readers import read_frame, read_json
-from ..base.records import STAGES, Study, generator_name, open_stage
+from ..base.records import STAGES, Stage, Study, generator_name, open_stage
 from cxr_synth.base.settings import (
     CLASSES,
     DataConfig,
@@ -29,7 +29,7 @@ from ..classify.executors import ResultsTable
 from ..classify.explain import draw_cases, write_heat
 from ..classify.headroom import Reading, choose_primary, headroom
 from ..classify.recipes import RunContext
-from ..classify.runs import Trained, run_record, write_predictions
+from ..classify.runs import PREDICTION_FILES, Trained, run_record, write_predictions
 from ..data.splits import add_groups, add_splits, draw_fractions
 from ..data.survey import manifest_rows
 from ..images.known_generators import draw_film, phantom_arguments, stage_known_generator
@@ -127,10 +127,9 @@ def rehearse_images(
     stage = open_stage(study, "data", "data", config, adopt=True)
     shown = table[table.split.isin(["train", "val"])].groupby(["split", "label"]).head(6)
     _draw_images(study, shown.image_id)
-    digest = study.digest("data/manifest.csv")
     content = digest_json(table[["image_id", "sha256"]].values.tolist())
     about = dict(content=content, commit="", bad=[])
-    stage.finish(manifest_sha256=digest, images=len(table), **about)
+    stage.finish(images=len(table), preset="tiny", **about)
     return study
 
 # %% ../../nbs/report/rehearsal.ipynb #14c9e0be
@@ -380,6 +379,16 @@ def rehearse(
     return study
 
 # %% ../../nbs/report/rehearsal.ipynb #55daa345
+def _record_runs_again(study: Study, path):
+    "As if the run of this test.csv had been done again."
+    run = path.with_name("run.json")
+    files = {name: digest_file(path.parent / name) for name in PREDICTION_FILES}
+    write_json(run, read_json(run) | dict(files=files))
+    stage = Stage(study, "runs", study.record("runs"))
+    stage.note_files()
+    stage.save()
+
+
 def rehearse_opening(
     study: Study,  # finished
     exploratory: bool = False,  # as if it had been opened before
@@ -392,5 +401,6 @@ def rehearse_opening(
         table = read_frame(path, PredictionRow)
         table["prob"] = table.prob.round(3)
         write_csv(path, list(table), table.to_dict("records"))
+        _record_runs_again(study, path)
         open_test(study)
     return study

@@ -24,7 +24,7 @@ from cxr_synth.base.files import (
 from ..base.messages import failure_reason
 from ..base.readers import read_csv, read_frame, read_json
 from ..base.locks import alone, together
-from ..base.records import Study, move_aside, open_stage
+from ..base.records import Study, check_files, move_aside, open_stage
 from ..base.settings import ExperimentsConfig
 from ..classify.executors import ResultsTable, do_runs, result_key
 from ..classify.recipes import RunContext
@@ -102,7 +102,9 @@ def stage_experiments(
     for generator in plan.generators:
         refuse_empty_set(study, generator.name)
     if stage.done and results.exists() and not cfg.retry_failed:
-        return _raise_failures(study, ResultsTable(study, runs).rows)
+        table = ResultsTable(study, runs)
+        table.write()  # what was edited there is put right
+        return _raise_failures(study, table.rows)
     if not any(stage.path.glob("*/*/run.json")) and results.exists():
         move_aside(study, "results.csv")  # of older runs
     device = stage.compute_on(cfg.device)
@@ -166,7 +168,10 @@ def _log_opening(
     entry = dict(plan_sha256=plan.sha256, tests_sha256=tests)
     last = log["opened"][-1] if log["opened"] else {}
     if any(last.get(k) != v for k, v in entry.items()):
-        log["opened"].append(dict(date=now(), exploratory=bool(log["opened"])) | entry)
+        before = bool(log["opened"]) or any(
+            r["test_auroc"] for r in read_csv(study / "results.csv")
+        )
+        log["opened"].append(dict(date=now(), exploratory=before) | entry)
         write_json(path, log)
     return log
 
@@ -177,6 +182,7 @@ def open_test(
 ) -> dict:  # content of opened.json: plan_sha256, and for each opening date and exploratory
     "Score the official test: fill the test columns of results.csv and log the opening."
     plan = load_plan(study)
+    check_files(study, ["data/manifest.csv", "plan.json", "runs"])
     done = _done_runs(study, plan)
     _assert_primary_done(study, plan, done)
     if not len(split_rows(study, "test")):

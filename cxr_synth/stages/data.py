@@ -7,7 +7,7 @@ __all__ = ['check_place', 'other_folder', 'other_source', 'is_data_done', 'resto
            'stage_data', 'prepare_training_data']
 
 # %% ../../nbs/01_data.ipynb #5216cf76
-import hashlib, json
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -23,7 +23,7 @@ from cxr_synth.base.files import (
     digest_file,
     digest_json,
     first_file,
-    now,
+    library_versions,
     null_for_nan,
     remove_files,
     write_csv,
@@ -32,7 +32,17 @@ from cxr_synth.base.files import (
 from ..base.messages import say
 from ..base.readers import read_json
 from ..base.locks import alone
-from ..base.records import STAGES, Stage, Study, make_room, move_aside, open_stage
+from cxr_synth.base.records import (
+    STAGES,
+    Stage,
+    Study,
+    altered_files,
+    as_recorded,
+    changed_files,
+    make_room,
+    move_aside,
+    open_stage,
+)
 from ..base.settings import CLASSES, DataConfig
 from ..data.audit import audit, audit_figure
 from ..data.sources import SOURCES, ImageSource, card_of, open_source
@@ -106,8 +116,6 @@ def other_source(
     record: dict,  # of the finished stage
 ) -> str:  # what differs, or an empty string
     "Is this the data that the study was made of? A folder that is gone is not asked."
-    if study.digest("data/manifest.csv") != record["manifest_sha256"]:
-        return "data/manifest.csv was changed after it was written"
     table = _patient_table(cfg)
     if table and Path(table).is_file() and digest_file(table) != record["patients_sha256"]:
         return f"{table} has other content"
@@ -118,6 +126,12 @@ def other_source(
     return other_folder(load_manifest(study), open_source(study, cfg), set(record["bad"]))
 
 # %% ../../nbs/01_data.ipynb #aeb3aa9d
+def _lost_tables(study: Study) -> list[str]:
+    "Files of a finished data stage that are gone, but for the images."
+    altered = altered_files(study, "data")
+    return [f for f, s in altered.items() if s == "missing" and not f.startswith("data/images/")]
+
+
 def _made_of_others(study: Study, differs: str) -> str:
     "The first lines of a refusal."
     return f"{study / 'data'} was made of other data than is given now:\n  {differs}.\n"
@@ -129,15 +143,18 @@ def is_data_done(
     redo: bool,  # move other data aside instead of refusing
 ) -> bool:
     "Is the stage complete with these settings and data? Raises `CxrError` if it was made of others."
-    if not study.record_path("data").exists():
+    record = study.record("data")
+    if record is None:
         return False
-    record = read_json(study.record_path("data"))
-    if record["settings"] != json.loads(json.dumps(cfg.settings())):
+    if record["settings"] != as_recorded(cfg):
         if not redo:
             open_stage(study, "data", "data", cfg)  # refuses, and names the setting
         return False
-    if record["status"] != "complete":
+    if record["status"] != "complete" or _lost_tables(study):
         return False
+    if redo and changed_files(study, "data"):
+        return False
+    open_stage(study, "data", "data", cfg)  # refuses, and names a file that was changed
     differs = other_source(study, cfg, record)
     if differs and not redo:
         raise CxrError(
@@ -155,7 +172,7 @@ def restore_images(
     cfg: DataConfig,  # as given now
 ):
     "Prepare again what is missing in data/images; raises `CxrError` if the source holds others."
-    t, record = load_manifest(study), read_json(study.record_path("data"))
+    t, record = load_manifest(study), study.record("data")
     missing = [i for i in t.image_id if not (study / f"data/images/{i}.png").exists()]
     if not missing:
         return
@@ -174,6 +191,14 @@ def restore_images(
             _made_of_others(study, differs) + "Give the data that the study was made of."
         )
     write_prepared(study, source, t, cfg)
+    if altered := altered_files(study, "data/images"):
+        made, here = record["versions"], library_versions()
+        raise CxrError(
+            f"{next(iter(altered))} has other pixels than when the study was made: other libraries\n"
+            f"(pillow {made['pillow']} and numpy {made['numpy']} then, {here['pillow']} and "
+            f"{here['numpy']} now).\n"
+            "Bring data/images from where the study was made: cxr-synth pack STUDY --what images"
+        )
 
 # %% ../../nbs/01_data.ipynb #da7a0202
 def correct_card(
@@ -181,7 +206,7 @@ def correct_card(
     cfg: DataConfig,  # as given now
 ):
     "Take over what `--data.card` says now; raises `CxrError` if it can't be read."
-    record, old = read_json(study.record_path("data")), dataset_card(study)
+    record, old = study.record("data"), dataset_card(study)
     if not cfg.card or old.drawn:
         return
     if cfg.card == record["runtime"].get("card") and not Path(cfg.card).is_file():
@@ -191,7 +216,9 @@ def correct_card(
         return
     write_card_file(study, card)
     record["runtime"]["card"] = cfg.card
-    write_json(study.record_path("data"), record)
+    stage = Stage(study, "data", record)
+    stage.note_files()
+    stage.save()
 
 # %% ../../nbs/01_data.ipynb #5465f457
 def _begin(
@@ -200,7 +227,8 @@ def _begin(
 ):
     "Note which images will be made; those of an unfinished run on other data go."
     content = digest_json(t[["image_id", "sha256"]].values.tolist())
-    made = [f"{i}.png" for i in stage.record.get("making", [])]
+    images = [n for n in stage.record.get("files", {}) if n.startswith("images/")]
+    made = [f"{i}.png" for i in stage.record.get("making", [])] or [Path(n).name for n in images]
     if other := first_file(stage.path / "images", set(made)):
         raise CxrError(
             f"{other} is there, and the record of this stage does not name it.\n"
@@ -257,15 +285,37 @@ def _write_tables(
     study: Study,  # the study
     t: pd.DataFrame,  # manifest
     cfg: DataConfig,  # settings
-    preset: str,  # name of the preset
 ):
-    "data/fractions.csv, data/manifest.csv and, once, study.json."
+    "data/fractions.csv and data/manifest.csv."
     fractions = draw_fractions(t, cfg.seed)
     write_csv(study / "data/fractions.csv", FRACTION_COLUMNS, fractions)
     write_csv(study / "data/manifest.csv", MANIFEST_COLUMNS, t.to_dict("records"))
+
+
+def _check_same_tables(
+    study: Study,  # whose tables may be lost
+    t: pd.DataFrame,  # manifest, as it would be written now
+):
+    "Raise `CxrError` if lost tables would be written again with another content."
+    record = study.record("data")
+    if record is None or record["status"] != "complete" or not _lost_tables(study):
+        return
+    rows = t[[c for c in MANIFEST_COLUMNS if c != "path"]].fillna("").astype(str)
+    if digest_json(rows.values.tolist()) != record["files"]["manifest.csv"]:
+        raise CxrError(
+            _made_of_others(study, "its tables are gone, and these data give others")
+            + "Give the data that the study was made of, or use another study folder."
+        )
+
+
+def _write_study_file(
+    study: Study,  # the study
+    record: dict,  # of its data
+):
+    "study.json, once; one that was lost is written again."
     if not (study / "study.json").exists():
-        name = study.root.resolve().name
-        facts = dict(name=name, preset=preset, source=cfg.kind, created=now())
+        name, source = study.root.resolve().name, record["settings"]["source"]
+        facts = dict(name=name, preset=record["preset"], source=source, created=record["started"])
         write_json(study / "study.json", facts)
 
 # %% ../../nbs/01_data.ipynb #ce850da0
@@ -280,23 +330,26 @@ def stage_data(
     check_door(study, redo, data=cfg)
     check_place(study, cfg, redo)
     if is_data_done(study, cfg, redo):
+        _write_study_file(study, study.record("data"))
         correct_card(study, cfg)
         restore_images(study, cfg)
         return
     source = open_source(study, cfg)
     card = card_of(cfg, source)
     t, small, bad = inspect_source(source, cfg)
+    _check_same_tables(study, t)
     stage = open_stage(study, "data", "data", cfg, redo=redo)
     sizes = _write_images(stage, source, t, cfg)
     notes = source.notes + too_small(t)
     write_audits(study, t.assign(prepared_bytes=sizes), small, notes, bad, cfg.seed)
-    _write_tables(study, t, cfg, preset)
+    _write_tables(study, t, cfg)
     write_card_file(study, card)
-    facts = dict(images=len(t), commit=source.commit, bad=[b["path"] for b in bad])
+    facts = dict(images=len(t), commit=source.commit, bad=[b["path"] for b in bad], preset=preset)
     if table := _patient_table(cfg):
         facts["patients_sha256"] = digest_file(table)
     stage.record.pop("making")
-    stage.finish(manifest_sha256=study.digest("data/manifest.csv"), **facts)
+    stage.finish(**facts)
+    _write_study_file(study, stage.record)
 
 # %% ../../nbs/01_data.ipynb #62b5c765
 def _training_samples(dataset):

@@ -279,7 +279,7 @@ def stage_plan(
     has_runs = any(study.root.glob("runs/*/*/run.json"))
     if not redo and has_runs and (study / "plan.json").exists():
         load_plan(study)
-    inputs = ["data/manifest.csv", "data/fractions.csv"]
+    inputs = ["data/manifest.csv", "data/fractions.csv", "data/images"]
     stage = open_stage(study, "plan", "plan.json", cfg, inputs, redo)
     if stage.done and stage.path.exists():
         return

@@ -35,9 +35,9 @@ def assert_fresh(
     if stale:
         found = "; ".join(stale[:3]) + ("; ..." if len(stale) > 3 else "")
         raise CxrError(
-            "the report would rest on stages that are out of date:\n"
+            "the report would rest on files that are not as they were recorded:\n"
             f"  {found}\n"
-            "Put the old input back, or run those stages again, with --redo where they refuse."
+            "Bring the old file from a copy; or run those stages again, with --redo where they refuse."
         )
 
 # %% ../../nbs/07_report.ipynb #74cb789a
@@ -90,8 +90,8 @@ def stage_report(
 ):
     "Write analysis.json and report/: page, figures, cards, tables and talking points."
     check_door(study, redo, report=cfg)
-    ev = Evidence(study)
     assert_fresh(study)
+    ev = Evidence(study)
     stage = _open_report(study, cfg, redo)
     analysis = analyse(study, cfg.draws, ev)
     analysis["unfinished"] = unfinished_stages(study)

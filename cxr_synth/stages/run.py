@@ -111,8 +111,7 @@ def run(
     "Do all stages in order, up to `until`, going on where they were; `PartlyFailed` if runs failed."
     study = study if isinstance(study, Study) else Study(study)
     if not preset:
-        known = (study / "study.json").is_file()
-        preset = study.info()["preset"] if known else "tiny"
+        preset = study.preset() or "tiny"
     configs = run_settings(study, until, preset, redo, **settings)
 
     def do(stage):

@@ -9,7 +9,7 @@ __all__ = ['stage_train']
 from ..base.records import Study
 from ..base.settings import TrainConfig
 from ..diffusion.dreambooth import print_preflight
-from ..diffusion.generator import train_generator
+from ..diffusion.generator import is_used_up, train_generator
 from ..protocol.plan import Plan, load_plan
 from .door import check_door
 
@@ -27,4 +27,7 @@ def stage_train(
         return
     print_preflight(cfg, study.records()["data"]["settings"]["resolution"], study.root)
     for generator in plan.generators:
+        if not redo and is_used_up(study, generator.name):
+            print(f"models/{generator.name} is not here, and its images are complete: not trained.")
+            continue
         train_generator(study, generator.name, cfg, plan.seed, redo)
