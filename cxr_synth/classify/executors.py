@@ -90,8 +90,8 @@ def do_run(
     path = study / run.folder / "run.json"
     torch.set_num_threads(job.threads)
     with hold(job.root, run.folder, wait, keep=False), threadpool_limits(1, "blas"):
-        if path.exists():  # by now
-            return read_record(path, run)
+        if (record := finished_run(study, run)) is not None:  # by now
+            return record
         record = _record_of(run, _context_of(job))
         write_json(path, record)
         (path.parent / "checkpoint.pt").unlink(missing_ok=True)
