@@ -7,6 +7,7 @@ import pytest
 from cxr_synth.base.files import CxrError
 from cxr_synth.base.records import Study
 from cxr_synth.base.settings import SOURCE_SETTINGS, DataConfig
+from cxr_synth.data.patients import patients_by_table
 from cxr_synth.data.sources import (
     SOURCES,
     SourceEntry,
@@ -14,7 +15,6 @@ from cxr_synth.data.sources import (
     folder_source,
     open_source,
     patients_by_regex,
-    patients_by_table,
     register_source,
     unregister_source,
 )
@@ -40,7 +40,7 @@ def test_bad_patient_rules(rule, says):
 @pytest.mark.parametrize(
     "text, says",
     [
-        ("file,who\n", "a needed column is missing"),
+        ("file,who\n", "has no column image, patient_id"),
         ("image,patient_id\nscan7.png,ann\n", "such as scan7.png"),
         ("image,patient_id\n00000013_005.png,ann\n00000013_005.png,bob\n", "two patients"),
     ],

@@ -14,6 +14,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 # %% ../../nbs/base/readers.ipynb #8b1ade7c
 from .files import CxrError, digest_json
+from .messages import say
 
 # %% ../../nbs/base/readers.ipynb #6ed9f8ca
 RESTORE = (
@@ -82,7 +83,7 @@ def _decode(
             continue
         if encoding == "cp1252":
             odd = next(line for line in text.split("\n") if not line.isascii())
-            print(f"{path} is not UTF-8; read as Windows-1252, with lines such as: {odd[:60]}")
+            say(f"{path} is not UTF-8; read as Windows-1252, with lines such as: {odd[:60]}")
         return _without_controls(path, text, advice)
     try:
         raw.decode()

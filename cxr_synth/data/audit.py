@@ -323,7 +323,7 @@ def names_report(
     t: pd.DataFrame,  # one row per image
 ) -> dict:  # kinds, unparsed and contradicting names, patients of both classes, images per patient
     "What file names and patients tell."
-    unparsed = t[(t.kind == "") & t.patient_id.str.startswith("file-")]
+    unparsed = t[t.patient_id.str.startswith("file-")]
     contradicting = t[(t.kind != "") & ((t.kind == "normal") != (t.label == 0))]
     images = t.groupby("patient_id").size()
     most = int(images.max())
@@ -426,7 +426,8 @@ def _known_patients(r: dict) -> list[dict]:
     "Does every name tell a patient?"
     if n := r["unparsed_names"]:
         tell = many(n, "file name tells", "file names tell")
-        found = f"{tell} no patient, such as {r['unparsed'][0]}."
+        known, images, first = r["n_images"] - n, many(r["n_images"], "image"), r["unparsed"][0]
+        found = f"A patient is known for {known:,} of {images}: {tell} no patient, such as {first}."
         done = (
             "Each counts as a patient of its own. If some show the same person, say so by "
             "--data.patient-rule (a pattern for the names, or a CSV), or training and test may share "

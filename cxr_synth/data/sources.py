@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RULE_SECONDS', 'NO_PATIENTS', 'CLASS_WORDS', 'SPLIT_FOLDERS', 'LAYOUT_HELP', 'SOURCES', 'patients_by_regex',
-           'folders_above', 'check_names', 'patients_by_table', 'is_table', 'patients_of', 'normalise_name',
-           'class_rule', 'check_named', 'ImageSource', 'class_folders', 'check_classes', 'check_copied', 'read_inside',
-           'folder_source', 'hub_tables', 'hub_names', 'hub_columns', 'hub_source', 'phantom_source', 'SourceEntry',
-           'register_source', 'unregister_source', 'open_source', 'card_of']
+           'folders_above', 'check_names', 'patients_of', 'normalise_name', 'class_rule', 'check_named', 'ImageSource',
+           'class_folders', 'check_classes', 'check_copied', 'read_inside', 'folder_source', 'hub_tables', 'hub_names',
+           'hub_columns', 'hub_source', 'phantom_source', 'SourceEntry', 'register_source', 'unregister_source',
+           'open_source', 'card_of']
 
 # %% ../../nbs/data/sources.ipynb #8a244722
 import os, re, time
@@ -21,7 +21,7 @@ import pandas as pd
 import regex
 
 # %% ../../nbs/data/sources.ipynb #b68e0fc4
-from ..base.files import CxrError, digest_json, one_of
+from ..base.files import CxrError, digest_json
 from cxr_synth.base.network import (
     hub_commit,
     naming_network,
@@ -33,6 +33,7 @@ from cxr_synth.base.network import (
 from ..base.records import Study
 from ..base.settings import CLASSES, SOURCE_SETTINGS, DataConfig
 from .names import check_patient_part, find_patient_part
+from .patients import is_table, patients_by_table
 from cxr_synth.images.folders import (
     FolderFiles,
     file_bytes,
@@ -60,8 +61,11 @@ def _compile_rule(rule: str) -> regex.Pattern:
             f"Example for names such as 00000013_005.png: {example}."
         ) from e
     if pattern.groups != 1:
+        table = (
+            " It is no table either: the name of one ends in .csv or .tsv." * Path(rule).exists()
+        )
         raise CxrError(
-            f"--data.patient-rule {rule!r} has {pattern.groups} groups.\n"
+            f"--data.patient-rule {rule!r} has {pattern.groups} groups.{table}\n"
             f"Allowed: one, around the part that names the patient, such as {example}."
         )
     return pattern
@@ -155,51 +159,8 @@ def check_names(
     elif not is_table(rule) and rule.lower() != NO_PATIENTS:
         _check_distinct(paths, patients_by_regex(paths, rule), rule)
 
-# %% ../../nbs/data/sources.ipynb #d2403c4e
-def _read_patient_table(table) -> pd.DataFrame:
-    "Columns image and patient_id, all text; raises `CxrError` if there is no such table."
-    if not Path(table).is_file():
-        raise CxrError(
-            f"{table} does not exist.\n"
-            "Give a CSV with the columns image and patient_id, or a regular expression."
-        )
-    t = pd.read_csv(table, dtype=str, keep_default_na=False)
-    for column in ("image", "patient_id"):
-        one_of(column, list(t.columns), f"{table}: a needed column is missing;")
-    return t
-
-# %% ../../nbs/data/sources.ipynb #60d9f123
-def patients_by_table(
-    paths: list[str],  # relative paths with /
-    table,  # CSV file with the columns image and patient_id
-) -> list[str]:  # one patient each; empty where the table has no row
-    "Patients from a table; raises `CxrError` if it names unknown files or contradicts itself."
-    t = _read_patient_table(table)
-    known = {PurePosixPath(p).name: p for p in paths} | {p: p for p in paths}
-    if strange := sorted(set(t.image) - set(known)):
-        raise CxrError(
-            f"{table} names {len(strange)} files that the source does not have, such as "
-            f"{strange[0]}.\n"
-            f"Allowed: file names, or paths within the source, such as {min(paths)}."
-        )
-    t = t.assign(path=t.image.map(known)).drop_duplicates(["path", "patient_id"])
-    twice = t.path[t.path.duplicated()]
-    if len(twice):
-        raise CxrError(
-            f"{table} gives {twice.iloc[0]} two patients.\n"
-            "A name that stands for several files must be given as a path."
-        )
-    return t.set_index("path").patient_id.reindex(paths, fill_value="").tolist()
-
 # %% ../../nbs/data/sources.ipynb #8cc81486
 NO_PATIENTS = "none"  # the rule that says: each film is of another patient
-
-
-def is_table(
-    rule: str,  # see `patients_of`
-) -> bool:
-    "Whether a rule is the name of a CSV file."
-    return rule.lower().endswith(".csv")
 
 
 def _patient_names(paths: list[str], rule: str) -> list[str]:
@@ -211,13 +172,15 @@ def _patient_names(paths: list[str], rule: str) -> list[str]:
 
 
 def patients_of(
-    t: pd.DataFrame,  # with path and image_id
+    t: pd.DataFrame,  # with path and image_id; patient_id, if a table has been read
     rule: str = "",  # regular expression, CSV file, none, or empty for the default set's names
 ) -> pd.DataFrame:  # kind and patient_id added
     "Who is on each image."
     parsed = [parse_name(PurePosixPath(path).stem) for path in t.path]
     patients = [patient for _, patient in parsed]
-    if rule:
+    if "patient_id" in t:  # a table has named them
+        patients = t.patient_id
+    elif rule:
         patients = _patient_names(list(t.path), rule)
     patients = [p or f"file-{i}" for p, i in zip(patients, t.image_id)]
     return t.assign(kind=[kind for kind, _ in parsed], patient_id=patients)

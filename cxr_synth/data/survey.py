@@ -4,19 +4,22 @@
 
 # %% auto #0
 __all__ = ['LONGEST_ID', 'BLANK', 'FILE_FACTS', 'inspect_row', 'inspect_files', 'image_ids', 'manifest_rows', 'check_pictures',
-           'check_splits', 'inspect_source', 'write_prepared']
+           'check_splits', 'name_patients', 'inspect_source', 'write_prepared']
 
 # %% ../../nbs/data/survey.ipynb #700cf526
 import hashlib, unicodedata
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations
 from pathlib import PurePosixPath
 import numpy as np, pandas as pd
 
 # %% ../../nbs/data/survey.ipynb #2d1bc3aa
 from ..base.files import CxrError, one_of, remove_leftovers
+from ..base.messages import say
 from ..base.records import Study
 from ..base.settings import CLASSES, DataConfig
+from .patients import with_patients
 from .sources import ImageSource, check_classes, check_names, patients_of
 from .splits import add_groups, add_splits
 from ..images.folders import printable
@@ -155,6 +158,20 @@ def check_splits(
             "Add images; or see whether --data.patient-rule takes too many films for one patient's."
         )
 
+# %% ../../nbs/data/survey.ipynb #b855cf1b
+def name_patients(
+    source: ImageSource,  # the source
+    cfg: DataConfig,  # patient_rule, on_bad
+) -> tuple:  # the source with patient_id in its rows; path and reason of rows left out
+    "The source as a table of patients knows it; another rule changes nothing here."
+    if cfg.settings().get("patient_rule") != "csv":
+        return source, []
+    rows, lost, notes = with_patients(source.rows, cfg.patient_rule, cfg.on_bad)
+    for note in notes:
+        say(note)
+    source.notes.extend(notes)  # for the audit
+    return replace(source, rows=rows), lost
+
 # %% ../../nbs/data/survey.ipynb #c24c2522
 FILE_FACTS = ["bytes", "mode", "format", "profile", "quant", "quality", "pixels_sha256"]  # audit
 
@@ -165,7 +182,9 @@ def inspect_source(
 ) -> tuple:  # manifest with `FILE_FACTS` and group; uint8 (N, 32, 32) in its order; unusable images
     "Everything known of the images before one is used; raises `CxrError` for bad images and leaks."
     check_names([r["path"] for r in source.rows], cfg.patient_rule)
+    source, lost = name_patients(source, cfg)
     rows, bad = inspect_files(source, cfg.workers, cfg.on_bad)
+    bad += lost
     check_classes(rows, "what is left of the source")
     t = manifest_rows(rows, cfg.patient_rule)
     small = np.stack(t.small.tolist())
