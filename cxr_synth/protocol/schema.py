@@ -45,7 +45,7 @@ class ManifestRow(Row):
 
     unique = ("image_id",)
     needed = True
-    image_id: Annotated[_Name, Field(pattern="^[^/]+$", description="a name without /")]
+    image_id: Annotated[_Name, Field(pattern=r"^[^/]*[^/\s][^/]*$", description="a name without /")]
     path: _Name
     class_name: _Class
     label: _Label
