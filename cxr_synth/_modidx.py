@@ -1113,6 +1113,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                      'cxr_synth/diffusion/dreambooth.py'),
                                                 'cxr_synth.diffusion.dreambooth.check_class_images': ( 'diffusion/dreambooth.html#check_class_images',
                                                                                                        'cxr_synth/diffusion/dreambooth.py'),
+                                                'cxr_synth.diffusion.dreambooth.check_model_folder': ( 'diffusion/dreambooth.html#check_model_folder',
+                                                                                                       'cxr_synth/diffusion/dreambooth.py'),
                                                 'cxr_synth.diffusion.dreambooth.choose_saved_weights': ( 'diffusion/dreambooth.html#choose_saved_weights',
                                                                                                          'cxr_synth/diffusion/dreambooth.py'),
                                                 'cxr_synth.diffusion.dreambooth.choose_weights': ( 'diffusion/dreambooth.html#choose_weights',

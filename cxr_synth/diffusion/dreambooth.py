@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TRAINING', 'read_prompts', 'TrainingTask', 'class_task', 'model_key', 'check_class_images', 'make_class_images',
            'generate_class_images', 'resolve_precision', 'choose_weights', 'make_trainer', 'choose_saved_weights',
-           'load_trained_weights', 'generator_facts', 'generator_card', 'save_model', 'print_preflight', 'claim_model',
-           'fine_tune', 'train_base']
+           'load_trained_weights', 'generator_facts', 'generator_card', 'save_model', 'print_preflight',
+           'check_model_folder', 'claim_model', 'fine_tune', 'train_base']
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #79521d8f
 import dataclasses, hashlib, json, os, shutil
@@ -28,6 +28,7 @@ from cxr_synth.base.files import (
     check_apart,
     claim,
     digest_file,
+    first_file,
     library_versions,
     one_of,
     remove_leftovers,
@@ -588,16 +589,31 @@ def print_preflight(
 TRAINING = ".training.json"  # in a model folder, as long as it is in the making: the folder is ours
 
 
-def claim_model(
+def check_model_folder(
     out,  # model folder
     base,  # name, folder or Hub id
     source=None,  # from `check_source`: where it comes from, a LoRA's own base too
 ):
-    "Note that a model folder is ours; raises `CxrError` if it holds other files, or overlaps the base."
+    "Raise `CxrError` if a model folder holds other files, or overlaps the base."
     read = [Path(str(base)), getattr(source, "folder", None), getattr(source, "lora", None)]
     for folder in read:
         if folder and folder.is_dir():
             check_apart(folder, [out])
+    found = None if (Path(out) / TRAINING).exists() else first_file(out, ["class_images"])
+    if found:
+        raise CxrError(
+            f"{found} is there, and nothing says that it was made here.\n"
+            "Nothing was changed. Name a folder that is new or empty, or move this one away."
+        )
+
+
+def claim_model(
+    out,  # model folder
+    base,  # name, folder or Hub id
+    source=None,  # from `check_source`
+):
+    "Note that a model folder is ours; raises `CxrError` as `check_model_folder` does."
+    check_model_folder(out, base, source)
     claim(out, TRAINING, dict(base=str(base), versions=library_versions()), beside=["class_images"])
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #16357898
@@ -615,8 +631,9 @@ def fine_tune(
 ) -> list[dict]:  # the log; raises `CxrError` if the folder holds other files
     "Fine-tune a base on a task and save the model (Ruiz et al. 2023; guide, section 7)."
     source = check_source(base, cfg.revision)
-    claim_model(out, base, source)
+    check_model_folder(out, base, source)
     pipe = load_pipeline(base, revision=cfg.revision)
+    claim_model(out, base, source)
     if callable(task):
         task = task(pipe)
     task.check(pipe.tokenizer)

@@ -7,7 +7,7 @@ __all__ = ['ROUND_TRIP_BATCH', 'load_dtype', 'check_dtype', 'check_text_encoder'
            'fuse', 'round_trip_batches', 'round_trip']
 
 # %% ../../nbs/diffusion/pipelines.ipynb #eee2699b
-import os, re, time
+import math, os, re, time
 from pathlib import Path
 import diffusers, numpy as np, torch
 from diffusers import DiffusionPipeline
@@ -101,19 +101,20 @@ def check_whole(
     folder,  # it came from
 ):
     "Raise `CxrError` if a network's files lack some of its weights, or hold NaN or infinity."
-    sizes = _sizes(_part_files(Path(folder)))
-    if not sizes:
+    shapes = _shapes(_part_files(Path(folder)))
+    if not shapes:
         return
-    state = dict(network.named_parameters())
-    there, needed = sum(n for _, n in sizes.values()), sum(p.numel() for p in state.values())
+    state = {_short_name(name): p for name, p in network.named_parameters()}
+    there = sum(math.prod(shape) for _, shape in shapes.values())
+    needed = sum(p.numel() for p in state.values())
     if there < needed:
-        lost = sorted(set(state) - set(sizes)) or ["some"]
+        lost = sorted(set(state) - set(shapes)) or ["some"]
         raise CxrError(
             f"{folder} lacks weights: its files hold {there:,} numbers, the network needs {needed:,} "
             f"(not there: {lost[0]}).\nCopy it again whole, or save it again with save_pretrained."
         )
     bad = [name for name, p in state.items() if not p.isfinite().all()]
-    file = next((sizes[name][0] for name in bad if name in sizes), Path(folder))
+    file = next((shapes[name][0] for name in bad if name in shapes), Path(folder))
     check_finite({name: state[name] for name in bad}, file)
 
 # %% ../../nbs/diffusion/pipelines.ipynb #0c5a77e3
@@ -161,12 +162,19 @@ def _open_pipeline(source: PipelineSource, folder: Path, dtype) -> DiffusionPipe
 
 
 def _damaged_file(folder: Path, family: Family) -> str:
-    "A line that names the first file of weights that cannot be opened; empty if all can."
-    for file in [file for part in family.networks for file in _part_files(folder / part)]:
-        try:
-            _sizes([file])
-        except Exception as e:
-            return f"{file} is damaged ({type(e).__name__}): copy or download it again.\n"
+    "A line that names the first file of weights that cannot be opened, or does not fit; empty if all can."
+    with torch.device("meta"):
+        networks = family.from_config(folder)
+    for part in family.networks:
+        state = {_short_name(n): tuple(p.shape) for n, p in networks[part].named_parameters()}
+        for file in _part_files(folder / part):
+            try:
+                shapes = _shapes([file])
+            except Exception as e:  # of safetensors
+                return f"{file} is damaged ({type(e).__name__}): copy or download it again.\n"
+            for name, (_, shape) in shapes.items():
+                if state.get(name, shape) != shape:
+                    return f"{file}: {name} is {shape}, its config.json says {state[name]}.\n"
     return ""
 
 # %% ../../nbs/diffusion/pipelines.ipynb #a11bf61f

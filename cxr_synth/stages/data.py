@@ -391,6 +391,7 @@ def prepare_training_data(
     check_whole(target_size, "target_size", 1, 10_000)
     check_whole(workers, "workers", 1, 1000)
     samples = _training_samples(dataset)
+    _training_sample(samples, 0)
     claim(output_dir, ".prepared.json", dict(target_size=target_size))
 
     def save(k):
