@@ -85,15 +85,19 @@ def _part_files(
     return [p for p in files if p.is_file()] or pieces
 
 
-def _sizes(files: list[Path]) -> dict:
-    "Name of each tensor in some files -> the file and how many numbers it has."
-    sizes = {}
+def _short_name(name: str) -> str:
+    "A weight's name as all versions of transformers have it."
+    return name.removeprefix("text_model.")
+
+
+def _shapes(files: list[Path]) -> dict:
+    "Short name of each tensor in some files -> the file and its shape."
+    shapes = {}
     for file in files:
         with safe_open(file, "pt") as f:
             for name in list(f.keys()):
-                count = int(np.prod(f.get_slice(name).get_shape(), dtype=np.int64))
-                sizes[name] = file, count
-    return sizes
+                shapes[_short_name(name)] = file, tuple(f.get_slice(name).get_shape())
+    return shapes
 
 # %% ../../nbs/diffusion/pipelines.ipynb #a6301d77
 def check_whole(
