@@ -364,6 +364,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'cxr_synth.base.records._read_record': ( 'base/records.html#_read_record',
                                                                                  'cxr_synth/base/records.py'),
                                         'cxr_synth.base.records._reopened': ('base/records.html#_reopened', 'cxr_synth/base/records.py'),
+                                        'cxr_synth.base.records._what_differs': ( 'base/records.html#_what_differs',
+                                                                                  'cxr_synth/base/records.py'),
                                         'cxr_synth.base.records.altered_files': ( 'base/records.html#altered_files',
                                                                                   'cxr_synth/base/records.py'),
                                         'cxr_synth.base.records.as_recorded': ( 'base/records.html#as_recorded',

@@ -553,6 +553,23 @@ def _reopened(
 KEPT_WITHOUT_FILES = ("data", "train", "generate")  # stages that know what a packed study may lack
 
 
+def _what_differs(
+    study: Study,  # the study
+    stage: str,  # a key of `STAGES`
+    out: str,  # what it writes, relative to the study
+    old: dict,  # its record
+    settings: dict,  # wanted now
+    inputs: list[str],  # what it reads, relative to the study
+) -> str:  # a refusal, or an empty string
+    "What a stage was made with and what is asked for now, where they differ."
+    changed = [f"{stage}.{d}" for d in differences(old["settings"], settings)]
+    if changed:
+        return refusal(study, out, old, changed, [])
+    digests = input_digests(study, inputs, old)
+    stale = [rel for rel in digests if old["inputs"].get(rel) != digests[rel]]
+    return refusal(study, out, old, [], stale) if stale else ""
+
+
 def open_stage(
     study: Study,  # the study
     stage: str,  # one of `STAGES`
@@ -566,21 +583,17 @@ def open_stage(
     "Check settings and inputs against the record, or start one; `CxrError` names what differs."
     settings = as_recorded(config) | more
     old = None if adopt else study.record(out)
-    changed = [f"{stage}.{d}" for d in differences(old["settings"], settings)] if old else []
-    made = old is not None and (old["status"] == "complete" or _has_output(study, out))
-    if changed and made and not redo:
-        raise CxrError(refusal(study, out, old, changed, []))
-    digests = input_digests(study, inputs, None if changed else old)
-    stale = [k for k in digests if old["inputs"].get(k) != digests[k]] if old else []
-    if old and not changed and not stale and not (redo and changed_files(study, out)):
-        return _reopened(study, out, old)
-    if stale and made and not redo:
-        raise CxrError(refusal(study, out, old, [], stale))
     if old:
-        digests = input_digests(study, inputs)  # to make it again, all inputs must be here
-        if made:
-            move_aside(study, out)
-    elif not adopt:
+        differs = _what_differs(study, stage, out, old, settings, inputs)
+        if not differs and not (redo and changed_files(study, out)):
+            return _reopened(study, out, old)
+        made = old["status"] == "complete" or _has_output(study, out)
+        if differs and made and not redo:
+            raise CxrError(differs)
+    digests = input_digests(study, inputs)  # to make it again, all inputs must be here
+    if old and made:
+        move_aside(study, out)
+    elif not old and not adopt:
         make_room(study, stage, out, redo)
     return _begin_record(study, stage, out, settings, config.runtimes(), digests)
 
