@@ -127,7 +127,7 @@ def check_study_name(
         )
     return root
 
-
+# %% ../../nbs/base/records.ipynb #0e3dd6c8
 FORMAT = 2  # of the records; 1 had no digests of what a stage wrote
 
 
@@ -166,7 +166,7 @@ def _read_record(
         raise CxrError(f"{path}, key files: it is missing.\n{RESTORE}")
     return record
 
-
+# %% ../../nbs/base/records.ipynb #e40d972f
 class Study:
     "A study folder: paths, fingerprints and stage records."
 
@@ -355,7 +355,7 @@ def _altered_text(
         f"Bring it from a copy; or move {aside} away and have it made again: {again}"
     )
 
-
+# %% ../../nbs/base/records.ipynb #27777350
 def changed_files(
     study: Study,  # the study
     out: str,  # output of a stage
@@ -526,7 +526,7 @@ def _begin_record(
     begun.save()
     return begun
 
-
+# %% ../../nbs/base/records.ipynb #51f837cf
 def _has_output(
     study: Study,  # the study
     out: str,  # what a stage writes
@@ -552,7 +552,7 @@ def _reopened(
 
 KEPT_WITHOUT_FILES = ("data", "train", "generate")  # stages that know what a packed study may lack
 
-
+# %% ../../nbs/base/records.ipynb #719052be
 def _what_differs(
     study: Study,  # the study
     stage: str,  # a key of `STAGES`
