@@ -429,9 +429,8 @@ class TrainConfig(ScratchConfig):
     joint: bool = False  # one model for both classes, told apart by their prompts
     # CSV file with image_id, prompt: a prompt per image in place of the class's
     prompts: str = text("", "a CSV file with the columns image_id, prompt")
-    max_train_steps: int = ranged(
-        120, 1, STEPS, "steps"
-    )  # most optimizer steps per model (guide: 800)
+    # most optimizer steps per model (guide: 800)
+    max_train_steps: int = ranged(120, 1, STEPS, "steps")
     max_views: int = ranged(20, 1, STEPS, "times")  # most times an image is seen
     train_batch_size: int = ranged(32, 1, BATCH, "images")  # images (guide: 8)
     # batches per optimizer step (guide: 2)

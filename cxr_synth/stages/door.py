@@ -60,7 +60,9 @@ def _check_device(cfg: Config):
         device = pick_device(wanted)
     except CxrError as e:
         here = str(e).splitlines()[-1]
-        raise CxrError(f"{flag(type(cfg), 'device')} {wanted} is not on this machine.\n{here}") from e
+        raise CxrError(
+            f"{flag(type(cfg), 'device')} {wanted} is not on this machine.\n{here}"
+        ) from e
     if half and device == "cpu":
         raise CxrError(
             f"{flag(type(cfg), 'mixed_precision')} fp16 is for GPUs, and the device here is a CPU.\n"
