@@ -39,6 +39,7 @@ def saved(image, *args, **kw):
 JPEG = saved(picture(), "JPEG")
 BAD = dict(
     truncated=JPEG[: len(JPEG) // 2],
+    mended=JPEG[: len(JPEG) * 3 // 4] + b"\xff\xd9",
     zero=b"",
     text=b"Dear colleague, please find attached",
     tiny=saved(picture(size=(1, 1)), "PNG"),
@@ -69,7 +70,7 @@ def test_skipping_is_recorded(folder, drawn, tmp_path):
     stage_data(study, DataConfig(source=str(folder), on_bad="skip", workers=2))
     assert len(load_manifest(study)) == len(folder_source(drawn).rows)
     report, page = read_json(study / "data/audit.json"), (study / "data/audit.html").read_text()
-    assert any(f["level"] == "warning" and "5 " in f["found"] for f in report["findings"])
+    assert any(f["level"] == "warning" and "6 " in f["found"] for f in report["findings"])
     for k in range(len(BAD)):
         assert f"IM-900{k}-0001.JPEG" in str(report) and f"IM-900{k}-0001.JPEG" in page
     stage_data(study, DataConfig(source=str(folder), on_bad="skip"))  # the same folder again: done

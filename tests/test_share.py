@@ -229,6 +229,29 @@ def test_no_zip(tmp_path, content):
         unpack(tmp_path / "x.zip", Study(tmp_path / "s"))
 
 
+@pytest.mark.parametrize("what", ["folder", "study", "link to a folder"])
+def test_a_folder_in_place_of_a_zip(good, study, tmp_path, what):
+    "Neither read, nor written, nor copied as one; and the message says what it is."
+    path = tmp_path / "p.zip"
+    if what == "link to a folder":
+        (tmp_path / "there").mkdir()
+        path.symlink_to(tmp_path / "there")
+    else:
+        path.mkdir()
+    if what == "study":
+        (path / "study.json").write_text("{}")
+    for job in (
+        lambda: unpack(path, Study(tmp_path / "s")),
+        lambda: mirror_file(path, tmp_path),
+        lambda: pack(study, path),
+    ):
+        with pytest.raises(CxrError, match="p.zip is a folder"):
+            job()
+    with pytest.raises(CxrError, match="is a file"):
+        unpack(good, Study(good))
+    assert not (tmp_path / "s").exists()
+
+
 def test_no_space(good, study, tmp_path, monkeypatch):
     monkeypatch.setattr(
         packing.shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10**9, 10**9, 1000)

@@ -457,7 +457,10 @@ def check_zip_file(
     if not path.exists():
         raise CxrError(f"{file} is missing.\nMake it with: cxr-synth pack STUDY --out {file}")
     if not path.stat().st_size:
-        raise CxrError(f"{file} is empty (0 bytes).\nGet the zip again from where it was packed.")
+        raise CxrError(
+            f"{file} is damaged or only half there: it is empty (0 bytes).\n"
+            "Get the zip again from where it was packed."
+        )
 
 
 @contextmanager
