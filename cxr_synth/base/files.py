@@ -87,14 +87,14 @@ def write_error(
     error: Exception,  # raised while something was written
     path,  # final name of what was written
 ) -> Exception:  # the same error with the final name, or what the system said in its place
-    "What kept a file from being written. Libraries hide it: PyTorch names neither file nor reason."
+    "What kept a file from being written. Libraries hide it: PyTorch and NumPy name no file and no reason."
     if isinstance(error, OSError) and error.errno:
         error.filename = str(final_name(error.filename) if error.filename else path)
         return error
     told = re.search(r"os error (\d+)", str(error))  # of safetensors
     if told:
         number = int(told[1])
-    elif re.search("PytorchStreamWriter|inline_container|encoder error", str(error)):
+    elif re.search("PytorchStreamWriter|inline_container|encoder error|requested and", str(error)):
         free = shutil.disk_usage(next(p for p in Path(path).absolute().parents if p.exists())).free
         number = errno.ENOSPC if free < 2**20 else errno.EIO
     else:
