@@ -2931,6 +2931,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'cxr_synth.ship.pack._is_other': ('ship/pack.html#_is_other', 'cxr_synth/ship/pack.py'),
                                      'cxr_synth.ship.pack._last_of_all': ('ship/pack.html#_last_of_all', 'cxr_synth/ship/pack.py'),
                                      'cxr_synth.ship.pack._parse_sums': ('ship/pack.html#_parse_sums', 'cxr_synth/ship/pack.py'),
+                                     'cxr_synth.ship.pack._real_images': ('ship/pack.html#_real_images', 'cxr_synth/ship/pack.py'),
                                      'cxr_synth.ship.pack.add_member': ('ship/pack.html#add_member', 'cxr_synth/ship/pack.py'),
                                      'cxr_synth.ship.pack.bad_member': ('ship/pack.html#bad_member', 'cxr_synth/ship/pack.py'),
                                      'cxr_synth.ship.pack.bad_name': ('ship/pack.html#bad_name', 'cxr_synth/ship/pack.py'),

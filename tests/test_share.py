@@ -225,7 +225,7 @@ def test_any_flipped_byte_is_refused_or_harmless(good, tmp_path):
 @pytest.mark.parametrize("content", [b"", b"PK", b"no zip at all" * 100])
 def test_no_zip(tmp_path, content):
     (tmp_path / "x.zip").write_bytes(content)
-    with pytest.raises(CxrError, match="damaged or only half there"):
+    with pytest.raises(CxrError, match="damaged or only half there|is empty"):
         unpack(tmp_path / "x.zip", Study(tmp_path / "s"))
 
 

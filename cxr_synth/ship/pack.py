@@ -28,7 +28,8 @@ from cxr_synth.base.files import (
     remove_files,
     remove_leftovers,
 )
-from ..base.records import Study
+from ..base.records import Study, check_files
+from ..protocol.dataset import dataset_card
 from ..protocol.round_trips import is_round_trip_set
 from .set_card import assert_same_images, current_card, read_set, visible_files
 
@@ -161,9 +162,16 @@ def naming_disk_errors(
 def pack_contents(
     study: Study,  # the study
     what=DEFAULT_PARTS,  # names in `PACK_PARTS`
+    round_trips: bool = True,  # with the real images after an autoencoder
 ) -> tuple[dict, dict]:  # name -> path or bytes, sorted; generator -> the lines of its metadata
-    "All that goes into a pack; raises `CxrError` for an unfinished set."
+    "All that goes into a pack; raises `CxrError` for an unfinished set, or a file that was changed."
     found = {n: study / n for n in pack_members(study, what)}
+    if not round_trips:
+        found = {
+            n: p for n, p in found.items() if not is_round_trip_set("/".join(n.split("/")[:2]))
+        }
+    packed = {"/".join(n.split("/")[:depth]) for n in found for depth in (1, 2)}
+    check_files(study, [out for out in study.records() if out in packed], absent=True)
     sets = {
         g: read_set(study, g)
         for g in sorted({n.split("/")[1] for n in found if n.startswith("synthetic/")})
@@ -204,6 +212,7 @@ def pack(
     study: Study,  # the study
     out=None,  # the zip; None: beside the study, under its name
     what=DEFAULT_PARTS,  # names in `PACK_PARTS`
+    round_trips: bool = True,  # with the real images after an autoencoder
 ) -> Path:  # where the zip is; raises `CxrError` for a damaged set, a link, or no space
     "Put the named parts of a study into one zip; an older pack is replaced, any other file is not."
     study.info()
@@ -218,7 +227,7 @@ def pack(
             f"{out} exists and is no pack of a study.\n"
             "Move it away, or choose another name with --out."
         )
-    found, sets = pack_contents(study, what)
+    found, sets = pack_contents(study, what, round_trips)
     check_free_space(
         out.parent, sum(os.path.getsize(c) for c in found.values() if isinstance(c, Path))
     )
@@ -694,20 +703,35 @@ def mirror_file(
 OLD_CLAIM = "changed material in the sense of that licence"  # in cards that assumed one data set
 
 # %% ../../nbs/ship/pack.ipynb #e9041df3
+def _real_images(
+    names: list[str],  # of a pack's members
+) -> int:
+    "How many members show patients: prepared images, and images after an autoencoder."
+    pictures = [n for n in names if n.endswith(".png")]
+    return sum(
+        n.startswith("data/images/") or is_round_trip_set("/".join(n.split("/")[:2]))
+        for n in pictures
+    )
+
+
 def cli_pack(
     study: str,  # the study folder
     out: str = "",  # the zip; beside the study if not given
     models: bool = False,  # take the trained models along
     images: bool = False,  # take the prepared real images along
     results: bool = False,  # take quality, runs and report along
+    round_trips: bool = True,  # take the real images after the autoencoder along: the arm roundtrip
     mirror_to: str = "",  # then copy the zip to this folder, on a mounted Drive for one
 ) -> str:
     "cxr-synth pack: one zip with what travels."
     extra = ("models",) * models + ("images",) * images + ("quality", "results") * results
-    path = pack(Study(study), out or None, DEFAULT_PARTS + extra)
+    path = pack(Study(study), out or None, DEFAULT_PARTS + extra, round_trips)
     with zipfile.ZipFile(path) as z:
-        n = len(z.namelist()) - 1
-    text = f"{n:,} files, {path.stat().st_size / 1e6:,.1f} MB in {path}"
+        names = z.namelist()
+    text = f"{len(names) - 1:,} files, {path.stat().st_size / 1e6:,.1f} MB in {path}"
+    found = _real_images(names)
+    if found and not dataset_card(Study(study)).drawn:
+        text += f"\nIt holds {found:,} X-rays of real patients: keep it as you keep those."
     return text + f"\ncopied to {mirror_file(path, mirror_to)}" if mirror_to else text
 
 # %% ../../nbs/ship/pack.ipynb #86150f62
