@@ -456,3 +456,14 @@ def test_the_command_stops_and_shows_the_rule(cxr_synth_command, tmp_path):
         assert run.status == 0, run.err
     ids = {n: (tmp_path / n / "data/manifest.csv").read_text() for n in "ab"}
     assert "patient-00000039" in ids["a"] and "file-00000039_000" in ids["b"]
+
+
+def test_the_audit_says_that_nobody_is_known(tmp_path):
+    "Also where the names would tell, but the user says that they do not."
+    from cxr_synth.base.readers import read_json
+
+    drawn = write_phantoms(tmp_path / "set", patients=20, size=32)
+    study = Study(tmp_path / "study")
+    stage_data(study, DataConfig(source=str(drawn), patient_rule="none", workers=1, resolution=32))
+    found = {f["name"]: f["found"] for f in read_json(study / "data/audit.json")["findings"]}
+    assert "file names tell no patient" in found["patients"]
