@@ -356,3 +356,27 @@ def test_configs_are_asked_once(online, model):
         at(online, hub.url)
         assert hub_configs("me/mini").name == COMMIT
         assert sum("/tree/" in line for line in hub.seen) == 1
+
+
+# ---- sending
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["html", "json dict", "json list", "json null", "empty", "loop", "503", "silent", "hang up"],
+)
+def test_a_push_that_is_answered_badly(online, tmp_path, how):
+    from cxr_synth.ship.hub_push import Shipment, _upload, naming_hub_errors
+
+    def send(url):
+        (tmp_path / "README.md").write_text("card")
+        with naming_hub_errors("anna/lungs"):
+            _upload(Shipment(url, "card", {"README.md": 4}), tmp_path, "anna/lungs", True)
+
+    online.setenv("HF_TOKEN", "hf_abcdefgh")
+    with fake_hub(how=how) as hub:
+        at(online, hub.url)
+        text = refusal(send, hub.url)
+        sent = [line for line in hub.seen if "/commit/" in line or "preupload" in line]
+    assert "cannot push to anna/lungs" in text and "abcdefgh" not in text
+    assert not sent  # nothing went anywhere before the data set was there
