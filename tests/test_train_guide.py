@@ -135,7 +135,7 @@ NEEDED = dict(
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (NEEDED | dict(resolution=30), "a multiple of 8"),
+        (NEEDED | dict(resolution=30), "multiples of 8"),
         (NEEDED | dict(learning_rat=1), "unknown argument 'learning_rat'"),
         (dict(output_dir="x"), "needs pretrained_model_name_or_path"),
     ],
