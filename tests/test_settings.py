@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
 
 from cxr_synth.app import known_flags
-from cxr_synth.base.files import CxrError, digest_folder
+from cxr_synth.base.files import CxrError
 from cxr_synth.base.records import Study
 from cxr_synth.base import settings
 from cxr_synth.base.settings import CONFIGS, PRESETS, flag, from_word, resolve, settings_table
@@ -40,6 +40,11 @@ each_number = pytest.mark.parametrize("stage, f", numbers, ids=lambda x: getattr
 few = hypothesis_settings(
     max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
 )
+
+
+def contents(folder):
+    "Every file of a folder with its bytes; hidden ones too."
+    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def facts(f):
@@ -355,11 +360,11 @@ def test_a_line_is_refused_with_the_flag_and_nothing_is_touched(
 ):
     command, *flags = line.split()
     for study in (tmp_path / "s", finished_study):
-        before = digest_folder(study)
+        before = contents(study)
         done = cxr_synth_command(command, study, *flags)
         assert done.status == 2 and LINES[line] in done.err, done.err
         assert len(done.err.strip().splitlines()) <= 5 and "Traceback" not in done.err
-        assert digest_folder(study) == before
+        assert contents(study) == before
     assert not (tmp_path / "s").exists()
 
 
@@ -376,13 +381,13 @@ def test_a_study_that_can_be_no_folder(command, name, tmp_path, cxr_synth_comman
 
 def test_another_source_is_named(finished_study, tmp_path, cxr_synth_command):
     (tmp_path / "films").mkdir()
-    before = digest_folder(finished_study)
+    before = contents(finished_study)
     for source in ("hub", tmp_path / "films"):
         for command in ("data", "run"):
             done = cxr_synth_command(command, finished_study, "--data", source)
             assert done.status == 2 and "made of the source phantom" in done.err
             assert str(source) in done.err and "--redo" in done.err
-    assert digest_folder(finished_study) == before
+    assert contents(finished_study) == before
 
 
 REFUSED_THEN_RIGHT = [
