@@ -16,7 +16,7 @@ from ..base.files import write_text
 from ..base.records import Study, parse_generator
 from ..base.settings import CLASSES, Config, GenerateConfig, runtime
 from .generator import is_used_up, model_of
-from .image_set import check_folder, finish_set, open_set
+from .image_set import check_set_folder, finish_set, open_set
 from cxr_synth.diffusion.image_writer import (
     ImageSetWriter,
     agree_on_settings,
@@ -114,7 +114,7 @@ def generate_round_trips(
         return True
     lines = _lines(training_rows(study, *parse_generator(generator)), generator)
     names = list(lines) if study.record_path(out).exists() else []
-    check_folder(study, out, names, redo and share[0] == 0)
+    check_set_folder(study, out, names, redo and share[0] == 0)
     data = ["data/manifest.csv", "data/fractions.csv", "data/images"]
     inputs = [*data, *model_of(study, generator, CLASSES[0])[2]]
     stage = open_set(study, out, RoundTripConfig(device=cfg.device), inputs, redo, share[0])
