@@ -537,7 +537,7 @@ FILES = ANY | {
 }
 
 
-@pytest.mark.parametrize("what", set(FILES) - {"UTF-16", "Latin-1 in it", "cut"})
+@pytest.mark.parametrize("what", sorted(set(FILES) - {"UTF-16", "Latin-1 in it", "cut"}))
 def test_files_that_are_no_table_of_patients(tmp_path, what):
     path = patient_table(tmp_path)
     path.write_bytes(FILES[what](path.read_bytes()))
