@@ -37,7 +37,7 @@ from cxr_synth.base.settings import (
     resolve,
 )
 from .protocol.schema import Analysis, Audit, ManifestRow
-from .stages.door import check_door
+from .stages.validation import validate_settings
 from .stages.run import has_test, in_turn, is_test_open, run_stage, stages_until
 
 # %% ../nbs/09_app.ipynb #892c7d78
@@ -306,7 +306,7 @@ def run_all(
 ) -> PartlyFailed | None:  # what failed on the way
     "All stages in the design's order, up to `last`, each announced in a line."
     stages = [s for s in stages_until(last) if s in CONFIGS]
-    check_door(study, args.redo, last, **{stage: getattr(args, stage) for stage in stages})
+    validate_settings(study, args.redo, last, **{stage: getattr(args, stage) for stage in stages})
 
     def do(stage):
         if stage == "open-test" and (is_test_open(study) or not has_test(study)):

@@ -52,7 +52,7 @@ from .images.study_images import load_manifest
 from .protocol.dataset import parse_name
 from .protocol.schema import result_row
 from .protocol.sets import load_metadata
-from .stages.door import check_door
+from .stages.validation import validate_settings
 from .stats.auc import auroc
 
 # %% ../nbs/08_guide.ipynb #7cc67863
@@ -604,7 +604,7 @@ def stage_guide(
     redo: bool = False,  # move results with other settings aside
 ):
     "The guide's seven arms: guide/ARM/seedN.json and guide/results.csv."
-    check_door(study, redo, guide=cfg)
+    validate_settings(study, redo, guide=cfg)
     _assert_test_is_open(study)
     seeds = parse_seeds(cfg.seeds)
     _check_seeds(seeds)

@@ -13,7 +13,7 @@ from cxr_synth.base.files import CxrError
 from cxr_synth.base.records import Study
 from cxr_synth.base import settings
 from cxr_synth.base.settings import CONFIGS, PRESETS, flag, from_word, resolve, settings_table
-from cxr_synth.stages.door import check_door
+from cxr_synth.stages.validation import validate_settings
 from cxr_synth.stages.run import run
 
 FREE = {  # texts that may be anything, or that only the stage can tell: why
@@ -21,16 +21,16 @@ FREE = {  # texts that may be anything, or that only the stage can tell: why
     "data.patient_rule": "a regular expression, or the path of a file",
     "data.hub_id": "the Hub knows, or the path of a folder",
     "data.revision": "the Hub knows",
-    "data.card": "a name, or the path of a file: asked at the door",
+    "data.card": "a name, or the path of a file: checked before a stage begins",
     "plan.because": "the user's own words",
-    "train.base": "a name, a folder or a Hub id: asked at the door",
+    "train.base": "a name, a folder or a Hub id: checked before a stage begins",
     "train.revision": "the Hub knows",
-    "train.prompts": "the path of a file: asked at the door",
+    "train.prompts": "the path of a file: checked before a stage begins",
     "train.class_prompt": "the user's own words",
     "train.mirror": "the path of a folder",
     "generate.negative_prompt": "the user's own words",
-    "quality.weights": "a path or a Hub id: asked at the door",
-    "experiments.weights": "a path: asked at the door",
+    "quality.weights": "a path or a Hub id: checked before a stage begins",
+    "experiments.weights": "a path: checked before a stage begins",
 }
 FIELDS = [(s, f) for s, config in CONFIGS.items() for f in dataclasses.fields(config)]
 NAMES = [f"{stage}.{f.name}" for stage, f in FIELDS]
@@ -286,7 +286,7 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(wanted,
     study = Study(tmp_path / "s")
     with pytest.raises(CxrError) as e:
         if "guide" in wanted:
-            check_door(study, guide=resolve("guide", **wanted["guide"]))
+            validate_settings(study, guide=resolve("guide", **wanted["guide"]))
         else:
             run(study.root, **wanted)
     assert "--" in str(e.value) and len(str(e.value).splitlines()) <= 4

@@ -164,7 +164,7 @@ def share(
     "Inside, others may do the same, unless one of them must be the only one; then `CxrError`."
     mine = f"{what}-{os.getpid()}-{threading.get_native_id()}"
     with ExitStack() as inside:
-        with hold(root, f"door of {what}", wait=True):
+        with hold(root, f"entry of {what}", wait=True):
             others = _others(root, f"only-{what}") or (_others(root, what) if only else [])
             if others:
                 raise InUse(

@@ -34,7 +34,7 @@ from ..protocol.plan import Plan, Run, load_plan
 from ..protocol.round_trips import planned_round_trips, round_trip_set
 from ..protocol.schema import OpenedLog, PredictionRow, result_columns, result_row
 from ..protocol.sets import refuse_empty_set
-from .door import check_door
+from .validation import validate_settings
 
 # %% ../../nbs/06_classify.ipynb #3c5526f1
 def _inputs(plan: Plan) -> list[str]:  # relative to the study
@@ -93,7 +93,7 @@ def stage_experiments(
     executor: Executor = None,  # any; None: the one that the settings name
 ):
     "Do every run of the plan and write results.csv; at the end `PartlyFailed` if some failed."
-    check_door(study, redo, experiments=cfg)
+    validate_settings(study, redo, experiments=cfg)
     plan = load_plan(study)
     runs = plan.runs()
     wanted = _chosen_runs(runs, cfg.only)

@@ -54,7 +54,7 @@ from ..images.study_images import load_manifest
 from ..protocol.dataset import dataset_card, read_card, write_card_file
 from ..protocol.schema import FRACTION_COLUMNS, MANIFEST_COLUMNS
 from ..report.audit_page import write_audit
-from .door import check_door
+from .validation import validate_settings
 
 # %% ../../nbs/01_data.ipynb #6bbca638
 _PLACES = [name for stage in STAGES.values() for name in stage.writes]  # within a study
@@ -327,7 +327,7 @@ def stage_data(
     redo: bool = False,  # move an output with other settings or of other data aside
 ):
     "Write data/ (tables, audit, images) and study.json; raises `CxrError` for bad input."
-    check_door(study, redo, data=cfg)
+    validate_settings(study, redo, data=cfg)
     check_place(study, cfg, redo)
     if is_data_done(study, cfg, redo):
         _write_study_file(study, study.record("data"))

@@ -14,7 +14,7 @@ from ..images.known_generators import stage_known_generator
 from ..protocol.plan import Plan, PlannedGenerator, load_plan
 from ..protocol.round_trips import planned_round_trips
 from ..ship.set_card import write_card
-from .door import check_door
+from .validation import validate_settings
 
 # %% ../../nbs/04_generate.ipynb #d9ac5809
 def _sets_to_draw(
@@ -39,7 +39,7 @@ def stage_generate(
     card=write_card,  # called with study and name once a set is complete and has no README.md
 ):
     "Generate the images of every generator of the plan, and the round trips that its arms need."
-    check_door(study, redo, generate=cfg)
+    validate_settings(study, redo, generate=cfg)
     plan = plan or load_plan(study)
     if plan.builtin:
         return stage_known_generator(study, plan, redo)

@@ -39,7 +39,7 @@ from cxr_synth.protocol.plan import (
     secondary_contrasts,
     tier_cells,
 )
-from .door import check_door
+from .validation import validate_settings
 from ..stats.power import ASSUMED_SD
 
 # %% ../../nbs/02_plan.ipynb #2cb5722b
@@ -275,7 +275,7 @@ def stage_plan(
     redo: bool = False,  # move an old plan with other settings aside
 ):
     "Write plan.json, sealed."
-    check_door(study, redo, plan=cfg)
+    validate_settings(study, redo, plan=cfg)
     has_runs = any(study.root.glob("runs/*/*/run.json"))
     if not redo and has_runs and (study / "plan.json").exists():
         load_plan(study)

@@ -36,7 +36,7 @@ from cxr_synth.quality.measure import (
     similarity_rows,
 )
 from ..quality.metrics import FRECHET
-from .door import check_door
+from .validation import validate_settings
 
 # %% ../../nbs/05_quality.ipynb #e8e40588
 def synthetic_sets(
@@ -150,7 +150,7 @@ def stage_quality(
 ):
     "Measure every synthetic set of the study: quality/GENERATOR.json, GENERATOR-copies.csv and figures."
     cfg = cfg or QualityConfig()
-    check_door(study, redo, quality=cfg)
+    validate_settings(study, redo, quality=cfg)
     names = synthetic_sets(study)
     for name in names:
         refuse_empty_set(study, name)

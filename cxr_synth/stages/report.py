@@ -24,7 +24,7 @@ from ..report.evidence import Evidence
 from ..report.figures import draw_figures
 from ..report.page import report_page, unfinished_stages
 from ..ship.set_card import card_text
-from .door import check_door
+from .validation import validate_settings
 
 # %% ../../nbs/07_report.ipynb #3d940d26
 def assert_fresh(
@@ -89,7 +89,7 @@ def stage_report(
     redo: bool = False,  # keep the old report aside instead of replacing it
 ):
     "Write analysis.json and report/: page, figures, cards, tables and talking points."
-    check_door(study, redo, report=cfg)
+    validate_settings(study, redo, report=cfg)
     assert_fresh(study)
     ev = Evidence(study)
     stage = _open_report(study, cfg, redo)

@@ -18,7 +18,7 @@ from ..base.readers import read_csv
 from ..base.records import STAGES, Study
 from ..base.settings import CONFIGS, PRESETS, resolve
 from ..protocol.schema import ManifestRow, result_row
-from .door import check_door
+from .validation import validate_settings
 
 # %% ../../nbs/stages/run.ipynb #e96cd29c
 def run_stage(
@@ -96,7 +96,7 @@ def run_settings(
     for stage in settings:
         one_of(stage, CONFIGS, "stage")
     configs = {s: resolve(s, preset, study.recorded(s), **settings.get(s, {})) for s in stages}
-    check_door(study, redo, until, **configs)
+    validate_settings(study, redo, until, **configs)
     return configs
 
 

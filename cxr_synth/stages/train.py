@@ -11,7 +11,7 @@ from ..base.settings import TrainConfig
 from ..diffusion.dreambooth import print_preflight
 from ..diffusion.generator import is_used_up, train_generator
 from ..protocol.plan import Plan, load_plan
-from .door import check_door
+from .validation import validate_settings
 
 # %% ../../nbs/03_train.ipynb #536a2c4d
 def stage_train(
@@ -21,7 +21,7 @@ def stage_train(
     plan: Plan | None = None,  # None: the sealed one
 ):
     "Train every generator of the plan; there is nothing to train where a known one takes its place."
-    check_door(study, redo, train=cfg)
+    validate_settings(study, redo, train=cfg)
     plan = plan or load_plan(study)
     if plan.builtin:
         return
