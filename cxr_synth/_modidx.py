@@ -86,6 +86,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'cxr_synth.base.files.PartlyFailed': ('base/files.html#partlyfailed', 'cxr_synth/base/files.py'),
                                       'cxr_synth.base.files.PartlyFailed.__init__': ( 'base/files.html#partlyfailed.__init__',
                                                                                       'cxr_synth/base/files.py'),
+                                      'cxr_synth.base.files._free_lane': ('base/files.html#_free_lane', 'cxr_synth/base/files.py'),
                                       'cxr_synth.base.files._new_file': ('base/files.html#_new_file', 'cxr_synth/base/files.py'),
                                       'cxr_synth.base.files._writer': ('base/files.html#_writer', 'cxr_synth/base/files.py'),
                                       'cxr_synth.base.files._writing_process': ( 'base/files.html#_writing_process',

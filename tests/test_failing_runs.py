@@ -162,7 +162,7 @@ CALLS = {  # how the script calls -> whether that can work
     "def main():\n    work()\n\nmain()": False,
     "if __name__ == '__main__':\n    work()": True,
     "def main():\n    work()\n\nif __name__ == '__main__':\n    main()": True,
-    "import multiprocessing\nif multiprocessing.parent_process() is None:\n    work()": True,
+    "import multiprocessing\nif multiprocessing.parent_process() is None:\n    work()": False,
 }
 
 
@@ -175,7 +175,7 @@ def test_script_without_main_guard(tmp_path, call):
         assert (done.returncode, done.stdout.strip()) == (0, "3"), done.stderr
     else:
         assert done.returncode and 'if __name__ == "__main__":' in done.stderr
-        assert done.stderr.count("CxrError") == 1  # at once, not from every process
+        assert done.stderr.count("files.CxrError:") == 1  # at once, not from every process
 
 
 def test_serial_needs_no_guard(tmp_path):

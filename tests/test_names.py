@@ -433,7 +433,7 @@ def test_data_within_the_study_stay(cxr_synth_command, tmp_path, source, monkeyp
 
     def state():
         return {
-            p: (p.stat().st_mtime_ns, p.is_file() and p.read_bytes()) for p in tmp_path.rglob("*")
+            p: (p.stat().st_mtime_ns, p.read_bytes()) for p in tmp_path.rglob("*") if p.is_file()
         }
 
     before = state()

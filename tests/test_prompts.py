@@ -200,7 +200,7 @@ def test_a_blank_class_prompt_in_a_study(study_copy, prompt):
     from cxr_synth.diffusion.generator import StudyTasks
 
     name = next((study_copy / "models").glob("real*")).name
-    with pytest.raises(CxrError, match="class_prompt"):
+    with pytest.raises(CxrError, match="class.prompt"):
         cfg = TrainConfig(prior="generated", prior_loss_weight=1.0, class_prompt=prompt)
         StudyTasks(study_copy, name, cfg)
 

@@ -50,12 +50,23 @@ TEMPORARY = re.compile(  # the name that it will get, its writer; of older versi
 )
 _LANES = 14  # threads that are told apart; times 2**22 processes, that fits into five digits
 _lanes, _here = itertools.count(), threading.local()
+_owners, _choosing = {}, threading.Lock()  # lane -> thread
+
+
+def _free_lane() -> int:
+    "A number that no living thread of this process has, as far as there are enough."
+    with _choosing:
+        taken = {lane for lane, thread in _owners.items() if thread.is_alive()}
+        free = [lane for lane in range(_LANES) if lane not in taken]
+        lane = free[0] if free else next(_lanes) % _LANES
+        _owners[lane] = threading.current_thread()
+    return lane
 
 
 def _writer() -> str:  # five digits to the base 36
     "This process and this thread, in short."
     if not hasattr(_here, "lane"):
-        _here.lane = next(_lanes) % _LANES
+        _here.lane = _free_lane()
     number = os.getpid() * _LANES + _here.lane
     return "".join("0123456789abcdefghijklmnopqrstuvwxyz"[number // 36**k % 36] for k in range(5))
 

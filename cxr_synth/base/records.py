@@ -248,7 +248,7 @@ class Study:
         for pattern in ("*.stage.json", "*/stage.json", "*/*/stage.json"):
             for path in sorted(self.root.glob(pattern)):
                 rel = path.relative_to(self.root)
-                if ".redo" in rel.as_posix() or rel.parts[0].startswith("."):
+                if ".redo" in rel.as_posix() or any(part[0] == "." for part in rel.parts):
                     continue
                 beside = path.name != "stage.json"  # plan.stage.json is the record of plan.json
                 out = rel.name.replace(".stage.", ".") if beside else rel.parent.as_posix()

@@ -106,7 +106,7 @@ def _is_guarded(
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.If) and node.body[0].lineno <= line <= node.body[-1].end_lineno:
             test = ast.unparse(node.test)
-            if any(word in test for word in ("__name__", "current_process", "parent_process")):
+            if any(word in test for word in ("__name__", "current_process")):
                 return True
     return False
 
