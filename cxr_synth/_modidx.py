@@ -11,6 +11,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'cxr_synth.app._one_study': ('app.html#_one_study', 'cxr_synth/app.py'),
                                'cxr_synth.app._preset_of': ('app.html#_preset_of', 'cxr_synth/app.py'),
                                'cxr_synth.app._print_closing': ('app.html#_print_closing', 'cxr_synth/app.py'),
+                               'cxr_synth.app._readable_width': ('app.html#_readable_width', 'cxr_synth/app.py'),
                                'cxr_synth.app._settings_registry': ('app.html#_settings_registry', 'cxr_synth/app.py'),
                                'cxr_synth.app._stages_of': ('app.html#_stages_of', 'cxr_synth/app.py'),
                                'cxr_synth.app._state': ('app.html#_state', 'cxr_synth/app.py'),

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import sysconfig
 from collections import Counter
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, fields, make_dataclass
 from difflib import get_close_matches
@@ -248,6 +249,19 @@ def _one_study(
     )
 
 # %% ../nbs/09_app.ipynb #dcb219a4
+@contextmanager
+def _readable_width():
+    "Inside, help is laid out for 40 columns or more: in fewer, tyro never ends."
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(max(40, shutil.get_terminal_size().columns))
+    try:
+        yield
+    finally:
+        os.environ.pop("COLUMNS")
+        if before is not None:
+            os.environ["COLUMNS"] = before
+
+
 def _preset_of(
     study: Study,  # the study
     wanted: str | None,  # by the line; None: as recorded, tiny at first
@@ -278,7 +292,7 @@ def parse(
         preset = _preset_of(study, given.get("--preset"))
         defaults = dict(preset=preset, recorded=study.recorded)
     words = [name if value is None else f"{name}={value}" for name, value in given.items()]
-    with _settings_registry():
+    with _settings_registry(), _readable_width():
         args = tyro.cli(
             arguments(command, **defaults),
             args=[*studies, *words],
@@ -413,13 +427,14 @@ def run_transport(
     for flag_name, times in typed.items():
         if times > 1:
             raise CxrError(f"{flag_name} is given twice.\nGive it once.")
-    return tyro.cli(
-        resolve_name(entry.function),
-        args=[a for a in argv if a != "--debug"],
-        prog=f"cxr-synth {name}",
-        description=f"{entry.help}: cxr-synth {name} {entry.form} [options]",
-        config=(tyro.conf.PositionalRequiredArgs,),
-    )
+    with _readable_width():
+        return tyro.cli(
+            resolve_name(entry.function),
+            args=[a for a in argv if a != "--debug"],
+            prog=f"cxr-synth {name}",
+            description=f"{entry.help}: cxr-synth {name} {entry.form} [options]",
+            config=(tyro.conf.PositionalRequiredArgs,),
+        )
 
 # %% ../nbs/09_app.ipynb #c43f2bb4
 def leading_studies(

@@ -8,7 +8,7 @@ from typing import Literal, get_args, get_origin
 import pytest
 from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
 
-from cxr_synth.app import known_flags
+from cxr_synth.app import known_flags, main
 from cxr_synth.base.files import CxrError
 from cxr_synth.base.records import Study
 from cxr_synth.base import settings
@@ -475,3 +475,12 @@ def test_every_flag_of_the_line_is_known_to_its_command():
             if command == "run" and stage == "guide":
                 continue
             assert {row["flag"] for row in settings_table(stage)} <= set(known)
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "7", "500"])
+def test_help_in_a_window_of_any_width(columns, monkeypatch, capsys):
+    "In one column the help would never end."
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit) as e:
+        main(["data", "--help"])
+    assert e.value.code == 0 and "--data.resolution" in capsys.readouterr().out
