@@ -423,6 +423,12 @@ def run_transport(
     import tyro
 
     entry = TRANSPORT[name]
+    n, needed = len(argv), len(entry.form.split())
+    if n != needed and not any(word.startswith("-") for word in argv):
+        found = f"found {', '.join(map(repr, argv[:4]))}" if argv else "found nothing"
+        raise CxrError(
+            f"cxr-synth {name} takes {entry.form}; {found}.\nSee cxr-synth {name} --help"
+        )
     typed = Counter(word.partition("=")[0] for word in argv if word.startswith("--"))
     for flag_name, times in typed.items():
         if times > 1:
@@ -469,10 +475,22 @@ def _print_closing(
         print(closings[last](study))
 
 
+def _check_working_folder():
+    "Raise `CxrError` if the folder that the user works in was removed: then no relative path holds."
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise CxrError(
+            "the folder that you work in was removed.\n"
+            "Go to another one with cd, and repeat the command."
+        ) from None
+
+
 def command(
     argv: list[str],  # what was typed after cxr-synth
 ):
     "Do what the line asks for."
+    _check_working_folder()
     name = one_of(argv[0], _ALL_HELP, "command")
     rest = argv[1:]
     folders = leading_studies(rest)
@@ -529,10 +547,18 @@ def _leave_quietly() -> int:  # as a program that the system stops for this ends
     return 141
 
 
+def _fill_streams():
+    "Stand in for streams that were closed, as by `>&-` or in a program without a console."
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+
+
 def main(
     argv: list[str] | None = None,  # None: the command line
 ) -> int:  # 0 done; 2 what the user can mend; 3 done, but some runs failed; 130 Ctrl-C
     "The `cxr-synth` command."
+    _fill_streams()
     use_plain_characters()
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):

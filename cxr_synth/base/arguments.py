@@ -95,11 +95,11 @@ def check_folders(
 def check_kind(
     value,  # what the user gave
     name: str,  # of the argument
-    fits,  # whether it is of the kind: a class, or a function of the value
+    fits,  # whether it is of the kind: a class, several, or a function of the value
     allowed: str,  # the kind in words
 ):  # the same; raises `CxrError` otherwise
     "Something of a kind."
-    good = isinstance(value, fits) if isinstance(fits, type) else fits(value)
+    good = isinstance(value, fits) if isinstance(fits, (type, tuple)) else fits(value)
     if not good:
         _refuse(name, value, allowed)
     return value

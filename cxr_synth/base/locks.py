@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from .files import CxrError, now, write_json
 from .messages import say
 from .readers import read_json
+from .records import as_study
 
 # %% ../../nbs/base/locks.ipynb #fc8cc459
 def _lock_path(
@@ -30,6 +31,7 @@ def _note_holder(
 ):
     "Write beside a lock who holds it; without room for that it is held all the same."
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200]
+    command = command.encode("utf-8", "backslashreplace").decode()  # it may hold any bytes
     note = dict(host=socket.gethostname(), pid=os.getpid(), command=command, since=now())
     try:
         write_json(path.with_suffix(".json"), note)
@@ -81,6 +83,22 @@ def _acquire(
         return None  # a place that cannot be written to: the work will say so
 
 
+def _missing_folders(
+    path: Path,  # of a lock
+) -> list[Path]:  # from the inside out
+    "The folders that a lock will make."
+    return [p for p in path.parents if not os.path.lexists(p)]
+
+
+def _remove_empty(
+    folders: list[Path],  # from the inside out
+):
+    "Remove folders that hold nothing."
+    for folder in folders:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
 def _clear(
     path: Path,  # of a lock that was released
     new: list[Path],  # folders that were not there before
@@ -92,9 +110,7 @@ def _clear(
     if keep and (root / "study.json").exists():
         return
     path.unlink(missing_ok=True)
-    for folder in new:
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+    _remove_empty(new)
 
 
 @contextmanager
@@ -106,7 +122,7 @@ def hold(
 ):
     "Inside, no other process does the same in this study; raises `CxrError` if one does."
     path = _lock_path(root, what)
-    new = [p for p in path.parents if not os.path.lexists(p)]
+    new = _missing_folders(path)
     lock = _acquire(path, what, wait)
     if not lock:
         yield
@@ -129,6 +145,7 @@ def alone(
 
         @functools.wraps(function)
         def locked(study, *args, **kw):
+            study = as_study(study)
             given = signature.bind(study, *args, **kw).arguments
             with hold(study.root, what.format(**given)):
                 return function(study, *args, **kw)
@@ -163,7 +180,9 @@ def share(
 ):
     "Inside, others may do the same, unless one of them must be the only one; then `CxrError`."
     mine = f"{what}-{os.getpid()}-{threading.get_native_id()}"
+    new = _missing_folders(_lock_path(root, mine))
     with ExitStack() as inside:
+        inside.callback(_remove_empty, new)  # at last
         with hold(root, f"entry of {what}", wait=True):
             others = _others(root, f"only-{what}") or (_others(root, what) if only else [])
             if others:
@@ -185,6 +204,7 @@ def together(
 
         @functools.wraps(function)
         def locked(study, *args, **kw):
+            study = as_study(study)
             given = signature.bind(study, *args, **kw).arguments
             with share(study.root, what, bool(given.get("redo"))):
                 return function(study, *args, **kw)

@@ -24,8 +24,10 @@ def _existing(
 def _in_the_way(
     path,  # that could not be made
 ) -> Path:
-    "The file that stands where a folder should be."
-    return next((p for p in (Path(path), *Path(path).parents) if p.is_file()), Path(path))
+    "The file, or the link to nothing, that stands where a folder should be."
+    places = (Path(path), *Path(path).parents)
+    found = (p for p in places if p.is_file() or (p.is_symlink() and not p.exists()))
+    return next(found, Path(path))
 
 
 def _full_disk(path) -> str:
@@ -37,9 +39,12 @@ def _full_disk(path) -> str:
 
 
 def _file_in_the_way(path) -> str:
+    found = _in_the_way(path)
+    kind = "link" if found.is_symlink() and not found.exists() else "file"
+    what = "a link to nothing" if kind == "link" else "a file"
     return (
-        f"{_in_the_way(path)} is a file, and a folder should be there (for {path}).\n"
-        "Give that file another name or move it away, and repeat the command."
+        f"{found} is {what}, and a folder should be there (for {path}).\n"
+        f"Give that {kind} another name or move it away, and repeat the command."
     )
 
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'FORMAT', 'KEPT_WITHOUT_FILES', 'StageEntry', 'generator_name', 'parse_generator', 'check_study_name',
-           'StageRecord', 'Study', 'files_below', 'owner_of', 'recorded_files', 'input_digest', 'altered_files',
-           'changed_files', 'check_files', 'Stage', 'differences', 'move_aside', 'make_room', 'input_digests',
-           'as_recorded', 'open_stage', 'refusal', 'stale_stages', 'not_here']
+           'StageRecord', 'Study', 'as_study', 'files_below', 'owner_of', 'recorded_files', 'input_digest',
+           'altered_files', 'changed_files', 'check_files', 'Stage', 'differences', 'move_aside', 'make_room',
+           'input_digests', 'as_recorded', 'open_stage', 'refusal', 'stale_stages', 'not_here']
 
 # %% ../../nbs/base/records.ipynb #72acc81e
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from typing import Literal
 from pydantic import BaseModel
 
 # %% ../../nbs/base/records.ipynb #ef45daca
+from .arguments import check_kind
 from .checksums import Checksums
 from .compute import pick_device
 from cxr_synth.base.files import (
@@ -112,11 +113,29 @@ def parse_generator(
     return int(m[1]) / 100, int(m[2])
 
 # %% ../../nbs/base/records.ipynb #bbf03476
+def _not_typed_right(
+    name: str,  # of a study's folder
+) -> str:  # what is wrong, and what to do; empty if nothing
+    "Whether a name reached the program in another form than the user meant."
+    if name.startswith(("~/", "~\\")) and not os.path.lexists(name):
+        return "~ is replaced by the home folder only by a shell.\nWrite the whole path."
+    if name != name.encode(errors="replace").decode():
+        return (
+            "its name is not UTF-8.\nGive it a name in UTF-8, such as my-study; or, if it has one, "
+            "set LC_ALL=C.UTF-8 first."
+        )
+    return ""
+
+
 def check_study_name(
     root,  # a path
 ):  # the same; raises `CxrError` for what can be no folder
     "See that a text can be the name of a study's folder."
+    check_kind(root, "study", (str, os.PathLike), "a folder, such as my-study, or a Study")
+    check_kind(root, "study", (str, os.PathLike), "a folder, such as my-study, or a Study")
     name = os.fspath(root)
+    if wrong := _not_typed_right(name):
+        raise CxrError(f"the study {ascii(name[:60])} can be no folder: {wrong}")
     longest = max((len(part.encode(errors="replace")) for part in Path(name).parts), default=0)
     if not name.strip() or "\0" in name or longest > 200 or len(name) > 3000:
         shown = repr(name if len(name) < 60 else name[:50] + "...")
@@ -261,6 +280,14 @@ class Study:
             (r["settings"] | r["runtime"] for r in self.records().values() if r["stage"] == stage),
             {},
         )
+
+# %% ../../nbs/base/records.ipynb #3ebe2451
+def as_study(
+    study,  # a `Study`, or its folder
+) -> Study:  # raises `CxrError` for anything else
+    "The study that is meant."
+    is_folder = isinstance(study, (str, os.PathLike))
+    return Study(study) if is_folder or not hasattr(study, "root") else study
 
 # %% ../../nbs/base/records.ipynb #601d1373
 def files_below(

@@ -73,6 +73,11 @@ def compare_studies(
             f"found {len(studies)} study to compare.\n"
             "Give two or more: cxr-synth report STUDY STUDY ..."
         )
+    folders = [s.root.resolve() for s in studies]
+    if twice := [f for f in folders if folders.count(f) > 1]:
+        raise CxrError(
+            f"{twice[0]} is given twice, and would be compared with itself.\nGive each study once."
+        )
     for s in studies:
         if not (s / "analysis.json").is_file():
             raise CxrError(f"{s.root} has no report yet.\nMake it first: cxr-synth report {s.root}")

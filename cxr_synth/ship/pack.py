@@ -28,6 +28,7 @@ from cxr_synth.base.files import (
     remove_files,
     remove_leftovers,
 )
+from ..base.messages import system_error_text
 from ..base.records import Study, check_files
 from ..protocol.dataset import dataset_card
 from ..protocol.round_trips import is_round_trip_set
@@ -146,6 +147,8 @@ def naming_disk_errors(
     try:
         yield
     except OSError as e:
+        if e.errno in (errno.ENOTDIR, errno.EEXIST):
+            raise CxrError(system_error_text(e, target)) from e
         why = {
             errno.ENOSPC: "the disk is full",
             errno.EDQUOT: "the quota is used up",

@@ -6,7 +6,7 @@
 __all__ = ['stage_generate']
 
 # %% ../../nbs/04_generate.ipynb #0f4d3c75
-from ..base.records import Study
+from ..base.records import Study, as_study
 from ..base.settings import GenerateConfig
 from ..diffusion.image_set import generate_set, set_name
 from ..diffusion.round_trip_set import generate_round_trips
@@ -39,6 +39,7 @@ def stage_generate(
     card=write_card,  # called with study and name once a set is complete and has no README.md
 ):
     "Generate the images of every generator of the plan, and the round trips that its arms need."
+    study = as_study(study)
     validate_settings(study, redo, generate=cfg)
     plan = plan or load_plan(study)
     if plan.builtin:

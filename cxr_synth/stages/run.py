@@ -12,23 +12,25 @@ from pathlib import Path
 from pkgutil import resolve_name
 
 # %% ../../nbs/stages/run.ipynb #70a04f51
+from ..base.arguments import check_kind
 from ..base.files import CxrError, PartlyFailed, one_of
 from ..base.messages import say
 from ..base.readers import read_csv
-from ..base.records import STAGES, Study
+from ..base.records import STAGES, Study, as_study
 from ..base.settings import CONFIGS, PRESETS, resolve
 from ..protocol.schema import ManifestRow, result_row
 from .validation import validate_settings
 
 # %% ../../nbs/stages/run.ipynb #e96cd29c
 def run_stage(
-    study: Study,  # the study
+    study: str | Study,  # the study, or its folder
     stage: str,  # a name in `STAGES`
     config=None,  # its settings; None: recorded ones, else those of the preset
     preset: str = "tiny",  # data only: written into study.json
     redo: bool = False,  # move output with other settings or inputs aside
 ):
     "Run one stage; what is complete is not done again. Raises `CxrError` for an unknown stage."
+    study = as_study(study)
     call = resolve_name(STAGES[one_of(stage, STAGES, "stage")].function)
     if stage == "open-test":
         return call(study)
@@ -83,6 +85,11 @@ def in_turn(
     return failed
 
 
+def _are_settings(values) -> bool:
+    "Whether something can be the settings of a stage: a dict with names."
+    return isinstance(values, dict) and all(isinstance(name, str) for name in values)
+
+
 def run_settings(
     study: Study,  # the study; nothing in it is touched
     until: str,  # the last stage to do
@@ -93,8 +100,9 @@ def run_settings(
     "The settings of all stages up to `until`, checked together."
     one_of(preset, PRESETS, "preset")
     stages = [s for s in stages_until(until) if STAGES[s].config]
-    for stage in settings:
+    for stage, values in settings.items():
         one_of(stage, CONFIGS, "stage")
+        check_kind(values, stage, _are_settings, "a dict of its settings, such as dict(seed=1)")
     configs = {s: resolve(s, preset, study.recorded(s), **settings.get(s, {})) for s in stages}
     validate_settings(study, redo, until, **configs)
     return configs
@@ -109,7 +117,8 @@ def run(
     **settings,  # stage -> dict of its settings, such as data={"source": "hub"}
 ) -> Study:
     "Do all stages in order, up to `until`, going on where they were; `PartlyFailed` if runs failed."
-    study = study if isinstance(study, Study) else Study(study)
+    study = as_study(study)
+    check_kind(before, "before", lambda f: f is None or callable(f), "a function of a stage's name")
     if not preset:
         preset = study.preset() or "tiny"
     configs = run_settings(study, until, preset, redo, **settings)

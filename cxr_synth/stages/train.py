@@ -6,7 +6,7 @@
 __all__ = ['stage_train']
 
 # %% ../../nbs/03_train.ipynb #92660d86
-from ..base.records import Study
+from ..base.records import Study, as_study
 from ..base.settings import TrainConfig
 from ..diffusion.dreambooth import print_preflight
 from ..diffusion.generator import is_used_up, train_generator
@@ -21,6 +21,7 @@ def stage_train(
     plan: Plan | None = None,  # None: the sealed one
 ):
     "Train every generator of the plan; there is nothing to train where a known one takes its place."
+    study = as_study(study)
     validate_settings(study, redo, train=cfg)
     plan = plan or load_plan(study)
     if plan.builtin:

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 # %% ../../nbs/stages/validation.ipynb #d0010005
+from ..base.arguments import check_kind
 from ..base.compute import pick_device
 from ..base.files import CxrError, one_of
 from ..base.records import Study
@@ -231,6 +232,7 @@ def validate_settings(
     **settings: Config,  # stage -> its settings
 ):
     "Raise `CxrError` for settings that can't be, before anything is written."
+    check_kind(redo, "redo", bool, "True or False")
     for stage, cfg in settings.items():
         if not isinstance(cfg, CONFIGS[one_of(stage, CONFIGS, "stage")]):
             raise CxrError(
