@@ -133,6 +133,7 @@ def get_transforms(
 ):
     "The guide's image transforms: decode, resize, cut, ImageNet's mean and spread."
     check_whole(size, "size", 8, 4096)
+    check_kind(train, "train", bool, "True or False")
     big = round(size * 256 / 224)
     steps = [transforms.Resize((big, big))]
     if train:

@@ -242,6 +242,8 @@ def _check_header(
     seen = ", ".join(header)
     if gone and len(header) == 1 and {";", "\t"} & set(seen) and SAVE_AS not in advice:
         advice = f"It was saved with another separator than the comma. {SAVE_AS}\nOr: {advice}"
+    elif gone and advice == SAVE_AS:
+        advice = f"Name the columns in the first line: {', '.join(columns)[:99]}."
     raise CxrError(f"{path} {what}; its columns: {_short(seen)}.\n{advice}")
 
 # %% ../../nbs/base/readers.ipynb #758aa3ce
