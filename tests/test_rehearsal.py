@@ -70,7 +70,8 @@ def shape(path):
     text = path.read_text()
     value = json.loads(text.splitlines()[0] if path.suffix == ".jsonl" else text)
     if isinstance(value, dict):
-        value = {k: None if k in FREE else v for k, v in value.items()}
+        free = (*FREE, "files")  # which files there are is compared above
+        value = {k: None if k in free else v for k, v in value.items()}
     return keys(value)
 
 

@@ -75,7 +75,7 @@ def test_an_unfinished_study_gets_a_report_without_a_word(study):
 def test_a_stale_stage_is_named(study):
     with open(study / "data/manifest.csv", "a", encoding="utf-8") as f:
         f.write("x9,,normal,0,,p99999,train,train,,,,,\n")
-    with pytest.raises(CxrError, match="data/manifest.csv changed"):
+    with pytest.raises(CxrError, match="data/manifest.csv was changed"):
         stage_report(study, QUICK)
 
 
