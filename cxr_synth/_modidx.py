@@ -2128,6 +2128,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'cxr_synth.protocol.plan.load_plan': ( 'protocol/plan.html#load_plan',
                                                                                 'cxr_synth/protocol/plan.py'),
                                          'cxr_synth.protocol.plan.margin': ('protocol/plan.html#margin', 'cxr_synth/protocol/plan.py'),
+                                         'cxr_synth.protocol.plan.scope_of': ('protocol/plan.html#scope_of', 'cxr_synth/protocol/plan.py'),
                                          'cxr_synth.protocol.plan.secondary_contrasts': ( 'protocol/plan.html#secondary_contrasts',
                                                                                           'cxr_synth/protocol/plan.py'),
                                          'cxr_synth.protocol.plan.tier_cells': ( 'protocol/plan.html#tier_cells',

@@ -48,6 +48,18 @@ ARMS = {
         colour="#D55E00",
         synthetic=True,
     ),
+    "copy": Arm(
+        "Would re-encoded copies of the real films do as well?",
+        label="copies of real films",
+        trained_on="real images and re-encoded copies of them",
+        colour="#8C6D31",
+    ),
+    "more_real": Arm(
+        "What would a quarter more real patients bring?",
+        label="a quarter more real",
+        trained_on="real images of a quarter more patients",
+        colour="#004C74",
+    ),
     "mixed_full_pool": Arm(
         "Do many more distinct synthetic images help?",
         label="mixed, full pool",
