@@ -87,6 +87,28 @@ def test_every_auroc_is_the_same_number():
         )
 
 
+def by_children(labels, patients, scores):
+    "One child, one vote, as it is defined: pair of patients by pair of patients."
+    films = {c: {p: scores[(labels == c) & (patients == p)] for p in patients} for c in (0, 1)}
+    sick, healthy = ([f for f in films[c].values() if len(f)] for c in (1, 0))
+    won = [(np.sign(a[:, None] - b) + 1).mean() / 2 for a in sick for b in healthy]
+    return np.mean(won)
+
+
+def test_one_child_has_one_vote():
+    "Against the definition, with ties and children of both classes; and it is not the count of films."
+    rng, apart = np.random.default_rng(2), 0
+    for labels, probs in small_sets(60):
+        patients = rng.integers(0, 6, len(labels))
+        found = auc.patient_auroc(labels, patients, probs)
+        assert found == pytest.approx(by_children(labels, patients, probs), abs=1e-12)
+        value, influence = auc.patient_influence(labels, patients, probs)
+        assert value == pytest.approx(found, abs=1e-12)
+        assert influence.sum() == pytest.approx(0, abs=1e-12)
+        apart += abs(found - auc.auroc(labels, probs)) > 0.02
+    assert apart > 20
+
+
 def test_delong_is_the_formula_over_all_pairs():
     rng = np.random.default_rng(1)
     labels = np.repeat([0, 1], [30, 20])
