@@ -63,8 +63,8 @@ def _check_enough_patients(
     if min(few.values()) < 2:
         raise CxrError(
             f"too few patients: {whose} is {few['normal']} normal and {few['pneumonia']} pneumonia.\n"
-            "Needed: two of each class. 5 % has them from 30 training patients of each class on.\n"
-            "Use a larger data set, or with phantoms more patients (--data.patients 120 is enough)."
+            "Needed: two of each class. 5 % has them from 40 training patients of each class on.\n"
+            "Use a larger data set, or with phantoms more patients (--data.patients 150 is enough)."
         )
 
 # %% ../../nbs/images/study_images.ipynb #c7073865
