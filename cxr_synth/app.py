@@ -38,6 +38,7 @@ from cxr_synth.base.settings import (
     resolve,
 )
 from .protocol.schema import Analysis, Audit, ManifestRow
+from .protocol.seal import SEALED_STAGES
 from .stages.validation import validate_settings
 from .stages.run import has_test, in_turn, is_test_open, run_stage, stages_until
 
@@ -70,6 +71,11 @@ def _common_flags(
         ("study", study),
         ("preset", _flag(str | None, presets), None),
         ("redo", _flag(bool, "move output with other settings or inputs aside"), False),
+        (
+            "exploratory",
+            _flag(bool, "leave the sealed settings; the verdict says so, for good"),
+            False,
+        ),
         ("debug", _flag(bool, "show tracebacks"), False),
     ]
     if command == "run":
@@ -82,6 +88,8 @@ def _stages_of(
     command: str,  # a key of `COMMAND_HELP`
 ) -> list[str]:  # keys of `CONFIGS`
     "The stages whose settings a command takes."
+    if command == "plan":  # it seals the settings of the stages after it
+        return ["plan", *SEALED_STAGES]
     stages = stages_until("report") if command == "run" else [command]
     return [stage for stage in stages if stage in CONFIGS]
 
@@ -173,7 +181,7 @@ def known_flags(
 ) -> dict:  # flag -> the flag that it sets; of one that takes no value, a tuple with it
     "The flags that a command takes."
     known = {"--preset": "--preset"} | {name: (name,) for name in ("--help", "-h")}
-    for switch in ("redo", "debug"):
+    for switch in ("redo", "exploratory", "debug"):
         known |= {f"--{switch}": (f"--{switch}",), f"--no-{switch}": (f"--{switch}",)}
     if command == "run":
         known["--until"] = "--until"
@@ -309,7 +317,8 @@ def _do_stage(
     preset: str,  # in force
 ):
     "Do one stage with the settings of the command line."
-    run_stage(study, stage, getattr(args, stage, None), preset, args.redo)
+    later = {s: getattr(args, s) for s in SEALED_STAGES} if stage == "plan" else None
+    run_stage(study, stage, getattr(args, stage, None), preset, args.redo, later)
 
 
 def run_all(
@@ -504,7 +513,7 @@ def command(
         print(run_transport(name, rest))
         return
     args, preset = parse(name, rest)
-    study = Study(args.study)
+    study = Study(args.study, exploratory=args.exploratory)
     if name == "status":
         print(status(study))
     elif name == "run":

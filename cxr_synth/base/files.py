@@ -6,7 +6,7 @@
 __all__ = ['TEMPORARY', 'CxrError', 'PartlyFailed', 'one_of', 'temporary_for', 'final_name', 'write_error', 'naming_writes',
            'atomic_path', 'use_plain_rights', 'write_text', 'write_json', 'not_finite', 'null_for_nan', 'write_csv',
            'is_left_behind', 'remove_temporary', 'remove_leftovers', 'remove_files', 'atomic_folder', 'lies_in',
-           'check_apart', 'first_file', 'claim', 'digest_file', 'digest_json', 'library_versions', 'now']
+           'check_apart', 'first_file', 'claim', 'digest_file', 'digest_json', 'library_versions', 'code_digest', 'now']
 
 # %% ../../nbs/base/files.ipynb #ab6baf77
 import csv, errno, hashlib, io, itertools, json, math, os, platform, re, shutil, threading
@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import cache
 from datetime import datetime, UTC
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 import psutil
 
@@ -414,6 +415,14 @@ def library_versions() -> dict:
     return {"python": platform.python_version()} | {
         n: found.get(n.lower().replace("-", "_"), "") for n in names
     }
+
+
+@cache
+def code_digest() -> str:  # 64 hex digits
+    "SHA-256 over this package's source files."
+    top = Path(find_spec("cxr_synth").submodule_search_locations[0])
+    found = {p.relative_to(top).as_posix(): digest_file(p) for p in sorted(top.rglob("*.py"))}
+    return digest_json(found)
 
 
 def now() -> str:

@@ -21,14 +21,16 @@ from .checksums import Checksums
 from .compute import pick_device
 from cxr_synth.base.files import (
     CxrError,
+    code_digest,
     digest_json,
     first_file,
     library_versions,
     now,
     write_json,
 )
+from .ledger import Ledger
 from .readers import RESTORE, read_json
-from .settings import Config, is_same
+from .settings import Config, is_same, without_files
 
 # %% ../../nbs/base/records.ipynb #01685cfb
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class StageEntry:
     help: str  # in a few words
     config: str = ""  # its settings, a key of `CONFIGS`; empty: it has none
     in_run: bool = True  # whether `run` does it
+    judged: bool = False  # whether the verdict rests on it; then the ledger notes its beginning
     writes: tuple = ()  # what it makes, first parts of paths in the study
 
 
@@ -47,21 +50,28 @@ STAGES = {
         "cxr_synth.stages.data:stage_data",
         "read the images, split them by patients, prepare them",
         "data",
+        judged=True,
         writes=("data",),
     ),
     "plan": StageEntry(
         "cxr_synth.stages.plan:stage_plan",
         "fix and seal what will be computed",
         "plan",
+        judged=True,
         writes=("plan.json",),
     ),
     "train": StageEntry(
-        "cxr_synth.stages.train:stage_train", "train the generators", "train", writes=("models",)
+        "cxr_synth.stages.train:stage_train",
+        "train the generators",
+        "train",
+        judged=True,
+        writes=("models",),
     ),
     "generate": StageEntry(
         "cxr_synth.stages.generate:stage_generate",
         "draw the synthetic images",
         "generate",
+        judged=True,
         writes=("synthetic",),
     ),
     "quality": StageEntry(
@@ -74,6 +84,7 @@ STAGES = {
         "cxr_synth.stages.classify:stage_experiments",
         "train and judge the classifiers",
         "experiments",
+        judged=True,
         writes=("runs", "results.csv"),
     ),
     "open-test": StageEntry(
@@ -132,7 +143,6 @@ def check_study_name(
 ):  # the same; raises `CxrError` for what can be no folder
     "See that a text can be the name of a study's folder."
     check_kind(root, "study", (str, os.PathLike), "a folder, such as my-study, or a Study")
-    check_kind(root, "study", (str, os.PathLike), "a folder, such as my-study, or a Study")
     name = os.fspath(root)
     if wrong := _not_typed_right(name):
         raise CxrError(f"the study {ascii(name[:60])} can be no folder: {wrong}")
@@ -163,6 +173,7 @@ class StageRecord(BaseModel):
     inputs: dict[str, str]  # what was read -> SHA-256
     versions: dict[str, str]  # of libraries
     files: dict[str, str] | None = None  # of a complete stage: what it wrote -> SHA-256
+    ledger: dict | None = None  # the entry of the ledger that notes its beginning
 
 
 _ADVICE = "Bring the record from a copy, go on with the version that wrote it, or use another study folder."
@@ -189,9 +200,15 @@ def _read_record(
 class Study:
     "A study folder: paths, fingerprints and stage records."
 
-    def __init__(self, root):
+    def __init__(
+        self,
+        root,  # the folder
+        exploratory: bool = False,  # stages may leave the sealed settings; the report says so for good
+    ):
         self.root = Path(check_study_name(root))
+        self.exploratory = exploratory
         self.checksums = Checksums(self.root)
+        self.ledger = Ledger(self.root)
 
     def __truediv__(self, rel) -> Path:
         return self.root / rel
@@ -275,11 +292,17 @@ class Study:
         return found
 
     def recorded(self, stage: str) -> dict:
-        "The settings that `stage` ran with before, or nothing."
-        return next(
-            (r["settings"] | r["runtime"] for r in self.records().values() if r["stage"] == stage),
-            {},
-        )
+        "The settings that `stage` ran with before, else those that the plan has sealed, or nothing."
+        for record in self.records().values():
+            if record["stage"] == stage:
+                return record["settings"] | record["runtime"]
+        return without_files(self.sealed_settings().get(stage, {}))
+
+    def sealed_settings(self) -> dict:  # stage -> its settings
+        "The settings of the later stages that the plan has sealed; nothing without a plan."
+        path = self / "plan.json"
+        plan = read_json(path) if path.is_file() else {}
+        return plan.get("settings", {}) if isinstance(plan, dict) else {}
 
 # %% ../../nbs/base/records.ipynb #3ebe2451
 def as_study(
@@ -549,6 +572,10 @@ def _begin_record(
         "inputs": digests,
         "versions": library_versions(),
     }
+    if STAGES[stage].judged:
+        made_of = digest_json([settings, digests])
+        about = dict(stage=stage, output=out, made_of=made_of, code=code_digest()[:12])
+        record["ledger"] = study.ledger.append("begun", **about)
     begun = Stage(study, out, record)
     begun.save()
     return begun

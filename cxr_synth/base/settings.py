@@ -8,7 +8,7 @@ __all__ = ['CLASSES', 'PROMPTS', 'SEED', 'STEPS', 'BATCH', 'Device', 'SOURCE_SET
            'refused', 'checked', 'parse_seeds', 'parse_guess', 'parse_shard', 'parse_arms', 'DataConfig', 'PlanConfig',
            'ScratchConfig', 'TrainConfig', 'GenerateConfig', 'QualityConfig', 'ExperimentsConfig', 'GuideConfig',
            'ReportConfig', 'from_word', 'meanings', 'settings_table', 'BaseModel', 'known_base', 'is_scratch',
-           'gpu_preset', 'is_same', 'resolve']
+           'gpu_preset', 'is_same', 'without_files', 'resolve']
 
 # %% ../../nbs/base/settings.ipynb #01f02571
 import dataclasses, functools, inspect, math, os, re
@@ -387,6 +387,9 @@ class PlanConfig(Config):
     # your guess of the primary contrast, points of AUROC, sealed with the plan: +1.5
     my_guess: str = text("", "a number of points such as +1.5", parse_guess)
     because: str = text("")  # and why
+    # keep a copy of the study's ledger in the user's data folder, where other studies on the same
+    # images count it as an attempt
+    ledger_copy: bool = True
 
     def _check_together(self):
         if self.builtin and "roundtrip" in parse_arms(self.arms):
@@ -638,7 +641,7 @@ class ReportConfig(Config):
     # patient-cluster bootstrap draws behind an interval: 40 have one in each end of 2.5 %
     draws: int = ranged(5000, 40, 1_000_000, "draws")
     # width of the figures for the poster, px (25 cm at 300 dots an inch)
-    poster: int = ranged(3000, 100, 20_000, "px")
+    poster: int = runtime(ranged(3000, 100, 20_000, "px"))
 
 # %% ../../nbs/base/settings.ipynb #95428282
 CONFIGS = {
@@ -849,6 +852,17 @@ def is_same(
 ) -> bool:
     "Whether two settings are the same: an older version wrote 0 for none."
     return old == new or (new is None and old == 0 and old is not False)
+
+
+def without_files(
+    settings: dict,  # of a stage, as a record or a plan holds them
+) -> dict:
+    "Settings without the folder and the file of which only a name or a digest is kept."
+    base = settings.get("base", "")
+    gone = {"base"} if base and not known_base(base) and "/" not in base else set()
+    if settings.get("prompts"):
+        gone.add("prompts")
+    return {k: v for k, v in settings.items() if k not in gone}
 
 
 def resolve(

@@ -108,6 +108,10 @@ class Plan:
     ] = ()  # a dict for each fraction: what could be gained, what could be seen
     answer: dict = field(default_factory=dict)  # can: bool; sentence
     assumed: dict = field(default_factory=dict)  # spreads that power rests on, percentage points
+    settings: dict = field(
+        default_factory=dict
+    )  # stage -> its settings; empty: they are not sealed
+    code: dict = field(default_factory=dict)  # version and sha256 of cxr_synth
     guess: str = ""  # the user's, in words
     guess_pp: float | None = None  # and as a number
     cost: dict = field(default_factory=dict)  # hours, gigabytes, images, runs

@@ -85,6 +85,13 @@ def _raise_failures(study: Study, rows: dict):  # rows: run -> record
     )
 
 # %% ../../nbs/06_classify.ipynb #30e95ee5
+def _note_results(study: Study, plan: Plan):
+    "Note in the ledger, once, that classifiers are trained under a plan: results can be seen from now on."
+    entries, _ = study.ledger.read()
+    if not any(e["event"] == "results" and e["plan_sha256"] == plan.sha256 for e in entries):
+        study.ledger.append("results", plan_sha256=plan.sha256)
+
+
 @together("experiments")
 def stage_experiments(
     study: Study,  # the study; plan and generate are done
@@ -113,6 +120,7 @@ def stage_experiments(
         _forget_failures(study, wanted, table)
     todo = [r for r in wanted if r not in table.rows]
     if todo:
+        _note_results(study, plan)
         context = RunContext(study, plan, cfg, device)
         do_runs(context, todo, table, stage.record["threads"], executor)
     table.write()
@@ -171,6 +179,8 @@ def _log_opening(
         before = bool(log["opened"]) or any(
             r["test_auroc"] for r in read_csv(study / "results.csv")
         )
+        before = before or any(e["event"] == "opened" for e in study.ledger.read()[0])
+        study.ledger.append("opened", **entry)
         log["opened"].append(dict(date=now(), exploratory=before) | entry)
         write_json(path, log)
     return log

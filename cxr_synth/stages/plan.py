@@ -12,9 +12,9 @@ from dataclasses import replace
 import pandas as pd
 
 # %% ../../nbs/02_plan.ipynb #8da59160
-from ..base.files import CxrError, write_json
+from ..base.files import CxrError, code_digest, digest_json, library_versions, write_json
 from ..base.locks import alone
-from ..base.records import Study, generator_name, now, open_stage
+from ..base.records import Study, as_recorded, generator_name, now, open_stage
 from cxr_synth.base.settings import (
     CLASSES,
     PlanConfig,
@@ -25,7 +25,8 @@ from cxr_synth.base.settings import (
 )
 from ..classify.headroom import choose_primary, measure_headroom
 from ..classify.recipes import class_gap
-from ..images.study_images import split_rows, training_rows
+from ..images.study_images import load_manifest, split_rows, training_rows
+from ..protocol.seal import image_sketch
 from ..protocol.arms import ARMS, parse_arm
 from cxr_synth.protocol.plan import (
     DOSE_ARMS,
@@ -268,24 +269,44 @@ def make_plan(
     return replace(plan, cost=plan_cost(plan, study.info()["preset"], images))
 
 # %% ../../nbs/02_plan.ipynb #613c91ba
+def _seal(
+    study: Study,  # data is done
+    cfg: PlanConfig,  # whether other studies shall know of it
+    plan: Plan,  # not yet sealed
+):
+    "Write plan.json, and its seal into the ledger."
+    write_json(study / "plan.json", replace(plan, sealed=now(), sha256=plan.seal).to_json())
+    study.ledger.append(
+        "sealed",
+        plan_sha256=plan.seal,
+        copy=cfg.ledger_copy and cfg.tier != "lesson",
+        sketch=image_sketch(load_manifest(study).sha256),
+    )
+
+
 @alone("plan")
 def stage_plan(
     study: Study,  # the study; data is done
     cfg: PlanConfig = PlanConfig(),  # settings
     redo: bool = False,  # move an old plan with other settings aside
+    later: dict
+    | None = None,  # stage -> its settings, for the stages after the plan; None: not sealed
 ):
     "Write plan.json, sealed."
-    validate_settings(study, redo, plan=cfg)
+    validate_settings(study, redo, plan=cfg, **(later or {}))
     has_runs = any(study.root.glob("runs/*/*/run.json"))
     if not redo and has_runs and (study / "plan.json").exists():
         load_plan(study)
     inputs = ["data/manifest.csv", "data/fractions.csv", "data/images"]
-    stage = open_stage(study, "plan", "plan.json", cfg, inputs, redo)
+    settings = {name: as_recorded(config) for name, config in (later or {}).items()}
+    old = study.record("plan.json")
+    promised = old["settings"].get("later") if old and not redo else digest_json(settings)
+    stage = open_stage(study, "plan", "plan.json", cfg, inputs, redo, later=promised)
     if stage.done and stage.path.exists():
         return
-    plan = make_plan(study, cfg)
-    sealed = replace(plan, sealed=now(), sha256=plan.seal)
-    write_json(stage.path, sealed.to_json())
+    code = dict(version=library_versions()["cxr_synth"], sha256=code_digest())
+    plan = replace(make_plan(study, cfg), settings=settings, code=code)
+    _seal(study, cfg, plan)
     stage.finish(plan_sha256=plan.seal)
 
 # %% ../../nbs/02_plan.ipynb #71db7020

@@ -16,6 +16,7 @@ from ..base.compute import pick_device
 from ..base.files import CxrError, one_of
 from ..base.records import Study
 from ..base.settings import BASES, CONFIGS, Config, TrainConfig, flag, known_base
+from ..protocol.seal import check_sealed
 
 # %% ../../nbs/stages/validation.ipynb #d001000a
 _NETWORKS = {
@@ -245,6 +246,8 @@ def validate_settings(
         _check_plan(study, settings["plan"], _source_of(study, settings.get("data")))
     if last:
         _check_run(settings, last)
+    if not (redo and "plan" in settings):  # else the plan is sealed anew
+        check_sealed(study, **settings)
     for stage, cfg in settings.items():
         if stage in _NETWORKS:
             _check_network(stage, cfg)
