@@ -16,6 +16,7 @@ from ..protocol.dataset import UNKNOWN, dataset_card
 from ..protocol.plan import Contrast, Run, load_plan
 from .contrasts import OTHER_METRICS
 from ..protocol.schema import SPLITS, Audit, GuideRow, HeatRow, ManifestRow
+from ..protocol.seal import seal_state
 from .figures import distances, fd_name, load_quality
 from .render import pairs_wrong, render
 from ..stats.auc import SCORES, THRESHOLD_RULES
@@ -218,6 +219,7 @@ def report_data(
         guess=plan.guess_pp,
         planned_images=sum(sum(g.images.values()) for g in plan.generators),
         analysis=analysis,
+        seal=seal_state(study),
         primary=primary,
         remarks=remarks,
         wrong=primary_pairs(analysis),

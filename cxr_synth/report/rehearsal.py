@@ -40,6 +40,7 @@ from ..protocol.arms import ARMS, parse_arm
 from ..protocol.dataset import find_card, write_card_file
 from ..protocol.plan import Cell, Contrast, Plan, PlannedGenerator, Run
 from ..protocol.plan import load_plan, margin, secondary_contrasts
+from ..protocol.seal import seal_plan
 from cxr_synth.protocol.schema import (
     FRACTION_COLUMNS,
     MANIFEST_COLUMNS,
@@ -203,11 +204,11 @@ def _seal(study, plan):
     hours = dict(gpu_hours=0, pc_hours=0.01, gigabytes=0.01)
     made = dict(generators=len(plan.generators), images=drawn, runs=len(plan.runs()))
     plan = replace(plan, cost=hours | made)
-    plan = replace(plan, sealed=now(), sha256=plan.seal)
     config = PlanConfig(tier=plan.tier, pool=REHEARSAL_POOL, builtin=plan.builtin)
     inputs = ["data/manifest.csv", "data/fractions.csv"]
     stage = open_stage(study, "plan", "plan.json", config, inputs, adopt=True)
-    write_json(study / "plan.json", plan.to_json())
+    later = dict(quality=QualityConfig(), experiments=ExperimentsConfig())
+    plan = seal_plan(study, plan, later, copy=False)
     stage.finish(plan_sha256=plan.sha256)
     return plan
 

@@ -12,9 +12,9 @@ from dataclasses import replace
 import pandas as pd
 
 # %% ../../nbs/02_plan.ipynb #8da59160
-from ..base.files import CxrError, code_digest, digest_json, library_versions, write_json
+from ..base.files import CxrError, digest_json
 from ..base.locks import alone
-from ..base.records import Study, as_recorded, generator_name, now, open_stage
+from ..base.records import Study, as_recorded, generator_name, open_stage
 from cxr_synth.base.settings import (
     CLASSES,
     PlanConfig,
@@ -25,8 +25,8 @@ from cxr_synth.base.settings import (
 )
 from ..classify.headroom import choose_primary, measure_headroom
 from ..classify.recipes import class_gap
-from ..images.study_images import load_manifest, split_rows, training_rows
-from ..protocol.seal import image_sketch
+from ..images.study_images import split_rows, training_rows
+from ..protocol.seal import seal_plan
 from ..protocol.arms import ARMS, parse_arm
 from cxr_synth.protocol.plan import (
     DOSE_ARMS,
@@ -269,21 +269,6 @@ def make_plan(
     return replace(plan, cost=plan_cost(plan, study.info()["preset"], images))
 
 # %% ../../nbs/02_plan.ipynb #613c91ba
-def _seal(
-    study: Study,  # data is done
-    cfg: PlanConfig,  # whether other studies shall know of it
-    plan: Plan,  # not yet sealed
-):
-    "Write plan.json, and its seal into the ledger."
-    write_json(study / "plan.json", replace(plan, sealed=now(), sha256=plan.seal).to_json())
-    study.ledger.append(
-        "sealed",
-        plan_sha256=plan.seal,
-        copy=cfg.ledger_copy and cfg.tier != "lesson",
-        sketch=image_sketch(load_manifest(study).sha256),
-    )
-
-
 @alone("plan")
 def stage_plan(
     study: Study,  # the study; data is done
@@ -298,16 +283,16 @@ def stage_plan(
     if not redo and has_runs and (study / "plan.json").exists():
         load_plan(study)
     inputs = ["data/manifest.csv", "data/fractions.csv", "data/images"]
-    settings = {name: as_recorded(config) for name, config in (later or {}).items()}
     old = study.record("plan.json")
-    promised = old["settings"].get("later") if old and not redo else digest_json(settings)
+    promised = digest_json({name: as_recorded(config) for name, config in (later or {}).items()})
+    if old and not redo:
+        promised = old["settings"].get("later")
     stage = open_stage(study, "plan", "plan.json", cfg, inputs, redo, later=promised)
     if stage.done and stage.path.exists():
         return
-    code = dict(version=library_versions()["cxr_synth"], sha256=code_digest())
-    plan = replace(make_plan(study, cfg), settings=settings, code=code)
-    _seal(study, cfg, plan)
-    stage.finish(plan_sha256=plan.seal)
+    counted = cfg.ledger_copy and cfg.tier != "lesson"
+    plan = seal_plan(study, make_plan(study, cfg), later or {}, copy=counted)
+    stage.finish(plan_sha256=plan.sha256)
 
 # %% ../../nbs/02_plan.ipynb #71db7020
 def plan_summary(

@@ -23,6 +23,7 @@ from ..report.contrasts import analyse
 from ..report.evidence import Evidence
 from ..report.figures import draw_figures
 from ..report.page import report_page, unfinished_stages
+from ..protocol.seal import seal_state
 from ..ship.set_card import card_text
 from .validation import validate_settings
 
@@ -95,6 +96,7 @@ def stage_report(
     stage = _open_report(study, cfg, redo)
     analysis = analyse(study, cfg.draws, ev)
     analysis["unfinished"] = unfinished_stages(study)
+    analysis["seal"] = seal_state(study)
     write_json(study / "analysis.json", null_for_nan(analysis))
     figures = draw_figures(ev, analysis, cfg.poster)
     page = report_page(study, analysis, figures, stage.record["started"])
