@@ -9,7 +9,7 @@ __all__ = ['SEALED_STAGES', 'SKETCH', 'left_settings', 'check_sealed', 'image_sk
 # %% ../../nbs/protocol/seal.ipynb #c0367f8b
 from dataclasses import replace
 from ..base.files import CxrError, code_digest, library_versions, now, write_json
-from ..base.ledger import other_ledgers
+from ..base.ledger import copy_name, other_ledgers
 from ..base.records import STAGES, Study, as_recorded, differences
 from ..base.readers import read_csv
 from ..base.settings import Config
@@ -155,7 +155,7 @@ def _tries(
     for e in entries:
         seal = e.get("plan_sha256")
         if e["event"] == "results" and shared_images(sealed.get(seal, []), sketch) >= 0.5:
-            found.setdefault(seal, (e["date"], entries[0].get("study", ""), seal))
+            found.setdefault(seal, (e["date"], copy_name(entries), seal))
     return list(found.values())
 
 
@@ -169,10 +169,10 @@ def attempts(
     sealed = [e for e in entries if e["event"] == "sealed"]
     if not sealed:
         return dict(number=1, of=1, counted=False)
-    sketch, study_id = sealed[-1].get("sketch", []), entries[0].get("study", "")
-    chains = [entries, *other_ledgers(study_id)]
+    sketch, name = sealed[-1].get("sketch", []), copy_name(entries)
+    chains = [entries, *other_ledgers(name)]
     tries = sorted(t for chain in chains for t in _tries(chain, sketch))
-    own = next((t for t in tries if t[1:] == (study_id, sealed[-1]["plan_sha256"])), None)
+    own = next((t for t in tries if t[1:] == (name, sealed[-1]["plan_sha256"])), None)
     number = sum(t[0] <= own[0] for t in tries) if own else len(tries) + 1
     return dict(number=number, of=max(number, len(tries)), counted=bool(sealed[-1].get("copy")))
 

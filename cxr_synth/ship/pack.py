@@ -28,6 +28,7 @@ from cxr_synth.base.files import (
     remove_files,
     remove_leftovers,
 )
+from ..base.ledger import LEDGER
 from ..base.messages import system_error_text
 from ..base.records import Study, check_files
 from ..protocol.dataset import dataset_card
@@ -40,6 +41,7 @@ PACK_PARTS = {
         "study.json",
         "plan.json",
         "plan.stage.json",
+        LEDGER,
         "data/*.csv",
         "data/*.json",
         "models/*/stage.json",
@@ -510,10 +512,10 @@ def _is_other(
     path: Path,  # what lies in the study under a member's name
     want: str,  # SHA-256 of the member
 ) -> bool:
-    "Whether it is another file; a card may have been edited, or know of more marks."
+    "Whether it is another file; a card may know of more marks, and of two ledgers the longer one is kept."
     if path.is_symlink() or not path.is_file():
         return True
-    return path.name != "README.md" and digest_file(path) != want
+    return path.name not in ("README.md", LEDGER) and digest_file(path) != want
 
 
 def missing_here(
@@ -629,6 +631,8 @@ def unpack(
             if missing:
                 force_to_disk(tmp)
                 move_into_place(tmp, study.root)
+            if LEDGER in sums:
+                study.ledger.extend(z.read(LEDGER).decode("utf-8", "replace"))
             clear_unpacked(tmp, sums)
     return dict(new=len(missing), kept=len(sums) - len(missing))
 
