@@ -155,6 +155,8 @@ class Ledger:
         if not any(e["event"] == "sealed" and e.get("copy") for e in entries):
             return
         path = ledger_folder() / f"{copy_name(entries)}.jsonl"
+        if read_chain(_text_of(path))[0][: len(entries)] == entries:
+            return  # it goes as far, or further
         try:
             write_text(path, text)
         except (OSError, CxrError):
