@@ -143,7 +143,7 @@ class Ledger:
     ) -> bool:  # whether it was longer, and the same as far as ours goes
         "Take over the lines that were added elsewhere."
         with self._alone():
-            ours, there = self.read()[0], read_chain(text)[0]
+            ours, there = (read_chain(t)[0] for t in (_text_of(self.path), text))
             longer = len(there) > len(ours) and there[: len(ours)] == ours
             if longer:
                 write_text(self.path, text)
