@@ -49,7 +49,7 @@ def shown(study, analysis):
 @pytest.mark.parametrize("word", WORDS)
 def test_every_word_has_its_story(study, analysis, word):
     analysis["contrasts"][0] |= dict(word=word, remarks=["first", "a <b> & c"])
-    analysis["verdict"] = dict(word=word, sentence=f"Synthetic images {word} so.")
+    analysis["verdict"] |= dict(word=word, sentence=f"Synthetic images {word} so.")
     page = report_page(study, analysis, {}, "2026-01-06")
     assert f'<section class="box {word.split()[0]}">' in page
     assert f"<strong>{word}</strong>" in page
@@ -88,7 +88,7 @@ def test_a_sealed_question_has_no_verdict(study, analysis):
     c = analysis["contrasts"][0]
     asked = {k: c[k] for k in ("arm", "control", "fraction", "metric", "role")}
     analysis["contrasts"][0] = asked | dict(state="sealed", split="test")
-    analysis["verdict"] = dict(word=None, sentence="No verdict yet: it is sealed.")
+    analysis["verdict"] |= dict(word=None, sentence="No verdict yet: it is sealed.")
     analysis["beside"] = {}
     text = shown(study, analysis)
     assert text.count("No verdict yet: it is sealed.") == 1
@@ -112,7 +112,7 @@ def test_zero_variance_and_pending_runs_get_no_word(study, analysis):
     del first["word"]
     other = first | dict(role="estimate", pending=0, zero=["seeds", "patients"])
     analysis["contrasts"].append(other)
-    analysis["verdict"] = dict(word=None, sentence="No verdict yet.")
+    analysis["verdict"] |= dict(word=None, sentence="No verdict yet.")
     text = shown(study, analysis)
     assert "unfinished" in text and "zero variance of seeds, patients" in text
 

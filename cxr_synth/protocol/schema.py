@@ -304,9 +304,9 @@ class OpenedLog(BaseModel):
 
 # %% ../../nbs/protocol/schema.ipynb #609f5b4d
 class _Verdict(BaseModel):
-    "The word of a report, and its sentence."
+    "The word of a report, if there is one, and its sentence."
 
-    word: str
+    word: str | None
     sentence: str
 
 

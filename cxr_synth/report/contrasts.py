@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['THRESHOLD_METRICS', 'OTHER_METRICS', 'image_values', 'arm_summary', 'run_thresholds', 'threshold_transfer',
-           'arms_found', 'contrasts', 'measure_contrast', 'other_metrics', 'ensemble_tests', 'summarise_arms',
-           'format_percent', 'format_number', 'format_pp', 'format_interval', 'study_verdict', 'add_words', 'analyse']
+           'arms_found', 'gate_of', 'worded_contrasts', 'contrasts', 'measure_contrast', 'other_metrics', 'draw_seed',
+           'ensemble_tests', 'summarise_arms', 'format_percent', 'format_number', 'format_pp', 'format_interval',
+           'study_verdict', 'add_words', 'judge', 'analyse']
 
 # %% ../../nbs/report/contrasts.ipynb #22b9854f
 from dataclasses import asdict
@@ -15,13 +16,16 @@ import numpy as np
 from ..base.compute import seed_for
 from ..base.files import one_of
 from ..base.records import Study
-from ..protocol.plan import Plan
+from ..protocol.plan import Plan, scope_of
+from .beside import exchange_of, subgroups, trust
 from cxr_synth.report.evidence import (
     Evidence,
+    lost_runs,
     missing_runs,
     pair_scores,
     pending_runs,
     planned_size,
+    run_scores,
 )
 from cxr_synth.stats.auc import (
     SCORES,
@@ -41,6 +45,7 @@ from cxr_synth.stats.intervals import (
     interval_word,
     paired_interval,
     remarks,
+    sign_test,
 )
 from ..stats.power import scaled_detectable
 
@@ -201,27 +206,52 @@ def _usual_pairs(arms) -> list[tuple]:  # arm, control
             pairs.append(("real", arm))
         elif arm != "real":
             pairs.append((arm, "real"))
-    if {"oracle", "mixed"} <= set(arms):
-        pairs.append(("oracle", "mixed"))
+    pairs += [p for p in (("oracle", "mixed"), ("mixed", "copy")) if set(p) <= set(arms)]
     return pairs if "real" in arms else []
+
+
+def gate_of(
+    plan: Plan,
+    c: dict,  # a contrast with a word
+) -> (
+    dict | None
+):  # None where the plan has no gate, or the contrast is not against real images alone
+    "The contrast that must lie above zero, too, before a word may be `improves`."
+    if plan.gate is None or c["control"] != plan.primary.control:
+        return None
+    return c | dict(control=plan.gate.control, role="gate")
+
+
+def _key(c):
+    "What a contrast is about."
+    return c["arm"], c["control"], c["fraction"], c["split"]
+
+
+def worded_contrasts(
+    plan: Plan,
+) -> list[dict]:  # role (primary, secondary, gate), arm, control, fraction, split
+    "The contrasts that get a word, and the gates of these."
+    named = [asdict(plan.primary) | dict(role="primary")]
+    named += [asdict(c) | dict(role="secondary") for c in plan.secondary]
+    for c in named:
+        one_of(c["metric"], ("auroc",), "metric of a contrast")
+    planned = {(cell.fraction, arm) for cell in plan.cells for arm in cell.arms}
+    gates = {_key(g): g for g in (gate_of(plan, c) for c in named) if g}
+    return named + [g for g in gates.values() if (g["fraction"], g["control"]) in planned]
 
 
 def contrasts(
     plan: Plan,
     arms: dict,  # {fraction: arms with at least one run}
-) -> list[dict]:  # role (primary, secondary, estimate), arm, control, fraction, split
+) -> list[dict]:  # role (primary, secondary, gate, estimate), arm, control, fraction, split
     "What is compared with what, in the order of the report."
-    named = [asdict(plan.primary) | dict(role="primary")]
-    named += [asdict(c) | dict(role="secondary") for c in plan.secondary]
-    for c in named:
-        one_of(c["metric"], ("auroc",), "metric of a contrast")
-    known = {(c["arm"], c["control"], c["fraction"], c["split"]) for c in named}
-    out = list(named)
+    out = worded_contrasts(plan)
+    known = {_key(c) for c in out}
     for fraction in sorted(arms):
         for arm, control in _usual_pairs(arms[fraction]):
             for split in ("internal", "test"):
-                if (arm, control, fraction, split) not in known:
-                    about = dict(arm=arm, control=control, fraction=fraction, split=split)
+                about = dict(arm=arm, control=control, fraction=fraction, split=split)
+                if _key(about) not in known:
                     out.append(about | dict(metric="auroc", role="estimate"))
     return out
 
@@ -230,6 +260,7 @@ def measure_contrast(
     ev: Evidence,  # the study
     c: dict,  # from `contrasts`
     draws: int,  # patient draws
+    other: bool = True,  # the metrics beside AUROC, too
 ) -> (
     dict | None
 ):  # with state: measured, sealed or missing; None if nobody asked and there are no runs
@@ -239,9 +270,12 @@ def measure_contrast(
     pair = pair_scores(ev, (c["arm"], c["control"]), c["fraction"], c["split"])
     if not pair:
         return c | dict(state="missing") if c["role"] != "estimate" else None
-    found = auroc_difference(*pair, draws, _draw_seed(ev, c["split"]))
-    more = dict(planned=planned_size(ev.plan, c), other=other_metrics(ev, c, pair, draws))
-    return c | dict(state="measured") | found | more
+    found = auroc_difference(*pair, draws, draw_seed(ev, c["split"]))
+    found["planned"] = planned_size(ev.plan, c)
+    found["signs"] = sign_test([x["estimate"] for x in found["by_replicate"]])
+    if other:
+        found["other"] = other_metrics(ev, c, pair, draws)
+    return c | dict(state="measured") | found
 
 
 def other_metrics(
@@ -270,11 +304,15 @@ def _summary_of(ev, arm, fraction, split, scores, draws):
     key = (arm, fraction, split, tuple(scores.runs), draws)
     if key not in ev.summaries:
         thresholds = run_thresholds(ev, arm, fraction, scores.runs)
-        ev.summaries[key] = arm_summary(scores, thresholds, draws, _draw_seed(ev, split))
+        ev.summaries[key] = arm_summary(scores, thresholds, draws, draw_seed(ev, split))
     return ev.summaries[key]
 
 
-def _draw_seed(ev, split):
+def draw_seed(
+    ev: Evidence,  # the study
+    split: str,  # internal or test
+) -> int:
+    "The seed of the patient draws of a split, the same for all contrasts."
     return seed_for(ev.plan.seed, "bootstrap", split)
 
 # %% ../../nbs/report/contrasts.ipynb #a82ec520
@@ -292,35 +330,42 @@ def ensemble_tests(
 def summarise_arms(
     ev: Evidence,  # the study
 ) -> list[dict]:
-    # arm, fraction, replicates, seeds, n_real, n_synthetic (least, most); per split its scores, or None
+    # arm, fraction, runs, replicates, seeds, n_real, n_synthetic (least, most); per split its scores, or None
     "Mean and range over runs, per arm and fraction."
     out = []
     for fraction, arms in sorted(arms_found(ev).items()):
-        here = ev.results[np.isclose(ev.results.real_fraction, fraction)]
         for arm in arms:
-            runs = here[here.arm == arm]
-            row = dict(
-                arm=arm,
-                fraction=fraction,
-                replicates=runs.replicate.nunique(),
-                seeds=runs.seed.nunique(),
-                runs=len(runs),
-                n_real=[int(runs.n_real.min()), int(runs.n_real.max())],
-                n_synthetic=[int(runs.n_synthetic.min()), int(runs.n_synthetic.max())],
-            )
-            out.append(row | {split: _split_means(runs, split) for split in ev.splits})
+            runs = [row for row in ev.rows(arm, fraction).values() if _is_whole(ev, row)]
+            if runs:
+                about = dict(arm=arm, fraction=fraction, runs=len(runs))
+                out.append(about | _sizes(runs) | {s: _split_means(ev, runs, s) for s in ev.splits})
     return out
 
 
-def _split_means(runs, split):
-    "AUROC with its range, and the other scores of the report; None where no run predicts the split."
-    aurocs = runs[f"{split}_auroc"].dropna()
-    if aurocs.empty:
+def _is_whole(ev, row) -> bool:
+    "Whether the predictions of a run can be read on each split that it predicts."
+    return all(run_scores(ev, row, s) is not None for s in ev.splits if ev.expects(row, s))
+
+
+def _sizes(runs) -> dict:
+    "How many replicates and seeds some runs have, and on how many images they were trained."
+    counts = {f"{name}s": len({getattr(r, name) for r in runs}) for name in ("replicate", "seed")}
+    for name in ("n_real", "n_synthetic"):
+        images = [int(getattr(r, name)) for r in runs]
+        counts[name] = [min(images), max(images)]
+    return counts
+
+
+def _split_means(ev, runs, split):
+    "AUROC by child with its range, and the other scores, by film; None where no run predicts the split."
+    found = [run_scores(ev, row, split) for row in runs if ev.expects(row, split)]
+    if not found:
         return None
-    spread = float(aurocs.std(ddof=1)) if len(aurocs) > 1 else None
-    found = dict(least=float(aurocs.min()), most=float(aurocs.max()), sd=spread)
-    shown = [name for name, score in SCORES.items() if score.in_report]
-    return found | {name: float(runs[f"{split}_{name}"].mean()) for name in shown}
+    own = [x["patient_auroc"] for x in found]
+    spread = float(np.std(own, ddof=1)) if len(own) > 1 else None
+    shown = ["patient_auroc", *(name for name, score in SCORES.items() if score.in_report)]
+    means = {name: float(np.mean([x[name] for x in found])) for name in shown}
+    return dict(least=min(own), most=max(own), sd=spread) | means
 
 # %% ../../nbs/report/contrasts.ipynb #57161478
 def format_percent(fraction):
@@ -356,56 +401,137 @@ _VERDICTS = {
 
 def study_verdict(
     c: dict,  # the primary contrast
-) -> dict:  # word (None if there is none yet) and sentence
-    "The study's answer in one of four words and one sentence."
+    exchange: str = "",  # the sentence of `exchange_of`
+    answer: dict = None,  # of the plan: can (bool) and sentence
+) -> dict:
+    # word (None if there is none) and sentence; generators, exchange, beforehand: more sentences, or ""
+    "The study's answer in one of four words and one sentence, and the sentences that go with it."
+    word, sentence = c.get("word"), _answer(c)
+    beforehand = ""
+    if answer and not answer["can"] and word in (None, "inconclusive"):
+        beforehand = answer["sentence"]
+    measured = c["state"] == "measured"
+    return dict(
+        word=word,
+        sentence=sentence,
+        generators=_generators_sentence(c["signs"]) if measured else "",
+        exchange=exchange if measured else "",
+        beforehand=beforehand,
+    )
+
+
+def _answer(c) -> str:
+    "The verdict in one sentence."
     where = f"at {format_percent(c['fraction'])} of the real training patients"
     if c["state"] == "sealed":
-        sentence = (
+        return (
             "No verdict yet: the primary contrast is judged on the official test, which is sealed."
         )
-        return dict(word=None, sentence=sentence)
     if c["state"] == "missing":
         both = f"{c['arm']} and {c['control']} {where}"
-        return dict(word=None, sentence=f"No verdict: {both} have no valid run in common.")
-    found = (
-        f"AUROC changed by {format_pp(c['estimate'])} percentage points "
-        f"(95 % interval {format_interval(c)})"
-    )
-    if c["pending"]:
-        missing = f"{c['pending']} planned runs {where} are still missing"
-        return dict(word=None, sentence=f"No verdict yet: {missing}. So far {found}.")
-    less = ", by less than the margin" if "by less than the margin" in c["remarks"] else ""
+        return f"No verdict: {both} have no valid run in common."
+    found = f"AUROC by child changed by {format_pp(c['estimate'])} percentage points"
+    if c["state"] == "unfinished":
+        return f"No verdict{_what_is_missing(c, where)}. So far {found}."
+    found += f" (95 % interval {format_interval(c)})"
+    if "word" not in c:
+        return f"No word about the method: {where} the replicates share patients. {found}."
+    if c["scope"] == "these children":
+        where += ", for these training children"
     answer = _VERDICTS[c["word"]].format(where=where)
-    return dict(word=c["word"], sentence=f"{answer}{less}: {found}.")
+    if "copies of the real films do as well" in c["remarks"]:
+        return f"{answer}: copies of the real films do as well. {found}."
+    less = ", by less than the margin" if "by less than the margin" in c["remarks"] else ""
+    return f"{answer}{less}: {found}."
+
+
+def _what_is_missing(c, where) -> str:
+    "Why an unfinished contrast has no word."
+    if c["pending"]:
+        return f" yet: {len(c['pending'])} planned runs {where} are still missing"
+    first, *others = c["lost"]
+    named = f"{first} and {len(others)} more" if others else first
+    return f": runs failed, or their files were refused or edited ({named})"
+
+
+def _generators_sentence(signs) -> str:
+    "How many generators helped, and what that leaves open."
+    open_rate = f"failures of up to {100 * signs['failures_up_to']:.0f} % are not excluded"
+    return f"{signs['helped']} of {signs['generators']} generators helped; {open_rate}."
 
 # %% ../../nbs/report/contrasts.ipynb #03ec3436
+_WORDED = ("primary", "secondary")
+_NOT_COMPARED = dict(state="absent", estimate=0.0, low=0.0)  # no copies were planned there
+_KEPT = ("film_estimate", "arm_auroc", "control_auroc", "replicates", "seeds", "patients", "images")
+_KEPT += ("role", "arm", "control", "fraction", "split", "metric", "estimate", "planned")
+
+
 def add_words(
-    rows: list[dict],  # from `measure_contrast`
-    margin: float,  # pp
-    missing: dict,  # from `missing_runs`
+    rows: list[dict],  # from `measure_contrast`; those that get no word yet lose their interval
+    ev: Evidence,  # the study
 ):
     "Add word and remarks to the primary and secondary contrasts; Holm's p to the family."
-    family = [r for r in rows if r["role"] == "secondary"]
-    measured = [r["p"] if r["state"] == "measured" else None for r in family]
-    for r, p in zip(family, holm(measured)):
-        r["p_holm"] = p
+    missing = missing_runs(ev)
     for r in rows:
-        if r["state"] != "measured" or r["role"] == "estimate":
-            continue
-        r["pending"] = pending_runs(r, missing)
-        if r["pending"]:
-            continue
-        adjusted = r["p_holm"] if r["role"] == "secondary" else None
-        r["word"] = interval_word(r, margin, adjusted)
-        r["remarks"] = remarks(r, r["word"], margin) + _fewer_runs(r)
+        if r["state"] != "sealed":
+            r["pending"], r["lost"] = pending_runs(r, missing), lost_runs(ev, r)
+    gates = {_key(r): r for r in rows if r["role"] == "gate"}
+    asked = [(r, _gate_row(ev.plan, r, gates)) for r in rows if r["role"] in _WORDED]
+    for r, gate in asked:
+        _await(r, gate)
+    for r in gates.values():
+        _await(r, None)
+    for r, _ in asked:
+        if r["state"] == "measured":
+            sizes = r["planned"] or [r["replicates"]]
+            r["scope"] = scope_of(r["fraction"], sizes[0])
+    family = [(r, gate) for r, gate in asked if r["role"] == "secondary"]
+    for (r, _), p in zip(family, holm([_family_p(r, gate) for r, gate in family])):
+        r["p_holm"] = p
+    for r, gate in asked:
+        if r["state"] == "measured":
+            _add_word(r, gate, ev.plan.margin_pp)
+
+# %% ../../nbs/report/contrasts.ipynb #bff16959
+def _gate_row(plan, r, gates) -> dict | None:
+    "What must lie above zero, too: the measured gate; one that holds nothing back only without a gate."
+    wanted = gate_of(plan, r)
+    return None if wanted is None else gates.get(_key(wanted), _NOT_COMPARED)
 
 
-def _fewer_runs(r) -> list[str]:
-    "A remark, if the contrast rests on fewer runs than planned."
-    if not r["planned"] or r["replicates"] * r["seeds"] >= np.prod(r["planned"]):
-        return []
-    replicates, seeds = r["planned"]
-    return [f"from {r['replicates']} × {r['seeds']} runs an arm of {replicates} × {seeds} planned"]
+def _await(r, gate):
+    "Take from a contrast all but its estimate, if runs of it, or of its gate, are to come or lost."
+    if r["state"] == "sealed":
+        return
+    for name in ("pending", "lost"):
+        r[name] = list(dict.fromkeys([*r[name], *(gate or {}).get(name, [])]))
+    if r["state"] == "measured" and (r["pending"] or r["lost"]):
+        kept = {k: r[k] for k in (*_KEPT, "pending", "lost")}
+        r.clear()
+        r.update(kept, state="unfinished")
+
+
+def _family_p(r, gate) -> float | None:
+    "The p that a secondary contrast brings to its family; None where it can get no word."
+    if r["state"] != "measured" or r["scope"] == "overlapping":
+        return None
+    if gate is None or r["estimate"] <= 0:
+        return r["p"]
+    return max(r["p"], gate["p"]) if gate["estimate"] > 0 else 1.0
+
+
+def _add_word(r, gate, margin):
+    "The word of a finished contrast, and its remarks."
+    r["remarks"] = []
+    if r["scope"] == "overlapping":
+        r["remarks"].append("its replicates share patients: no word about the method")
+        return
+    r["word"] = interval_word(r, margin, r.get("p_holm"), gate)
+    r["remarks"] += remarks(r, r["word"], margin, None if gate is _NOT_COMPARED else gate)
+    if gate is _NOT_COMPARED and r["word"] == "inconclusive" and r["low"] > 0:
+        r["remarks"].append("not compared with copies of the real films")
+    if r["scope"] == "these children":
+        r["remarks"].append("for these training children; only the generator varies")
 
 # %% ../../nbs/report/contrasts.ipynb #8ef76f23
 def _primary_extras(
@@ -420,11 +546,24 @@ def _primary_extras(
         arm: threshold_transfer(ev, arm, c["fraction"], splits) for arm in (c["control"], c["arm"])
     }
     return dict(
-        crossed=crossed_interval(*pair, max(100, draws // 5), _draw_seed(ev, c["split"])),
+        crossed=crossed_interval(*pair, max(100, draws // 5), draw_seed(ev, c["split"])),
         ensemble=ensemble_tests(*pair),
         detectable=scaled_detectable(c["variance"], c["replicates"], c["seeds"]),
         travel=moved,
     )
+
+
+def judge(
+    ev: Evidence,  # the study
+    asked: list[dict],  # from `contrasts`, or from `worded_contrasts`
+    draws: int,  # patient draws
+    other: bool = True,  # the metrics beside AUROC, too
+) -> list[dict]:  # those that were asked for, as far as they can be measured
+    "Contrasts with intervals, words and remarks."
+    rows = [measure_contrast(ev, c, draws, other and c["role"] != "gate") for c in asked]
+    rows = [r for r in rows if r]
+    add_words(rows, ev)
+    return rows
 
 
 def analyse(
@@ -434,22 +573,25 @@ def analyse(
 ) -> dict:  # what analysis.json holds; differences in pp, AUROC 0-1
     "Every contrast with interval and word, the arms, what is missing; no test while it is sealed."
     ev = ev or Evidence(study)
-    rows = [measure_contrast(ev, c, draws) for c in contrasts(ev.plan, arms_found(ev))]
-    rows = [r for r in rows if r]
-    missing = missing_runs(ev)
-    add_words(rows, ev.plan.margin_pp, missing)
-    measured = rows[0]["state"] == "measured"
+    rows = judge(ev, contrasts(ev.plan, arms_found(ev)), draws)
+    first, measured = rows[0], rows[0]["state"] == "measured"
+    seed = draw_seed(ev, first["split"])
+    exchange = exchange_of(ev, first, draws, seed) if measured else {}
     return dict(
-        unit="differences, limits and margin in percentage points (pp); AUROC from 0 to 1",
+        unit="differences, limits and margin in percentage points (pp); AUROC by child, from 0 to 1",
         plan_sha256=ev.plan.sha256,
         tier=ev.plan.tier,
-        verdict=study_verdict(rows[0]),
+        verdict=study_verdict(first, exchange.get("sentence", ""), ev.plan.answer),
+        errors=dict(primary=0.05, family=0.05, together=0.1),
         draws=draws,
         margin_pp=ev.plan.margin_pp,
         test=ev.test,
         contrasts=rows,
         arms=summarise_arms(ev),
-        beside=_primary_extras(ev, rows[0], draws) if measured else {},
-        missing=missing,
+        exchange=exchange,
+        subgroups=subgroups(ev, first, draws, seed) if measured else [],
+        **(trust(ev, first) if measured else dict(calibration={}, net_benefit={})),
+        beside=_primary_extras(ev, first, draws) if measured else {},
+        missing=missing_runs(ev),
         problems=[*ev.problems],
     )

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['assert_results_recorded', 'run_of', 'load_results', 'test_state', 'read_run', 'largest_block', 'Evidence',
-           'valid_runs', 'pair_scores', 'missing_runs', 'pending_runs', 'planned_size']
+           'valid_runs', 'run_scores', 'pair_scores', 'missing_runs', 'pending_runs', 'lost_runs', 'planned_size']
 
 # %% ../../nbs/report/evidence.ipynb #96168ba3
 from itertools import combinations
@@ -26,7 +26,7 @@ from cxr_synth.protocol.schema import (
     result_row,
     run_record_schema,
 )
-from ..stats.auc import auroc
+from ..stats.auc import SCORES, auroc, patient_auroc, score
 from ..stats.intervals import RunScores
 
 # %% ../../nbs/report/evidence.ipynb #3acaea1c
@@ -214,6 +214,9 @@ class Evidence:
         manifest = manifest.set_index("image_id").sort_index()
         self.images = {s: manifest[manifest.split == s] for s in (*SPLITS, "train")}
         self.problems = {}  # sentence -> which run
+        self.edited = (
+            set()
+        )  # (run's name, split) whose recorded AUROC is not that of its predictions
         self.predictions = {}  # (run's name, split) -> table
         self.thresholds = {}  # (arm, fraction, (replicate, seed)) -> rule -> threshold
         self.blocks = {}  # of `pair_scores`
@@ -247,11 +250,22 @@ class Evidence:
         if (name, split) not in self.predictions:
             try:
                 found = read_run(self.study / "runs" / name, split, self.images[split])
+                self._compare(name, split, found, getattr(row, f"{split}_auroc"))
             except (CxrError, ValueError) as e:
                 found = None
                 self.problems[f"{name}: {str(e).splitlines()[0]}"] = name
             self.predictions[name, split] = found
         return self.predictions[name, split]
+
+    def _compare(self, name, split, table, recorded):
+        "Note a run whose recorded AUROC is not that of its predictions."
+        if pd.isna(recorded) or table.label.nunique() < 2:
+            return
+        found = auroc(table.label.to_numpy(), table.prob.to_numpy())
+        if abs(found - recorded) > 1e-4:
+            self.edited.add((name, split))
+            text = f"{split} AUROC {recorded:.4f}, its predictions give {found:.4f}"
+            self.problems[f"{name}: its record says {text}"] = name
 
     def expects(self, row, split):
         "Whether results.csv says that a run predicts this split."
@@ -264,24 +278,32 @@ def valid_runs(
     fraction: float,  # of the real training patients, 0-1
     split: str,  # internal or test
 ) -> dict:  # {(replicate, seed): probabilities (n,)}
-    "Runs of an arm whose predictions hold; the others are noted."
-    out = {}
-    for key, row in ev.rows(arm, fraction).items():
-        table = ev.run(row, split) if ev.expects(row, split) else None
-        if table is None:
-            continue
-        found = auroc(table.label.to_numpy(), table.prob.to_numpy())
-        recorded = getattr(row, f"{split}_auroc")
-        if abs(found - recorded) <= 1e-4:
-            out[key] = table.prob.to_numpy()
-            continue
-        where = f"{arm}, {fraction:.0%}, replicate {key[0]}, seed {key[1]}"
-        text = (
-            f"{where}: results.csv says {split} AUROC {recorded:.4f}, "
-            f"its predictions give {found:.4f}"
-        )
-        ev.problems[text] = arm
-    return out
+    "Runs of an arm whose predictions can be read; the others are noted."
+    read = {
+        key: ev.run(row, split)
+        for key, row in ev.rows(arm, fraction).items()
+        if ev.expects(row, split)
+    }
+    return {key: table.prob.to_numpy() for key, table in read.items() if table is not None}
+
+
+def run_scores(
+    ev: Evidence,  # the study
+    row,  # of results.csv
+    split: str,  # internal or test
+) -> (
+    dict | None
+):  # `SCORES` by image at 0.5, and patient_auroc; None where its predictions are refused
+    "The scores of one run, of which none may be better than its predictions."
+    table = ev.run(row, split) if ev.expects(row, split) else None
+    if table is None:
+        return None
+    label, prob = table.label.to_numpy(), table.prob.to_numpy()
+    found = {name: getattr(row, f"{split}_{name}") for name in SCORES}
+    if (run_of(row).folder.removeprefix("runs/"), split) in ev.edited:
+        found = score(label, prob)
+    patients = ev.images[split].patient_id.loc[table.index].to_numpy(str)
+    return found | dict(patient_auroc=patient_auroc(label, patients, prob))
 
 # %% ../../nbs/report/evidence.ipynb #6d3001c6
 def pair_scores(
@@ -346,14 +368,30 @@ def _error_of(folder):
 def pending_runs(
     c: dict,  # a contrast
     missing: dict,  # from `missing_runs`
-) -> int:  # planned runs of this contrast that are still to come
-    "How many runs of a contrast are pending."
+) -> list[str]:  # names of planned runs of this contrast that are still to come
+    "The pending runs of a contrast."
     subset = generator_name(c["fraction"], 0).removesuffix("0")
-    count = 0
-    for name in missing["pending"]:
-        arm, run = name.split("/")
-        count += arm in (c["arm"], c["control"]) and run.startswith(subset)
-    return count
+    mine = [f"{arm}/{subset}" for arm in (c["arm"], c["control"])]
+    return [name for name in missing["pending"] if name.startswith(tuple(mine))]
+
+
+def lost_runs(
+    ev: Evidence,  # the study
+    c: dict,  # a contrast
+) -> list[str]:  # names, such as mixed/real010-rep0-seed0
+    "Runs of a contrast that have failed, that are refused, or whose record was edited."
+    names = []
+    for row in ev.all.itertuples():
+        if row.arm not in (c["arm"], c["control"]) or not np.isclose(
+            row.real_fraction, c["fraction"]
+        ):
+            continue
+        name = run_of(row).folder.removeprefix("runs/")
+        done = row.status == "done" and ev.expects(row, c["split"])
+        whole = done and ev.run(row, c["split"]) is not None
+        if not whole or (name, c["split"]) in ev.edited:
+            names.append(name)
+    return names
 
 
 def planned_size(

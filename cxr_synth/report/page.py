@@ -7,7 +7,7 @@ __all__ = ['DIGESTED', 'primary_pairs', 'heat_rows', 'selection_rows', 'quality_
            'shared_patients', 'unfinished_stages', 'provenance', 'metric_label', 'report_data', 'report_page']
 
 # %% ../../nbs/report/page.ipynb #4593cef7
-import numpy as np, pandas as pd
+import pandas as pd
 
 # %% ../../nbs/report/page.ipynb #ea99af6a
 from ..base.readers import read_csv, read_frame, read_json
@@ -29,11 +29,7 @@ def primary_pairs(
     c = analysis["contrasts"][0]
     if c["state"] != "measured":
         return {}
-    return {
-        r["arm"]: pairs_wrong(r[c["split"]]["auroc"])
-        for r in analysis["arms"]
-        if r["arm"] in (c["arm"], c["control"]) and np.isclose(r["fraction"], c["fraction"])
-    }
+    return {c[side]: pairs_wrong(c[f"{side}_auroc"]) for side in ("arm", "control")}
 
 # %% ../../nbs/report/page.ipynb #562471d9
 def heat_rows(
@@ -209,7 +205,7 @@ def report_data(
     "All that the templates of the report show."
     plan = load_plan(study)
     primary = analysis["contrasts"][0]
-    remarks = [r for r in primary.get("remarks", []) if "replicates allow" not in r]
+    remarks = [r for r in primary.get("remarks", []) if "no stronger word" not in r]
     absent = analysis["test"]["state"] == "absent"
     return dict(
         info=study.info(),
@@ -241,8 +237,9 @@ def report_data(
 
 def _other_scores() -> dict:  # name -> label
     "Scores of the report that the main table of arms has no column for."
-    shown = ("auroc", "sensitivity", "specificity")
-    return {k: s.label for k, s in SCORES.items() if s.in_report and k not in shown}
+    shown = ("sensitivity", "specificity")
+    labels = {k: s.label for k, s in SCORES.items() if s.in_report and k not in shown}
+    return labels | dict(auroc="AUROC by film")
 
 
 def report_page(

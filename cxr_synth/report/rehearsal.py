@@ -134,18 +134,24 @@ def rehearse_images(
     return study
 
 # %% ../../nbs/report/rehearsal.ipynb #14c9e0be
-REHEARSAL_ARMS = ("real", "duplicate", "mixed", "synthetic_only", "oracle")
-REHEARSAL_CELLS = ((1.0, 1, 3), (0.1, 3, 3))  # fraction, replicates, seeds
+REHEARSAL_ARMS = ("real", "duplicate", "copy", "mixed", "synthetic_only", "oracle")
+REHEARSAL_CELLS = (  # fraction, replicates, seeds; and its arms, where they are not all
+    (1.0, 1, 3),
+    (0.25, 3, 1, ("real",)),
+    (0.1, 3, 3),
+)
 REHEARSAL_TRUTH = {  # fraction -> arm -> true AUROC; `duplicate` is a copy of `real`
-    0.1: dict(real=0.84, mixed=0.885, synthetic_only=0.78, oracle=0.90),
-    1.0: dict(real=0.90, mixed=0.91, synthetic_only=0.82, oracle=0.91),
+    0.1: dict(real=0.84, copy=0.84, mixed=0.885, synthetic_only=0.78, oracle=0.90),
+    0.25: dict(real=0.87),
+    1.0: dict(real=0.90, copy=0.90, mixed=0.91, synthetic_only=0.82, oracle=0.91),
 }
 REHEARSAL_POOL = 12  # synthetic images, both classes together
 
 
 def _planned_generators(study, cells, arms):
     "The generators of a plan; `oracle` takes one that saw the whole half of the patients."
-    wanted = [(cell.fraction, k) for cell in cells for k in range(cell.replicates)]
+    drawn = [cell for cell in cells if any(Run(a, 1.0, 0, 0).synthetic for a in cell.arms)]
+    wanted = [(cell.fraction, k) for cell in drawn for k in range(cell.replicates)]
     if "oracle" in arms and (0.5, 0) not in wanted:
         wanted.append((0.5, 0))
     images = dict.fromkeys(CLASSES, REHEARSAL_POOL // 2)
@@ -166,12 +172,14 @@ def _known_headroom(study, cells, fraction):
 # %% ../../nbs/report/rehearsal.ipynb #e774b8c2
 def rehearse_plan(
     study: Study,  # with data
-    cells=REHEARSAL_CELLS,  # (fraction, replicates, seeds)
+    cells=REHEARSAL_CELLS,  # (fraction, replicates, seeds), and perhaps its arms
     arms=REHEARSAL_ARMS,  # in the order of the report
     guess: str = "+1.5, because <more> images & more variety",  # of the user
 ) -> Plan:
     "Write plan.json, sealed."
-    planned = [Cell(fraction, k, s, tuple(arms)) for fraction, k, s in cells]
+    planned = [
+        Cell(fraction, k, s, tuple(own[0] if own else arms)) for fraction, k, s, *own in cells
+    ]
     fraction = min(cell.fraction for cell in planned)
     rows = _known_headroom(study, planned, fraction)
     _, answer = choose_primary(rows, [fraction])
@@ -186,6 +194,7 @@ def rehearse_plan(
         builtin="truth",
         generators=_planned_generators(study, planned, arms),
         primary=Contrast("mixed", "real", fraction, "internal"),
+        gate=Contrast("mixed", "copy", fraction, "internal") if "copy" in arms else None,
         secondary=tuple(secondary_contrasts(planned, fraction, True)),
         margin_pp=margin_pp,
         margin_why=margin_why,
@@ -363,7 +372,7 @@ def rehearse_experiments(
 def rehearse(
     root,  # folder to write
     patients: dict = REHEARSAL_PATIENTS,  # patients of each class, by split
-    cells=REHEARSAL_CELLS,  # (fraction, replicates, seeds)
+    cells=REHEARSAL_CELLS,  # (fraction, replicates, seeds), and perhaps its arms
     arms=REHEARSAL_ARMS,  # in the order of the report
     truth: dict = REHEARSAL_TRUTH,  # {fraction: {arm: true AUROC}}
     seed: int = 0,  # of everything

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'RankedPairs', 'bootstrap_counts', 'RunScores', 'assert_paired', 'run_parts', 'satterthwaite', 't_interval',
-           'paired_interval', 'auroc_difference', 'crossed_interval', 'interval_word', 'remarks', 'holm']
+           'paired_interval', 'auroc_difference', 'crossed_interval', 'sign_test', 'interval_word', 'remarks', 'holm']
 
 # %% ../../nbs/stats/intervals.ipynb #abd9f35b
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from scipy import stats
 # %% ../../nbs/stats/intervals.ipynb #a34527c8
 from ..base.compute import seed_for
 from ..base.files import CxrError
+from .auc import auroc, patient_auroc
 
 # %% ../../nbs/stats/intervals.ipynb #62a4eaab
 class RankedPairs:
@@ -28,7 +29,6 @@ class RankedPairs:
         labels, patients = np.asarray(labels), np.asarray(patients)
         self.sides = [_by_patient(labels, patients, label) for label in (1, 0)]
         self.sizes = [len(counts) for _, _, counts in self.sides]  # patients: sick, healthy
-        self.total = len(self.sides[0][0]) * len(self.sides[1][0])  # pairs of images
         if min(self.sizes) < 2:
             raise CxrError(
                 f"found {self.sizes[1]} normal and {self.sizes[0]} pneumonia patients.\n"
@@ -36,19 +36,15 @@ class RankedPairs:
             )
 
     def wins(self, probs):
-        "Pairs won, a tie being half, by sick and healthy patient (P, N): mean over runs (R, n); AUROCs (R,)."
-        (sick, sick_starts, _), (healthy, healthy_starts, _) = self.sides
-        doubled, aurocs = np.zeros((len(sick), len(healthy)), np.int32), []
+        "Share of pairs won, a tie being half, by sick and healthy patient (P, N): mean over runs (R, n)."
+        (sick, sick_starts, sick_images), (healthy, healthy_starts, healthy_images) = self.sides
+        doubled = np.zeros((len(sick), len(healthy)), np.int32)
         for p in probs:
-            above = p[sick][:, None] > p[healthy]
-            at_least = p[sick][:, None] >= p[healthy]
-            doubled += above
-            doubled += at_least
-            won = np.count_nonzero(above) + np.count_nonzero(at_least)
-            aurocs.append(won / (2 * self.total))
+            doubled += p[sick][:, None] > p[healthy]
+            doubled += p[sick][:, None] >= p[healthy]
         by_sick = np.add.reduceat(doubled, sick_starts, axis=0)
         by_both = np.add.reduceat(by_sick, healthy_starts, axis=1)
-        return by_both / (2 * len(probs)), np.array(aurocs)
+        return by_both / (2 * len(probs) * np.outer(sick_images, healthy_images))
 
     def counts(self, draws, seed, chunk=500):
         "How often each patient is drawn, in chunks of resamples: sick (chunk, P) and healthy (chunk, N)."
@@ -59,12 +55,8 @@ class RankedPairs:
 
     def resample(self, wins, draws, seed):
         "Value of `wins` in each of `draws` resamples of patients, (draws,)."
-        (_, _, sick_images), (_, _, healthy_images) = self.sides
-        values = []
-        for sick, healthy in self.counts(draws, seed):
-            won = ((sick @ wins) * healthy).sum(1)
-            values.append(won / ((sick @ sick_images) * (healthy @ healthy_images)))
-        return np.concatenate(values)
+        won = [((sick @ wins) * healthy).sum(1) for sick, healthy in self.counts(draws, seed)]
+        return np.concatenate(won) / np.prod(self.sizes)  # each pair of patients is one vote
 
 # %% ../../nbs/stats/intervals.ipynb #7fc16e38
 def _by_patient(labels, patients, label):
@@ -103,9 +95,17 @@ class RunScores:
     def won(self):  # counted once, however many contrasts ask
         return self.pairs.wins(self.probs.reshape(-1, len(self.labels)))
 
-    @property
-    def aurocs(self):
-        return self.won[1].reshape(self.probs.shape[:2])  # (K, S)
+    @cached_property
+    def aurocs(self):  # (K, S), one child, one vote
+        return self._each(lambda p: patient_auroc(self.labels, self.patients, p))
+
+    @cached_property
+    def film_aurocs(self):  # (K, S), every image counts
+        return self._each(lambda p: auroc(self.labels, p))
+
+    def _each(self, function):
+        "A number of every run (K, S)."
+        return np.array([[function(p) for p in replicate] for replicate in self.probs])
 
 # %% ../../nbs/stats/intervals.ipynb #db55538c
 def assert_paired(
@@ -165,14 +165,15 @@ def satterthwaite(
 def t_interval(
     theta: float,  # estimate
     parts: dict,  # {factor: (variance of the estimate, degrees of freedom)}
-) -> dict:  # estimate, se, df, low, high (95 %), low90, high90, p (two-sided), better = P(better)
+) -> dict:
+    # estimate, se, df, low, high (95 %), low90, high90, p (two-sided), one_minus_p_one_sided
     "Interval of a sum of independent variances; without any variance it is the point itself."
     theta = float(theta)
     variance, df = satterthwaite(parts)
     if variance == 0:
         limits = dict.fromkeys(("low", "high", "low90", "high90"), theta)
-        better = float(np.sign(theta) + 1) / 2
-        return dict(estimate=theta, se=0.0, df=None, **limits, p=float(theta == 0), better=better)
+        above = dict(p=float(theta == 0), one_minus_p_one_sided=float(np.sign(theta) + 1) / 2)
+        return dict(estimate=theta, se=0.0, df=None, **limits, **above)
     se = variance**0.5
     half, half90 = (float(stats.t.ppf(q, df)) * se for q in (0.975, 0.95))
     return dict(
@@ -184,10 +185,18 @@ def t_interval(
         low90=theta - half90,
         high90=theta + half90,
         p=float(2 * stats.t.sf(abs(theta / se), df)),
-        better=float(stats.t.cdf(theta / se, df)),
+        one_minus_p_one_sided=float(stats.t.cdf(theta / se, df)),
     )
 
 # %% ../../nbs/stats/intervals.ipynb #f2480081
+_FACTORS = {  # as the tables name them
+    "patients": "patients",
+    "replicates": "replicates, with the residual",
+    "seeds": "seeds, with the residual",
+    "residual": "residual (in both above, not added)",
+}
+
+
 def paired_interval(
     d,  # (K, S) differences of the runs, pp
     patients: float,  # variance of their mean over patient draws, pp squared
@@ -199,10 +208,12 @@ def paired_interval(
     K, S = d.shape
     runs, residual = run_parts(d)
     parts = dict(patients=(_tiny_to_zero(patients), df)) | runs
-    rows = [dict(factor=f, df=n, variance=v, sd=v**0.5) for f, (v, n) in parts.items()]
     if residual is not None:
-        name = "residual (part of both, not added)"
-        rows.append(dict(factor=name, df=(K - 1) * (S - 1), variance=residual, sd=residual**0.5))
+        runs["residual"] = residual, (K - 1) * (S - 1)
+    rows = [
+        dict(factor=f, label=_FACTORS[f], df=n, variance=v, sd=v**0.5)
+        for f, (v, n) in (parts | runs).items()
+    ]
     return t_interval(d.mean(), parts) | dict(
         replicates=K,
         seeds=S,
@@ -217,14 +228,23 @@ def auroc_difference(
     control: RunScores,  # what it is compared with
     draws: int = 5000,  # patient-cluster bootstrap draws
     seed: int = 0,  # of the draws
-) -> dict:  # as `paired_interval`; and patients, images
-    "AUROC(arm) - AUROC(control) with its interval; raises `CxrError` if they cannot be paired."
+) -> dict:
+    # as `paired_interval`; film_estimate (pp), arm_auroc, control_auroc, by_replicate, patients, images
+    "AUROC(arm) - AUROC(control) by child with its interval; raises `CxrError` if they cannot be paired."
     assert_paired(arm, control)
-    wins, pairs = arm.won[0] - control.won[0], arm.pairs
-    patients = (100 * pairs.resample(wins, draws, seed)).var(ddof=1)
+    pairs = arm.pairs
+    patients = (100 * pairs.resample(arm.won - control.won, draws, seed)).var(ddof=1)
     d = 100 * (arm.aurocs - control.aurocs)
     found = paired_interval(d, patients, min(pairs.sizes) - 1)
-    return found | dict(patients=sum(pairs.sizes), images=len(arm.labels))
+    replicates = list(dict.fromkeys(k for k, _ in arm.runs))
+    return found | dict(
+        film_estimate=float(100 * (arm.film_aurocs - control.film_aurocs).mean()),
+        arm_auroc=float(arm.aurocs.mean()),
+        control_auroc=float(control.aurocs.mean()),
+        by_replicate=[dict(replicate=k, estimate=float(x)) for k, x in zip(replicates, d.mean(1))],
+        patients=sum(pairs.sizes),
+        images=len(arm.labels),
+    )
 
 # %% ../../nbs/stats/intervals.ipynb #8bfcca41
 def crossed_interval(
@@ -240,11 +260,35 @@ def crossed_interval(
     by_replicate, by_seed = (bootstrap_counts(rng, draws, size) / size for size in (K, S))
     total = 0
     for k, s in np.ndindex(K, S):
-        gained = [arm.pairs.wins(x.probs[k, s][None])[0] for x in (arm, control)]
+        gained = [arm.pairs.wins(x.probs[k, s][None]) for x in (arm, control)]
         drawn = arm.pairs.resample(gained[0] - gained[1], draws, seed)
         total = total + by_replicate[:, k] * by_seed[:, s] * drawn
     low, high = np.percentile(100 * total, [2.5, 97.5])
     return dict(low=float(low), high=float(high))
+
+# %% ../../nbs/stats/intervals.ipynb #4cae74e0
+def sign_test(
+    differences,  # of the replicates (K,), pp
+) -> dict:
+    # generators, helped, harmed; p_signs and p_flips (exact, two-sided); failures_up_to (0-1)
+    "How many replicates helped, against a coin, and which rate of failures that leaves open."
+    d = np.asarray(differences, float)
+    helped, harmed = int((d > 0).sum()), int((d < 0).sum())
+    moved, failed = helped + harmed, len(d) - helped
+    p = float(stats.binomtest(helped, moved).pvalue) if moved else 1.0
+    limit = float(stats.beta.ppf(0.95, failed + 1, helped)) if helped else 1.0
+    counts = dict(generators=len(d), helped=helped, harmed=harmed)
+    return counts | dict(p_signs=p, p_flips=_sign_flips(d), failures_up_to=limit)
+
+
+def _sign_flips(d, most=15):
+    "p of the mean under all flips of signs; with more than `most` replicates under as many drawn ones."
+    K = len(d)
+    if len(d) <= most:
+        signs = 1 - 2 * ((np.arange(2**K)[:, None] >> np.arange(K)) & 1)
+    else:
+        signs = np.random.default_rng(0).choice([-1, 1], (2**most, K))
+    return float((np.abs(signs @ d) >= np.abs(d.sum()) - 1e-12).mean())
 
 # %% ../../nbs/stats/intervals.ipynb #64297158
 WORDS = ("improves", "worsens", "no meaningful difference", "inconclusive")
@@ -254,16 +298,22 @@ def interval_word(
     iv: dict,  # from `auroc_difference`, pp
     margin: float,  # pp
     p_holm: float = None,  # p adjusted for its family; above 0.05 rules out "improves" and "worsens"
+    gate: dict = None,  # as `iv`, of the same arm against copies; None: the plan has none
 ) -> str:  # one of `WORDS`
-    "The verdict on one interval (analysis plan, section 2)."
+    "The verdict on one interval (analysis plan, sections 2 and 3)."
     clear = p_holm is None or p_holm <= 0.05
-    if iv["replicates"] == 2:
+    if iv["replicates"] < 3:
         return "inconclusive"
     if clear and iv["low"] > 0:
-        return "improves"
+        return "inconclusive" if _copies_do(gate) else "improves"
     if clear and iv["high"] < 0:
         return "worsens"
     return "no meaningful difference" if _within_margin(iv, margin) else "inconclusive"
+
+
+def _copies_do(gate) -> bool:
+    "Whether the arm has not been shown to beat copies of the real films."
+    return gate is not None and gate["low"] <= 0
 
 
 def _within_margin(iv, margin):
@@ -275,15 +325,19 @@ def remarks(
     iv: dict,  # from `auroc_difference`, pp
     word: str,  # from `interval_word`
     margin: float,  # pp
+    gate: dict = None,  # as of `interval_word`
 ) -> list[str]:
     "What must be said beside the word."
     out = []
+    if word == "inconclusive" and iv["low"] > 0 and _copies_do(gate):
+        out.append("copies of the real films do as well")
     if word in ("improves", "worsens") and _within_margin(iv, margin):
         out.append("by less than the margin")
     if iv["replicates"] == 1:
         out.append("for this one synthetic set")
-    if iv["replicates"] == 2:
-        out.append("two replicates allow no stronger word")
+    if iv["replicates"] < 3:
+        few = "one replicate allows" if iv["replicates"] == 1 else "two replicates allow"
+        out.append(f"{few} no stronger word")
     if iv["seeds"] == 1:
         out.append("for this one classifier seed")
     if iv["zero"]:
