@@ -48,6 +48,7 @@ from cxr_synth.stats.intervals import (
     sign_test,
 )
 from ..stats.power import scaled_detectable
+from ..stats.simulate import LIMITS
 
 # %% ../../nbs/report/contrasts.ipynb #ac30eeff
 _RATES = ("sensitivity", "specificity", "balanced_accuracy")
@@ -592,6 +593,7 @@ def analyse(
         subgroups=subgroups(ev, first, draws, seed) if measured else [],
         **(trust(ev, first) if measured else dict(calibration={}, net_benefit={})),
         beside=_primary_extras(ev, first, draws) if measured else {},
+        limits=[dict(x) for x in LIMITS],
         missing=missing_runs(ev),
         problems=[*ev.problems],
     )

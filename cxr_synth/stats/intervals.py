@@ -15,7 +15,7 @@ from scipy import stats
 # %% ../../nbs/stats/intervals.ipynb #a34527c8
 from ..base.compute import seed_for
 from ..base.files import CxrError
-from .auc import auroc, patient_auroc
+from .auc import auroc, patient_weights
 
 # %% ../../nbs/stats/intervals.ipynb #62a4eaab
 class RankedPairs:
@@ -97,7 +97,8 @@ class RunScores:
 
     @cached_property
     def aurocs(self):  # (K, S), one child, one vote
-        return self._each(lambda p: patient_auroc(self.labels, self.patients, p))
+        weights = patient_weights(self.labels, self.patients)  # as `patient_auroc`, weighted once
+        return self._each(lambda p: auroc(self.labels, p, weights))
 
     @cached_property
     def film_aurocs(self):  # (K, S), every image counts
