@@ -131,7 +131,7 @@ def test_a_child_with_many_films_has_one_vote():
     real = np.tile(labels * 0.3 + rng.uniform(0, 0.5, 59), (3, 2, 1))
     mixed = real.copy()
     mixed[..., 10:29] += 0.3  # every other child is ranked better
-    mixed[..., 29:] = 0.01
+    mixed[..., 29:] = 0.0
     a, b = (
         RunScores(np.arange(59), patients, labels, p, [(k, s) for k in range(3) for s in range(2)])
         for p in (mixed, real)
