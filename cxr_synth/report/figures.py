@@ -9,8 +9,8 @@ __all__ = ['PALETTE', 'FPR_GRID', 'new_axes', 'save_figure', 'figure_forest', 'f
            'specificity_by_block', 'figure_blocks', 'figure_shift', 'figure_selection', 'selection_curves',
            'training_curves', 'figure_training', 'load_quality', 'distances', 'fd_name', 'figure_fd', 'small_pictures',
            'nearest_picture', 'PictureDistances', 'figure_grid', 'figure_memory', 'heat_cases', 'figure_cam',
-           'PlannedFigure', 'answer_figures', 'run_figures', 'score_figures', 'protocol_figures', 'image_figures',
-           'draw_figures']
+           'PlannedFigure', 'answer_figures', 'run_figures', 'score_figures', 'benefit_figures', 'protocol_figures',
+           'image_figures', 'draw_figures']
 
 # %% ../../nbs/report/figures.ipynb #1751542e
 import io
@@ -35,6 +35,11 @@ from ..protocol.plan import Run
 from ..protocol.schema import Audit, GuideRecord, HeatRow, LogRow, QualityRow
 from .contrasts import format_percent, format_pp, run_thresholds
 from .evidence import Evidence, pair_scores
+from cxr_synth.report.verdict_figures import (
+    figure_exchange,
+    figure_generators,
+    figure_net_benefit,
+)
 from ..stats.auc import rates_at
 from ..stats.intervals import RunScores
 
@@ -776,9 +781,15 @@ def answer_figures(
     if rows:
         height = 0.8 + 0.42 * len(rows)
         yield PlannedFigure("forest", figure_forest, (rows, margin), height=height)
-    guess = ev.plan.guess_pp
-    if primary["state"] == "measured" and guess is not None:
-        yield PlannedFigure("guess", figure_guess, (guess, primary, margin), height=1.7)
+    if primary["state"] != "measured":
+        return
+    yield PlannedFigure("generators", figure_generators, (primary, margin), height=1.9)
+    if analysis["exchange"]["rate"] is not None:
+        about = analysis["exchange"], primary["arm"]
+        yield PlannedFigure("exchange", figure_exchange, about, height=1.1)
+    if ev.plan.guess_pp is not None:
+        about = ev.plan.guess_pp, primary, margin
+        yield PlannedFigure("guess", figure_guess, about, height=1.7)
 
 # %% ../../nbs/report/figures.ipynb #45d1f664
 def run_figures(
@@ -826,6 +837,14 @@ def score_figures(
             yield PlannedFigure(f"calibration-{split}", figure_calibration, (curves,), *square)
 
 # %% ../../nbs/report/figures.ipynb #69de33ec
+def benefit_figures(
+    analysis: dict,  # from `analyse`
+):  # yields `PlannedFigure`
+    "What acting on the classifiers would bring."
+    for split, curves in analysis["net_benefit"].items():
+        yield PlannedFigure(f"benefit-{split}", figure_net_benefit, (curves,))
+
+
 def _measured_shift(study):
     "What the audit found about the official test, where a class had patients enough."
     path = study / "data/audit.json"
@@ -881,6 +900,7 @@ def draw_figures(
         answer_figures(ev, analysis),
         run_figures(ev, analysis),
         score_figures(ev),
+        benefit_figures(analysis),
         protocol_figures(ev),
         image_figures(ev),
     )

@@ -216,6 +216,7 @@ def report_data(
         planned_images=sum(sum(g.images.values()) for g in plan.generators),
         analysis=analysis,
         seal=seal_state(study),
+        probe=study.recorded("experiments").get("method") == "probe",
         primary=primary,
         remarks=remarks,
         wrong=primary_pairs(analysis),
