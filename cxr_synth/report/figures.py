@@ -167,7 +167,7 @@ def figure_efficiency(
         # copies lie on the curve of `real`: dashed, and on top
         line, level = ("o--", 3) if arm == "duplicate" else ("o-", 2)
         ax.plot(x, mean, line, color=colour, ms=5, label=arm_label(arm), zorder=level)
-    ax.set(xscale="log", xlabel="real training images", ylabel=f"AUROC, {split}")
+    ax.set(xscale="log", xlabel="real training images", ylabel=f"AUROC by film, {split}")
     ticks = sorted({r[0] for rows in curves.values() for r in rows})
     ax.set_xticks(ticks, [f"{x:,.0f}" for x in ticks], minor=False)
     ax.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
