@@ -203,7 +203,7 @@ def figure_arms(
         ax.plot(t[column], y + shift, "o", **dots)
         ax.plot([t[column].mean()] * 2, [y - 0.36, y + 0.36], color=colour, lw=2)
     _name_rows(ax, [f"{arm_label(arm)}, {format_percent(f)}" for f, arm, _ in found])
-    ax.set_xlabel(f"AUROC on {split}")
+    ax.set_xlabel(f"AUROC by film, {split}")
     ax.grid(axis="x", color="#dddddd", lw=0.6)
     ax.locator_params(axis="x", nbins=6)
     return ax
