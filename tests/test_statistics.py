@@ -71,11 +71,12 @@ def test_interval_of_one_factor_is_scipys():
 
 def test_what_a_plan_and_a_report_can_detect_is_one_formula():
     "A finished study with just the assumed spreads detects what the plan of its size said, at every size."
-    from cxr_synth.stats.power import ASSUMED_SD, planned_detectable, scaled_detectable
+    from cxr_synth.stats.power import assumed_spread, planned_detectable, scaled_detectable
 
-    spread = (0.3**2, ASSUMED_SD["generator_sd_pp"] ** 2 / 4, ASSUMED_SD["seed_sd_pp"] ** 2 / 3)
+    assumed = assumed_spread(0.95)
+    spread = (0.3**2, assumed["generator_sd_pp"] ** 2 / 4, assumed["seed_sd_pp"] ** 2 / 3)
     factors = ("patients", "replicates", "seeds")
     variance = [dict(factor=f, variance=v, df=n) for f, v, n in zip(factors, spread, (99, 3, 2))]
     for row in scaled_detectable(variance, 4, 3):
-        planned = planned_detectable(0.3, 100, row["replicates"], row["seeds"])
+        planned = planned_detectable(0.3, 100, row["replicates"], row["seeds"], assumed)
         assert row["detectable"] == pytest.approx(planned, abs=1e-12)

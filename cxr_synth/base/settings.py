@@ -373,6 +373,11 @@ class PlanConfig(Config):
 
     # size of the study: pilot (minutes with the tiny preset), fair (two nights) or full
     tier: str = listed("pilot", "cxr_synth.protocol.plan:TIERS")
+    # share of the real patients at which the question is asked: 0.05 (ten replicates), 0.1 (five)
+    # or auto: the tier's; if it has several, the largest with headroom enough
+    primary: Literal["auto", "0.05", "0.1"] = "auto"
+    # a finished study whose spread between replicates takes the place of the assumed one
+    pilot: str = text("", "the folder of a finished study")
     # most synthetic images in `mixed`, both classes together; quality needs 6 a class
     pool: int = ranged(1000, 12, 1_000_000, "images")
     # study seed: generators, images and classifiers derive theirs from it
@@ -390,6 +395,11 @@ class PlanConfig(Config):
     # keep a copy of the study's ledger in the user's data folder, where other studies on the same
     # images count it as an attempt
     ledger_copy: bool = True
+
+    @pydantic.field_validator("primary", mode="before")
+    @classmethod
+    def _as_text(cls, value):
+        return f"{value:g}" if isinstance(value, float) else value
 
     def _check_together(self):
         if self.builtin and "roundtrip" in parse_arms(self.arms):

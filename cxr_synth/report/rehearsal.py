@@ -27,7 +27,7 @@ from cxr_synth.base.settings import (
 )
 from ..classify.executors import ResultsTable
 from ..classify.explain import draw_cases, write_heat
-from ..classify.headroom import Reading, choose_primary, headroom
+from ..classify.headroom import Reading, choose_primary, curve_slope, headroom
 from ..classify.recipes import RunContext
 from ..classify.runs import PREDICTION_FILES, Trained, run_record, write_predictions
 from ..data.splits import add_groups, add_splits, draw_fractions
@@ -39,7 +39,7 @@ from ..images.study_images import load_manifest, split_rows, training_rows
 from ..protocol.arms import ARMS, parse_arm
 from ..protocol.dataset import find_card, write_card_file
 from ..protocol.plan import Cell, Contrast, Plan, PlannedGenerator, Run
-from ..protocol.plan import load_plan, margin, secondary_contrasts
+from ..protocol.plan import gate_contrast, load_plan, margin, secondary_contrasts
 from ..protocol.seal import seal_plan
 from cxr_synth.protocol.schema import (
     FRACTION_COLUMNS,
@@ -48,7 +48,7 @@ from cxr_synth.protocol.schema import (
     PredictionRow,
 )
 from ..quality.measure import low_n_warning, make_row, summarise_draws
-from ..stats.power import ASSUMED_SD
+from ..stats.power import assumed_spread
 from ..stats.simulate import simulate
 
 # %% ../../nbs/report/rehearsal.ipynb #c1fc1456
@@ -183,7 +183,7 @@ def rehearse_plan(
     fraction = min(cell.fraction for cell in planned)
     rows = _known_headroom(study, planned, fraction)
     _, answer = choose_primary(rows, [fraction])
-    margin_pp, margin_why = margin(rows[0]["headroom_pp"])
+    margin_pp, margin_why = margin(curve_slope(rows, fraction))
     images = len(training_rows(study, 1.0, 0))
     plan = Plan(
         tier="pilot",
@@ -194,13 +194,13 @@ def rehearse_plan(
         builtin="truth",
         generators=_planned_generators(study, planned, arms),
         primary=Contrast("mixed", "real", fraction, "internal"),
-        gate=Contrast("mixed", "copy", fraction, "internal") if "copy" in arms else None,
+        gate=gate_contrast(planned, fraction),
         secondary=tuple(secondary_contrasts(planned, fraction, True)),
         margin_pp=margin_pp,
         margin_why=margin_why,
         headroom=tuple(rows),
         answer=answer,
-        assumed=ASSUMED_SD,
+        assumed=assumed_spread(rows[0]["auroc"]),
         guess=guess,
         guess_pp=1.5,
     )

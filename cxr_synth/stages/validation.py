@@ -79,6 +79,7 @@ def _check_device(cfg: Config):
 
 # %% ../../nbs/stages/validation.ipynb #d001000f
 _FILES = {  # stage -> setting -> which kind of text names no file of this machine
+    "plan": {"pilot": None},
     "train": {"prompts": None},
     "quality": {"weights": "rad-dino"},
     "experiments": {"weights": None},
