@@ -163,8 +163,8 @@ def _planned_generators(study, cells, arms):
 
 def _known_headroom(study, cells, fraction):
     "What a plan says about its power, had it read the truth below 100 %."
-    read = {fraction: 0.84, 0.5: 0.89}
-    readings = [Reading(f, a, len(training_rows(study, f, 0)), 0.005) for f, a in read.items()]
+    read = sorted(({0.25: 0.885, 0.5: 0.89} | {fraction: 0.84}).items())
+    readings = [Reading(f, a, len(training_rows(study, f, 0)), 0.005) for f, a in read]
     patients = split_rows(study, "internal").groupby("label").patient_id.nunique().min()
     sizes = {cell.fraction: (cell.replicates, cell.seeds) for cell in cells}
     return headroom(readings, int(patients), sizes)
@@ -201,6 +201,7 @@ def rehearse_plan(
         headroom=tuple(rows),
         answer=answer,
         assumed=assumed_spread(rows[0]["auroc"]),
+        overlap={f"{fraction:g}": 0.0},
         guess=guess,
         guess_pp=1.5,
     )
