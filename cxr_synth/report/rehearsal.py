@@ -163,7 +163,7 @@ def _planned_generators(study, cells, arms):
 
 def _known_headroom(study, cells, fraction):
     "What a plan says about its power, had it read the truth below 100 %."
-    read = sorted(({0.25: 0.885, 0.5: 0.89} | {fraction: 0.84}).items())
+    read = sorted(({0.25: 0.87, 0.5: 0.89} | {fraction: 0.84}).items())
     readings = [Reading(f, a, len(training_rows(study, f, 0)), 0.005) for f, a in read]
     patients = split_rows(study, "internal").groupby("label").patient_id.nunique().min()
     sizes = {cell.fraction: (cell.replicates, cell.seeds) for cell in cells}
