@@ -17,7 +17,7 @@ from PIL import Image
 # %% ../../nbs/report/rehearsal.ipynb #d0eca028
 from ..base.files import atomic_path, digest_file, digest_json, now, write_csv, write_json
 from ..base.readers import read_frame, read_json
-from ..base.records import STAGES, Stage, Study, generator_name, open_stage
+from ..base.records import STAGES, Stage, Study, as_recorded, generator_name, open_stage
 from cxr_synth.base.settings import (
     CLASSES,
     DataConfig,
@@ -216,8 +216,9 @@ def _seal(study, plan):
     plan = replace(plan, cost=hours | made)
     config = PlanConfig(tier=plan.tier, pool=REHEARSAL_POOL, builtin=plan.builtin)
     inputs = ["data/manifest.csv", "data/fractions.csv"]
-    stage = open_stage(study, "plan", "plan.json", config, inputs, adopt=True)
     later = dict(quality=QualityConfig(), experiments=ExperimentsConfig())
+    promised = digest_json({name: as_recorded(config) for name, config in later.items()})
+    stage = open_stage(study, "plan", "plan.json", config, inputs, adopt=True, later=promised)
     plan = seal_plan(study, plan, later, copy=False)
     stage.finish(plan_sha256=plan.sha256)
     return plan
