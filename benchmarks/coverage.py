@@ -41,7 +41,8 @@ def whole(studies, wanted):
         for kind in kinds:
             if wanted and not any(w in kind.name for w in wanted):
                 continue
-            found = word_rates(kind, studies)
+            few = kinds is NO_WORD_KINDS  # what may never have a word needs no precision
+            found = word_rates(kind, max(1, studies // 5) if few else studies)
             covered = "-" if found["coverage"] is None else f"{found['coverage']:.1f}"
             rates = "".join(f"{found[w]:10.1f}" for w in ("improves", "worsens", "no word"))
             print(f"{kind.name:32}{covered:>8}{rates}", flush=True)

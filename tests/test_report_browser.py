@@ -64,17 +64,22 @@ def test_numbers_on_the_page_are_those_of_the_predictions(study):
             for k in range(cell[0])
             for s in range(cell[1])
         ]
-        return sum(
-            roc_auc_score(t.label[t.split == split], t.prob[t.split == split]) for t in tables
-        ) / len(tables)
+        tables = [t[t.split == split] for t in tables]
+        films = [t.groupby(["patient_id", "label"]).prob.transform("size") for t in tables]
+        by_child = [
+            roc_auc_score(t.label, t.prob, sample_weight=1 / n) for t, n in zip(tables, films)
+        ]
+        by_film = [roc_auc_score(t.label, t.prob) for t in tables]
+        return sum(by_child) / len(tables), sum(by_film) / len(tables)
 
     named = [r for r in c if r["state"] == "measured"]
     assert len(named) >= 3
     for r in named:
-        a, b = (mean_auroc(arm, r["fraction"], r["split"]) for arm in (r["arm"], r["control"]))
+        (a, a_film), (b, b_film) = (
+            mean_auroc(arm, r["fraction"], r["split"]) for arm in (r["arm"], r["control"])
+        )
         for shown in (
-            f"{a:.3f}",
-            f"{b:.3f}",
+            *(f"{x:.3f}" for x in (a, b, a_film, b_film)),
             str(round(1000 * (1 - a))),
             str(round(1000 * (1 - b))),
             format_pp(100 * (a - b)),

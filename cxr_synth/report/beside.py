@@ -50,6 +50,7 @@ def exchange_of(
     c: dict,  # the contrast
     draws: int,  # patient draws
     seed: int,  # of the draws
+    films: str = "synthetic films",  # what the arm adds, in the sentence
 ) -> dict:
     # as `exchange_rate`; fractions, n_real (means at both), sentence; state missing: no larger fraction
     "How many times the real images would have brought what the arm brought."
@@ -58,7 +59,7 @@ def exchange_of(
     replicates = list(dict.fromkeys(k for k, _ in pair[0].runs)) if pair else []
     fraction, larger = _larger_real(ev, c, replicates) if pair else (None, {})
     if not larger:
-        return none | dict(fractions=[c["fraction"]], n_real=[], sentence=_worth(none))
+        return none | dict(fractions=[c["fraction"]], n_real=[], sentence=_worth(none, films))
     arm, control = pair
     fewer, more = (_images(ev, c["control"], f) for f in (c["fraction"], fraction))
     slopes, wins = _slopes(control, larger, {k: np.log(more[k] / fewer[k]) for k in replicates})
@@ -67,26 +68,28 @@ def exchange_of(
     moments, df = (of_gain, both, of_slope), min(control.pairs.sizes) - 1
     found = exchange_rate(100 * (arm.aurocs - control.aurocs), slopes, moments, df)
     n_real = [float(np.mean([n[k] for k in replicates])) for n in (fewer, more)]
-    return found | dict(fractions=[c["fraction"], fraction], n_real=n_real, sentence=_worth(found))
+    return found | dict(
+        fractions=[c["fraction"], fraction], n_real=n_real, sentence=_worth(found, films)
+    )
 
 
-def _worth(x) -> str:
+_NO_RATE = {
+    "missing": "real images alone were not judged at a larger fraction",
+    "unknown": "what more real films bring here is not clear of zero",
+}
+
+
+def _worth(x, films="synthetic films") -> str:
     "The exchange rate in a sentence."
-    if x["state"] == "missing":
-        why = "real images alone were not judged at a larger fraction"
-        return f"How many real films the synthetic ones are worth cannot be said: {why}."
-    if x["state"] == "unknown":
-        why = "what more real films bring here is not clear of zero"
-        return f"How many real films the synthetic ones are worth cannot be said: {why}."
+    if x["state"] in _NO_RATE:
+        return f"How many real films the {films} are worth cannot be said: {_NO_RATE[x['state']]}."
     if x["low"] is None:
         limits = f"{x['high']:.1f} or less"
     elif x["high"] is None:
         limits = f"{x['low']:.1f} or more"
     else:
         limits = f"{x['low']:.1f} to {x['high']:.1f}"
-    return (
-        f"The synthetic films did the work of {x['rate']:.1f} times as many real ones ({limits})."
-    )
+    return f"The {films} did the work of {x['rate']:.1f} times as many real ones ({limits})."
 
 # %% ../../nbs/report/beside.ipynb #cbd22a3f
 def subgroups(

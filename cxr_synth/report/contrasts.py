@@ -402,7 +402,7 @@ _VERDICTS = {
 
 def study_verdict(
     c: dict,  # the primary contrast
-    exchange: str = "",  # the sentence of `exchange_of`
+    exchange: dict = None,  # from `exchange_of`; perhaps with `copies`
     answer: dict = None,  # of the plan: can (bool) and sentence
 ) -> dict:
     # word (None if there is none) and sentence; generators, exchange, beforehand: more sentences, or ""
@@ -416,7 +416,7 @@ def study_verdict(
         word=word,
         sentence=sentence,
         generators=_generators_sentence(c["signs"]) if measured else "",
-        exchange=exchange if measured else "",
+        exchange=_exchange_sentence(exchange) if measured and exchange else "",
         beforehand=beforehand,
     )
 
@@ -453,6 +453,13 @@ def _what_is_missing(c, where) -> str:
     first, *others = c["lost"]
     named = f"{first} and {len(others)} more" if others else first
     return f": runs failed, or their files were refused or edited ({named})"
+
+
+def _exchange_sentence(exchange) -> str:
+    "What the synthetic films are worth in real ones, and what copies are."
+    copies = exchange.get("copies")
+    known = copies and copies["state"] not in ("missing", "unknown")
+    return exchange["sentence"] + (f" {copies['sentence']}" if known else "")
 
 
 def _generators_sentence(signs) -> str:
@@ -567,6 +574,16 @@ def judge(
     return rows
 
 
+def _exchange(ev, c, draws, seed) -> dict:
+    "The exchange rate of the arm, and that of the copies which it must beat."
+    found = exchange_of(ev, c, draws, seed)
+    gate = gate_of(ev.plan, c)
+    if gate:
+        copies = c | dict(arm=gate["control"])
+        found["copies"] = exchange_of(ev, copies, draws, seed, "copies of the real films")
+    return found
+
+
 def analyse(
     study: Study,  # the study
     draws: int = 5000,  # patient draws per contrast
@@ -577,12 +594,12 @@ def analyse(
     rows = judge(ev, contrasts(ev.plan, arms_found(ev)), draws)
     first, measured = rows[0], rows[0]["state"] == "measured"
     seed = draw_seed(ev, first["split"])
-    exchange = exchange_of(ev, first, draws, seed) if measured else {}
+    exchange = _exchange(ev, first, draws, seed) if measured else {}
     return dict(
         unit="differences, limits and margin in percentage points (pp); AUROC by child, from 0 to 1",
         plan_sha256=ev.plan.sha256,
         tier=ev.plan.tier,
-        verdict=study_verdict(first, exchange.get("sentence", ""), ev.plan.answer),
+        verdict=study_verdict(first, exchange, ev.plan.answer),
         errors=dict(primary=0.05, family=0.05, together=0.1),
         draws=draws,
         margin_pp=ev.plan.margin_pp,

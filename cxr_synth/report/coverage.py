@@ -31,15 +31,16 @@ class MadeEvidence(Evidence):
         failed=(),  # runs (arm, replicate, seed) that have failed
     ):
         self.study, self.plan = Path("made-up"), plan
-        ids = np.arange(len(labels)).astype(str)
+        ids = pd.Index(np.arange(len(labels)).astype(str))
         about = dict(label=labels, patient_id=patients, kind="")
         self.images = {"internal": pd.DataFrame(about, index=ids)}
         self.all = pd.DataFrame([_made_row(run, failed) for run in plan.runs()])
         self.results = self.all[self.all.status == "done"]
         self.test = dict(state="sealed", openings=[], exploratory=False)
+        label = pd.Series(labels, ids)
         self.predictions = {
             (run.folder.removeprefix("runs/"), "internal"): pd.DataFrame(
-                dict(label=labels, prob=probs[run.arm][run.replicate, run.seed]), index=ids
+                dict(label=label, prob=pd.Series(probs[run.arm][run.replicate, run.seed], ids))
             )
             for run in plan.runs()
         }
