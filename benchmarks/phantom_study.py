@@ -21,7 +21,7 @@ from cxr_synth.stages.data import stage_data
 from cxr_synth.images.phantom import STUDY_PHANTOM, write_phantoms
 from cxr_synth.images.features import extract_features
 
-VIEWS, C = 3, 0.01  # as in ExperimentsConfig
+VIEWS, C = 8, 0.01  # as in ExperimentsConfig
 
 
 def features(study, rows, view=0):
@@ -32,13 +32,10 @@ def features(study, rows, view=0):
 
 
 def trained(study, fraction, replicate, pool):
-    "The head of the arm `real`: one view of each image, drawn as in the experiments with seed 0."
+    "The head of the arm `real`: all views of each image."
     rows, at = training_rows(study, fraction, replicate), pool["at"]
-    view = np.random.default_rng(seed_for(0, "views", fraction, replicate, 0)).integers(
-        VIEWS, size=len(rows)
-    )
     return fit_probe(
-        pool["views"][view, [at[i] for i in rows.image_id]],
+        pool["views"][:, [at[i] for i in rows.image_id]],
         rows.label,
         balanced_weights(rows.label, len(rows)),
         C,

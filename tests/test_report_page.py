@@ -61,7 +61,7 @@ def test_every_word_has_its_story(study, analysis, word):
     "test, sentence",
     [
         (dict(state="absent"), "This data set has no official test"),
-        (dict(state="sealed", openings=[]), "nothing on this page has seen it. The guess"),
+        (dict(state="sealed", openings=[]), "no AUROC on this page rests on it. The guess"),
         (dict(state="sealed", openings=["2026-01-05T00:00"]), "It was opened before (2026-01-05)"),
         (dict(state="opened", openings=["2026-01-05T00:00"]), "opened (2026-01-05). The guess"),
         (

@@ -597,8 +597,8 @@ class ExperimentsConfig(Config):
     # densenet121, resnet50, efficientnet_b0, vit_b_16, mobilenet_v2, efficientnet_lite0, small_cnn
     network: str = listed("efficientnet_lite0", _NETWORK)
     size: int = ranged(128, 16, 1024, "px")  # side to which images are resized for the network, px
-    # probe: views per real training image, the first unaltered; a seed draws one each
-    views: int = ranged(3, 1, 1000, "views")
+    # probe: views of each real training image, all trained on, the first unaltered
+    views: int = ranged(8, 1, 1000, "views")
     # part of a batch, or of the sample weight, that is synthetic in `mixed`
     share: float = ranged(0.5, 0, 1, above=True, below=True)
     # probe: inverse regularisation; none: by patient-grouped cross-validation on `real`

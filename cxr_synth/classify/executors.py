@@ -25,7 +25,7 @@ from ..base.messages import use_plain_characters
 from ..base.readers import read_csv
 from ..base.records import Study
 from ..base.settings import ExperimentsConfig
-from .recipes import RunContext
+from .recipes import RunContext, training_set
 from .runs import finished_run, make_run, run_identity
 from ..images.study_images import split_rows
 from ..protocol.plan import Plan, Run
@@ -246,14 +246,14 @@ def precompute_shared(
     for name in dict.fromkeys(context.plan.generator_of(r) for r in todo if r.synthetic):
         if (context.study / "synthetic" / name).exists():
             context.synthetic_set(name)
+    for run in _one_per_subset([r for r in todo if r.base == "copy"]):
+        training_set(run, context)
     if not context.probe:
         return
     for run in _one_per_subset(todo):
         context.C(run)
     for run in _one_per_subset([r for r in todo if r.base == "augmented"]):
-        ids = context.training_rows(run).image_id.tolist()
-        for v in range(1, views + 1):
-            store.view(v, "strong", ids)
+        store.strong_views(context.training_rows(run).image_id)
 
 # %% ../../nbs/classify/executors.ipynb #93f915e0
 def result_key(
@@ -314,6 +314,7 @@ def do_runs(
     "Do runs and keep the table."
     precompute_shared(context, todo)
     job, cfg = Job.of(context, threads), context.cfg
+    todo = sorted(todo, key=lambda run: run.seed)  # the first seed makes what the others share
     arms = len({run.arm for run in todo})
     with (
         open_executor("serial" if executor else cfg.executor, cfg.workers) as own,

@@ -64,6 +64,12 @@ class Stratum:
     x: np.ndarray  # pixels (N, S, S) or features (N, D)
     y: np.ndarray  # labels (N,)
     share: float  # of each batch, or of the total sample weight
+    weight: np.ndarray | None = None  # of each row in the stratum, for the probe; None: all alike
+
+    def weights(self, total: float) -> np.ndarray:  # (N,)
+        "Sample weights that add up to a total."
+        each = np.ones(len(self.y)) if self.weight is None else self.weight
+        return total * each / each.sum()
 
 
 def strata_by_class(
@@ -89,7 +95,7 @@ def weighted_rows(
     filled = [s for s in strata if len(s.y)]
     x = np.concatenate([s.x for s in filled])
     y = np.concatenate([s.y for s in filled])
-    weight = np.concatenate([np.full(len(s.y), total * s.share / len(s.y)) for s in filled])
+    weight = np.concatenate([s.weights(total * s.share) for s in filled])
     return x, y, weight
 
 # %% ../../nbs/classify/finetune.ipynb #84095028

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['POOL_SHARE', 'pool_indices', 'draw_subset', 'RunContext', 'TrainingSet', 'real', 'real_short', 'real_shuffled',
-           'duplicate', 'augmented', 'roundtrip', 'mixed', 'oracle', 'mixed_full_pool', 'permuted', 'filtered',
-           'class_gap', 'rebalanced', 'synthetic_only', 'pretrain_finetune', 'training_set']
+           'duplicate', 'augmented', 'roundtrip', 'more_real', 'mixed', 'copy', 'oracle', 'mixed_full_pool', 'permuted',
+           'filtered', 'class_gap', 'rebalanced', 'synthetic_only', 'pretrain_finetune', 'training_set']
 
 # %% ../../nbs/classify/recipes.ipynb #94d9cda6
 from dataclasses import dataclass, field, replace
@@ -15,13 +15,13 @@ import numpy as np, pandas as pd
 
 # %% ../../nbs/classify/recipes.ipynb #2e56bc66
 from ..base.compute import seed_for
-from ..base.files import CxrError, digest_json
+from ..base.files import CxrError
 from ..base.records import Study
 from ..base.settings import CLASSES, ExperimentsConfig
-from .feature_store import FeatureStore
+from .augment import DIRECTIONS
+from .feature_store import FeatureStore, chosen_C
 from .finetune import Stratum, strata_by_class
-from .probe import CHOICE_VERSION, C_GRID, choose_C
-from ..images.study_images import split_rows, training_rows, val_rows
+from ..images.study_images import more_real_rows, split_rows, training_rows, val_rows
 from ..protocol.arms import ARMS, parse_arm
 from ..protocol.plan import Plan, Run
 from ..protocol.sets import marked_images
@@ -61,13 +61,6 @@ def draw_subset(
     return np.sort(np.concatenate(drawn))
 
 # %% ../../nbs/classify/recipes.ipynb #551cf4e2
-def _pick(drawn, view):  # which view of each image (N,); number -> array (N, ...)
-    "Of each image the view that was drawn."
-    drawn = drawn.tolist()
-    views = {v: view(v) for v in set(drawn)}
-    return np.stack([views[v][i] for i, v in enumerate(drawn)])
-
-
 class RunContext:
     "What the runs of a study share: its images, its plan and the settings."
 
@@ -84,6 +77,7 @@ class RunContext:
         self.device = device
         self.probe = cfg.method == "probe"
         self._training_rows = cache(partial(training_rows, study))
+        self._more_real_rows = cache(partial(more_real_rows, study))
         self._val_rows = cache(partial(val_rows, study))
         self._split_rows = cache(partial(split_rows, study))
         self.synthetic_set = cache(lambda name: self.store.synthetic(name))
@@ -100,7 +94,12 @@ class RunContext:
 
     def training_rows(self, run: Run) -> pd.DataFrame:
         "Manifest rows of the real images that a run trains on."
-        return self._training_rows(run.fraction, run.replicate)
+        more = run.base == "more_real"
+        return (self._more_real_rows if more else self._training_rows)(run.fraction, run.replicate)
+
+    def total_weight(self, run: Run) -> int:
+        "The total sample weight of every arm of a fraction: how many films the fraction has."
+        return len(self._training_rows(run.fraction, run.replicate))
 
     def split_rows(self, run: Run, split: str) -> pd.DataFrame:
         "Manifest rows that a run predicts: of val the part that goes with its fraction."
@@ -111,21 +110,27 @@ class RunContext:
     def labels(self, run: Run) -> np.ndarray:  # (N,)
         return self.training_rows(run).label.to_numpy()
 
-    def real_images(self, run: Run) -> np.ndarray:  # (N, D) or (N, S, S)
-        "Real training images: for the probe, the view of each that the seed draws."
-        ids = self.training_rows(run).image_id
+    def real_images(self, run: Run, how: str = "gentle"):  # array, labels, one entry per row
+        "Real training images: for the probe all views of each, one view after the other."
+        ids, y = self.training_rows(run).image_id, self.labels(run)
         if not self.probe:
-            return self.store.unaltered(ids)
-        rows = [self.store.at[i] for i in ids]
-        drawn = self.rng(run, "views gentle 0").integers(0, self.cfg.views, size=len(rows))
-        return _pick(drawn, lambda v: self.store.view(v)[rows])
+            return self.store.unaltered(ids), y
+        x = self.store.views(ids) if how == "gentle" else self.store.strong_views(ids)
+        return x.reshape(-1, x.shape[-1]), np.tile(y, len(x))
 
-    def strong_views(self, run: Run, number: int) -> np.ndarray:  # (N, D)
-        "Real training images strongly altered, for the probe; another number, other views."
-        ids = self.training_rows(run).image_id.tolist()
-        rng = self.rng(run, f"views strong {number}")
-        drawn = rng.integers(1, self.cfg.views + 1, size=len(ids))
-        return _pick(drawn, lambda v: self.store.view(v, "strong", ids))
+    def copied_images(self, run: Run, pool: int):  # array, labels (M,)
+        "The part of a pool of copies that the seed draws: the films in turn, each time shifted elsewhere."
+        rows, picked, turns = self.training_rows(run), [], []
+        for label in (0, 1):
+            mine = rows.image_id[rows.label == label].to_numpy()
+            about = self.plan.seed, "copies", run.fraction, run.replicate, label
+            mine = np.random.default_rng(seed_for(*about)).permutation(mine)
+            place = np.arange(pool // 2)
+            picked += mine[place % len(mine)].tolist()
+            turns += (place // len(mine) % len(DIRECTIONS)).tolist()
+        y = np.repeat([0, 1], pool // 2)
+        drawn = draw_subset(y, self.rng(run, "synthetic"))
+        return self.store.copies(picked, turns)[drawn], y[drawn]
 
     def synthetic_images(self, run: Run, pool: int):  # array, labels (M,), file names
         "The part of a pool of synthetic images that the seed draws."
@@ -139,16 +144,8 @@ class RunContext:
         "The regularisation of a fraction and replicate, chosen once on its real images."
         if self.cfg.C:
             return self.cfg.C
-        rows = self.training_rows(run)
-        seed = seed_for(self.plan.seed, "C", run.fraction)
-
-        def make():
-            x = self.store.unaltered(rows.image_id)
-            folds = 5 if len(rows) < 1000 else 3
-            return np.array(choose_C(x, rows.label, rows.patient_id, seed, folds=folds))
-
-        about = [digest_json(rows.image_id.tolist()), seed, C_GRID, CHOICE_VERSION]
-        return float(self.store.cached("C", about, make))
+        rows = self._training_rows(run.fraction, run.replicate)
+        return chosen_C(self.store, rows, seed_for(self.plan.seed, "C", run.fraction))
 
 # %% ../../nbs/classify/recipes.ipynb #12982221
 @dataclass(frozen=True)
@@ -169,13 +166,13 @@ class TrainingSet:
 
     @property
     def n_rows(self) -> int:
-        "Images in all phases; one that lies in two counts twice."
+        "Rows in all phases: every view of an image counts, and one that lies in two phases twice."
         return sum(len(stratum.y) for phase in self.phases for stratum in phase)
 
 # %% ../../nbs/classify/recipes.ipynb #3ab7318c
 def _real_strata(run: Run, context: RunContext, share: float) -> list[Stratum]:
     "The real images of a run, either class with half of the share."
-    return strata_by_class(context.real_images(run), context.labels(run), share)
+    return strata_by_class(*context.real_images(run), share)
 
 
 def _drawn_for_mixed(context: RunContext) -> int:
@@ -196,26 +193,24 @@ def real_short(run: Run, context: RunContext) -> TrainingSet:
 
 def real_shuffled(run: Run, context: RunContext) -> TrainingSet:
     "Real images, the classes as frequent as found."
-    x, y = context.real_images(run), context.labels(run)
-    return TrainingSet([[Stratum(x, y, 1.0)]], n_real=len(y))
+    return TrainingSet([[Stratum(*context.real_images(run), 1.0)]], n_real=len(context.labels(run)))
 
 # %% ../../nbs/classify/recipes.ipynb #74509353
 def duplicate(run: Run, context: RunContext) -> TrainingSet:
     "Each real image several times, to reach at least the count of `mixed`: all equally often."
-    x, y = context.real_images(run), context.labels(run)
-    times = max(2, -(-(len(y) + _drawn_for_mixed(context)) // len(y)))
+    (x, y), n = context.real_images(run), len(context.labels(run))
+    times = max(2, -(-(n + _drawn_for_mixed(context)) // n))
     strata = strata_by_class(np.concatenate([x] * times), np.tile(y, times), 1.0)
-    return TrainingSet([strata], n_real=len(y))
+    return TrainingSet([strata], n_real=n)
 
 
 def augmented(run: Run, context: RunContext) -> TrainingSet:
-    "Real images with strong alterations: for the probe, two strong views beside the usual one."
+    "Real images with strong alterations: for the probe, as many strong views beside the gentle ones."
+    alone = real(run, context)
     if not context.probe:
-        return replace(real(run, context), augmentation="strong")
-    views = [context.real_images(run), *(context.strong_views(run, k) for k in (0, 1))]
-    y = context.labels(run)
-    strata = strata_by_class(np.concatenate(views), np.tile(y, len(views)), 1.0)
-    return TrainingSet([strata], n_real=len(y))
+        return replace(alone, augmentation="strong")
+    (x, y), (strong, _) = context.real_images(run), context.real_images(run, "strong")
+    return replace(alone, phases=[strata_by_class(np.concatenate([x, strong]), np.tile(y, 2), 1.0)])
 
 
 def roundtrip(run: Run, context: RunContext) -> TrainingSet:
@@ -224,6 +219,11 @@ def roundtrip(run: Run, context: RunContext) -> TrainingSet:
     returned = context.store.roundtrip(run.fraction, run.replicate)
     strata = _real_strata(run, context, 1 - share) + strata_by_class(returned, y, share)
     return TrainingSet([strata], n_real=len(y))
+
+
+def more_real(run: Run, context: RunContext) -> TrainingSet:
+    "As `real`, with a quarter more patients; the context knows their films."
+    return real(run, context)
 
 # %% ../../nbs/classify/recipes.ipynb #a0f62371
 def _share_and_pool(run: Run, context: RunContext) -> tuple[float, int]:
@@ -245,6 +245,15 @@ def mixed(run: Run, context: RunContext) -> TrainingSet:
     _, pool = _share_and_pool(run, context)
     x, y, _ = context.synthetic_images(run, pool)
     return _beside_real(run, context, x, y, pool)
+
+
+def copy(run: Run, context: RunContext) -> TrainingSet:
+    "As `mixed`, with copies of the run's own real films in place of synthetic images."
+    share, pool = _share_and_pool(run, context)
+    x, y = context.copied_images(run, pool)
+    strata = _real_strata(run, context, 1 - share) + strata_by_class(x, y, share)
+    facts = dict(share=share, pool=pool, copies=len(y))
+    return TrainingSet([strata], len(context.labels(run)), 0, facts)
 
 
 def oracle(run: Run, context: RunContext) -> TrainingSet:
@@ -305,12 +314,15 @@ def rebalanced(run: Run, context: RunContext) -> TrainingSet:
             f"Make them: cxr-synth generate {context.study.root}"
         )
     drawn = np.sort(context.rng(run, "rebalanced").permutation(found)[:need])
-    real_y = context.labels(run)
-    all_x = np.concatenate([context.real_images(run), x[drawn]])
-    stratum = Stratum(all_x, np.concatenate([real_y, y[drawn]]), 1.0)
-    share = round(need / len(stratum.y), 4)
-    facts = dict(generator=run.subset, share=share, pool=len(found))
-    return TrainingSet([[stratum]], len(real_y), need, facts)
+    (real_x, real_y), n = context.real_images(run), len(context.labels(run))
+    stratum = Stratum(
+        np.concatenate([real_x, x[drawn]]),
+        np.concatenate([real_y, y[drawn]]),
+        share=1.0,
+        weight=np.concatenate([np.full(len(real_y), n / len(real_y)), np.ones(need)]),
+    )
+    facts = dict(generator=run.subset, share=round(need / (n + need), 4), pool=len(found))
+    return TrainingSet([[stratum]], n, need, facts)
 
 # %% ../../nbs/classify/recipes.ipynb #f6c100a7
 def synthetic_only(run: Run, context: RunContext) -> TrainingSet:

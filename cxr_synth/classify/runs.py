@@ -4,25 +4,32 @@
 
 # %% auto #0
 __all__ = ['PREDICTION_FILES', 'Trained', 'fit_run', 'predictions', 'split_scores', 'at_threshold', 'run_identity',
-           'write_predictions', 'run_record', 'read_record', 'finished_run', 'make_run']
+           'write_predictions', 'read_test', 'run_record', 'read_record', 'finished_run', 'make_run']
 
 # %% ../../nbs/classify/runs.ipynb #251cb31c
 import os, time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 import pandas as pd
 
 # %% ../../nbs/classify/runs.ipynb #ae4de1d3
 from ..base.files import CxrError, write_csv
-from ..base.readers import RESTORE, read_json
+from ..base.readers import RESTORE, read_frame, read_json
 from ..base.records import Study
 from .explain import ProbeNetwork, explain_run, has_maps
+from .feature_store import kept_head
 from .finetune import finetune, predict_images, save_network, weighted_rows
 from .probe import fit_probe, fit_towards, predict_probe
 from .recipes import RunContext, TrainingSet, training_set
 from ..images.study_images import assert_disjoint
 from ..protocol.plan import Run
-from ..protocol.schema import PREDICTION_COLUMNS, run_record_schema
+from cxr_synth.protocol.schema import (
+    PREDICTION_COLUMNS,
+    SEALED_COLUMNS,
+    SealedRow,
+    run_record_schema,
+)
 from ..stats.auc import rates_at, score, youden_threshold
 
 # %% ../../nbs/classify/runs.ipynb #2aeee69b
@@ -37,10 +44,11 @@ class Trained:
 
 def _fit_head(run: Run, context: RunContext, found: TrainingSet) -> Trained:
     "Fit the logistic head of one run."
-    total = found.part * len(context.labels(run))
-    C = context.C(run)
+    total, C = found.part * context.total_weight(run), context.C(run)
     first, *later = found.phases
-    head = fit_probe(*weighted_rows(first, total), C)
+    drawn = found.n_synthetic or "copies" in found.about  # then every seed has another head
+    fit = fit_probe if drawn else partial(kept_head, context.store)
+    head = fit(*weighted_rows(first, total), C)
     for strata in later:
         head = fit_towards(head, *weighted_rows(strata, total), C)
     facts = dict(
@@ -171,8 +179,22 @@ def write_predictions(
     table = pd.concat([predictions(run, context, trained, split) for split in run.splits])
     sealed = predictions(run, context, trained, "test")
     write_csv(folder / "predictions.csv", columns, table.to_dict("records"))
-    write_csv(folder / "test.csv", columns, sealed.to_dict("records"))
+    write_csv(folder / "test.csv", SEALED_COLUMNS, sealed[SEALED_COLUMNS].to_dict("records"))
     return table
+
+
+def read_test(
+    path,  # test.csv of a run
+    images: pd.DataFrame,  # manifest rows of the official test
+) -> pd.DataFrame:  # as `predictions`; raises `CxrError` for an image that is not of the test
+    "What a run says of the official test, with the labels, which the manifest alone holds."
+    table = read_frame(path, SealedRow)
+    label = images.set_index("image_id").label.reindex(table.image_id)
+    if label.isna().any():
+        raise CxrError(
+            f"{path} predicts {label.index[label.isna()][0]}, which is not of the test.\n{RESTORE}"
+        )
+    return table.assign(label=label.to_numpy(int))
 
 
 def run_record(

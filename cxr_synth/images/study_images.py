@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FRACTIONS', 'REPLICATES', 'load_manifest', 'load_fractions', 'split_rows', 'training_rows', 'val_rows',
-           'assert_disjoint', 'load_images', 'shows_nothing', 'refuse_empty_images', 'load_synthetic']
+           'more_real_rows', 'assert_disjoint', 'load_images', 'shows_nothing', 'refuse_empty_images', 'load_synthetic']
 
 # %% ../../nbs/images/study_images.ipynb #f0230a0c
 import numpy as np, pandas as pd
@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 # %% ../../nbs/images/study_images.ipynb #4a431f9a
+from ..base.compute import seed_for
 from ..base.files import CxrError, digest_file, one_of
 from ..base.readers import RESTORE, read_frame
 from ..base.records import Study
@@ -111,6 +112,45 @@ def val_rows(
 ) -> pd.DataFrame:  # manifest rows, sorted by image_id
     "The part of val that goes with a fraction."
     return _fraction_rows(study, ["val"], fraction, replicate)
+
+# %% ../../nbs/images/study_images.ipynb #ef78b680
+def _a_quarter_more(
+    own: pd.DataFrame,  # rows of one class that a fraction holds
+    others: pd.DataFrame,  # rows of the same class that the next fraction brings
+    replicate: int,  # goes into the order
+) -> list[str]:  # patients, a quarter as many as `own` has; raises `CxrError` for too few
+    "Some of the other patients, in an order that depends on their names alone, the kinds in turn."
+    wanted = int(own.patient_id.nunique() / 4 + 0.5)
+    patients = others.drop_duplicates("patient_id")
+    order = [seed_for("more_real", replicate, name) for name in patients.patient_id]
+    patients = patients.assign(order=order).sort_values("order")
+    kinds = patients.groupby("kind").patient_id
+    place = (kinds.cumcount() + 0.5) / kinds.transform("size")
+    found = patients.patient_id[place.sort_values(kind="stable").index].tolist()
+    if wanted > len(found):
+        raise CxrError(
+            f"more_real wants {wanted} {own.class_name.iloc[0]} patients more, but the next fraction "
+            f"brings {len(found)}.\nUse a larger data set, or leave the arm out."
+        )
+    return found[:wanted]
+
+
+def more_real_rows(
+    study: Study,  # with a finished data stage
+    fraction: float,  # share of the training patients: 0.05, 0.1 or 0.25
+    replicate: int,  # 0 to 9
+) -> pd.DataFrame:  # manifest rows, sorted by image_id
+    "The real images of a fraction and of a quarter more patients of each class."
+    one_of(fraction, FRACTIONS[:-1], "fraction of more_real")
+    own = training_rows(study, fraction, replicate)
+    wider = training_rows(study, FRACTIONS[FRACTIONS.index(fraction) + 1], replicate)
+    others = wider[~wider.patient_id.isin(own.patient_id)]
+    more = set()
+    for label in (0, 1):
+        mine, brought = own[own.label == label], others[others.label == label]
+        more |= {*_a_quarter_more(mine, brought, replicate)}
+    both = pd.concat([own, others[others.patient_id.isin(more)]])
+    return both.sort_values("image_id", ignore_index=True)
 
 # %% ../../nbs/images/study_images.ipynb #4780e4a7
 def assert_disjoint(

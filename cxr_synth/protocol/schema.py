@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MANIFEST_SPLITS', 'SPLITS', 'MANIFEST_COLUMNS', 'FRACTION_COLUMNS', 'METADATA_FIELDS', 'MARK_COLUMNS',
-           'QUALITY_COLUMNS', 'PREDICTION_COLUMNS', 'HEAT_COLUMNS', 'RUN_COLUMNS', 'ManifestRow', 'FractionRow',
-           'SyntheticLine', 'RoundTripLine', 'MarkRow', 'QualityRow', 'PredictionRow', 'HeatRow', 'RunRow',
-           'score_columns', 'result_columns', 'result_row', 'run_record_schema', 'LogRow', 'Provenance', 'Audit',
-           'OpenedLog', 'Analysis', 'GuideRow', 'GuideRecord']
+           'QUALITY_COLUMNS', 'PREDICTION_COLUMNS', 'SEALED_COLUMNS', 'HEAT_COLUMNS', 'RUN_COLUMNS', 'ManifestRow',
+           'FractionRow', 'SyntheticLine', 'RoundTripLine', 'MarkRow', 'QualityRow', 'PredictionRow', 'SealedRow',
+           'HeatRow', 'RunRow', 'score_columns', 'result_columns', 'result_row', 'run_record_schema', 'LogRow',
+           'Provenance', 'Audit', 'OpenedLog', 'Analysis', 'GuideRow', 'GuideRecord']
 
 # %% ../../nbs/protocol/schema.ipynb #14c6286f
 from functools import cache
@@ -161,13 +161,23 @@ QUALITY_COLUMNS = list(QualityRow.model_fields)
 
 # %% ../../nbs/protocol/schema.ipynb #c4dc9f9e
 class PredictionRow(Row):
-    "predictions.csv and test.csv: what a run says of an image."
+    "predictions.csv: what a run says of an image."
 
     unique = ("image_id",)
     image_id: _Name
     patient_id: _Name
     split: Literal[SPLITS]
     label: _Label
+    prob: _Probability
+
+
+class SealedRow(Row):
+    "test.csv: what a run says of an image of the official test; its label stays in the manifest."
+
+    unique = ("image_id",)
+    image_id: _Name
+    patient_id: _Name
+    split: Literal["test"]
     prob: _Probability
 
 
@@ -202,6 +212,7 @@ class RunRow(Row):
 
 
 PREDICTION_COLUMNS = [c for c in PredictionRow.model_fields if c != "prob"]
+SEALED_COLUMNS = list(SealedRow.model_fields)
 HEAT_COLUMNS = list(HeatRow.model_fields)
 RUN_COLUMNS = list(RunRow.model_fields)
 

@@ -15,13 +15,15 @@ from ..base.files import CxrError, digest_file, one_of
 from ..base.messages import failure_reason
 from ..base.readers import RESTORE, read_csv, read_frame, read_json
 from ..base.records import Study, generator_name
-from ..classify.runs import split_scores
+from ..classify.runs import read_test, split_scores
+from ..images.study_images import split_rows
 from ..protocol.plan import Plan, Run, load_plan
 from cxr_synth.protocol.schema import (
     SPLITS,
     ManifestRow,
     OpenedLog,
     PredictionRow,
+    SealedRow,
     result_columns,
     result_row,
     run_record_schema,
@@ -33,7 +35,7 @@ from ..stats.intervals import RunScores
 def _expected_row(
     study: Study,  # the study
     run: Run,  # of the plan
-    opened: bool,  # whether the test's scores belong there
+    images,  # manifest rows of the test if its scores belong there, else None
 ) -> dict | None:  # None without a record
     "What results.csv should say of a run: its record and, once opened, the scores of its test.csv."
     path = study / run.folder / "run.json"
@@ -41,8 +43,8 @@ def _expected_row(
         return None
     row = {name: read_json(path).get(name) for name in result_columns()}
     test = study / run.folder / "test.csv"
-    if opened and row["status"] == "done" and test.is_file():
-        row |= split_scores(read_frame(test, PredictionRow), "test")
+    if images is not None and row["status"] == "done" and test.is_file():
+        row |= split_scores(read_test(test, images), "test")
     return row
 
 
@@ -61,9 +63,11 @@ def assert_results_recorded(
     table: pd.DataFrame,  # results.csv
 ):
     "Raise `CxrError` for a row of results.csv that is not what the record of its run says."
+    images = split_rows(study, "test")
     for row in table.to_dict("records"):
         run = Run(*(row[key] for key in ("arm", "real_fraction", "replicate", "seed")))
-        expected = _expected_row(study, run, not pd.isna(row["test_auroc"]))
+        opened = not pd.isna(row["test_auroc"])
+        expected = _expected_row(study, run, images if opened else None)
         wrong = [k for k, v in (expected or {}).items() if not _same_cell(row[k], v)]
         if wrong:
             again = "open-test" if wrong[0].startswith("test_") else "experiments"
@@ -167,7 +171,7 @@ def read_run(
         raise ValueError(f"{path.name} is missing")
     if _recorded_digest(path) not in ("", digest_file(path)):
         raise ValueError(f"{path.name} was changed after the run was finished")
-    table = read_frame(path, PredictionRow)
+    table = read_frame(path, SealedRow if split == "test" else PredictionRow)
     table = table[table.split == split]
     if table.empty:
         raise ValueError(f"it predicts no image of {split}")
@@ -176,8 +180,8 @@ def read_run(
         raise ValueError(f"it predicts other images of {split} than the manifest has")
     table = table.iloc[np.argsort(at)]
     expected = images.iloc[np.sort(at)]
-    label, prob = table.label.to_numpy(), table.prob.to_numpy()
-    if (label != expected.label.to_numpy()).any():
+    label, prob = expected.label.to_numpy(), table.prob.to_numpy()
+    if split != "test" and (label != table.label.to_numpy()).any():
         raise ValueError(f"its labels of {split} are not the manifest's")
     return pd.DataFrame(dict(label=label, prob=prob), index=expected.index)
 

@@ -46,6 +46,7 @@ from cxr_synth.protocol.schema import (
     MANIFEST_COLUMNS,
     MARK_COLUMNS,
     PredictionRow,
+    SealedRow,
 )
 from ..quality.measure import low_n_warning, make_row, summarise_draws
 from ..stats.power import assumed_spread
@@ -410,7 +411,7 @@ def rehearse_opening(
     open_test(study)
     if exploratory:
         path = study / load_plan(study).runs()[0].folder / "test.csv"
-        table = read_frame(path, PredictionRow)
+        table = read_frame(path, SealedRow)
         table["prob"] = table.prob.round(3)
         write_csv(path, list(table), table.to_dict("records"))
         _record_runs_again(study, path)

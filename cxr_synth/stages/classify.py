@@ -22,17 +22,17 @@ from cxr_synth.base.files import (
     write_json,
 )
 from ..base.messages import failure_reason
-from ..base.readers import read_csv, read_frame, read_json
+from ..base.readers import read_csv, read_json
 from ..base.locks import alone, together
 from ..base.records import Study, check_files, move_aside, open_stage
 from ..base.settings import ExperimentsConfig
 from ..classify.executors import ResultsTable, do_runs, result_key
 from ..classify.recipes import RunContext
-from ..classify.runs import split_scores
+from ..classify.runs import read_test, split_scores
 from ..images.study_images import split_rows
 from ..protocol.plan import Plan, Run, load_plan
 from ..protocol.round_trips import planned_round_trips, round_trip_set
-from ..protocol.schema import OpenedLog, PredictionRow, result_columns, result_row
+from ..protocol.schema import OpenedLog, result_columns, result_row
 from ..protocol.sets import refuse_empty_set
 from .validation import validate_settings
 
@@ -195,7 +195,8 @@ def open_test(
     check_files(study, ["data/manifest.csv", "plan.json", "runs"])
     done = _done_runs(study, plan)
     _assert_primary_done(study, plan, done)
-    if not len(split_rows(study, "test")):
+    images = split_rows(study, "test")
+    if not len(images):
         raise CxrError(
             "this data set has no official test: nothing to open.\n"
             f"The report speaks of `internal` alone: cxr-synth report {study.root}"
@@ -204,7 +205,7 @@ def open_test(
     log = _log_opening(study, plan, digest_json([digest_file(path) for path in files]))
     opened = {}
     for run, row in done.items():
-        scores = split_scores(read_frame(study / run.folder / "test.csv", PredictionRow), "test")
+        scores = split_scores(read_test(study / run.folder / "test.csv", images), "test")
         opened[result_key(row)] = row | scores
     old = read_csv(study / "results.csv", result_row())
     rows = [opened.get(result_key(row), row) for row in old]
