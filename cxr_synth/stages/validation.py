@@ -247,10 +247,10 @@ def validate_settings(
         _check_plan(study, settings["plan"], _source_of(study, settings.get("data")))
     if last:
         _check_run(settings, last)
-    if not (redo and "plan" in settings):  # else the plan is sealed anew
-        check_sealed(study, **settings)
     for stage, cfg in settings.items():
         if stage in _NETWORKS:
             _check_network(stage, cfg)
     for stage, cfg in _to_do(study, settings, redo).items():
         _check_machine(stage, cfg)
+    if not (redo and "plan" in settings):  # else the plan is sealed anew
+        check_sealed(study, **settings)
