@@ -11,8 +11,9 @@ import pytest
 from cxr_synth.base.files import CxrError, write_csv, write_json
 from cxr_synth.base.readers import read_json
 from cxr_synth.base.records import Study
-from cxr_synth.base.settings import DataConfig, PlanConfig
-from cxr_synth.classify.headroom import Reading, choose_primary, curve_slope, headroom
+from cxr_synth.base.settings import DataConfig, ExperimentsConfig, PlanConfig
+from cxr_synth.classify.feature_store import FeatureStore
+from cxr_synth.classify.headroom import Reading, choose_primary, curve_slope, headroom, read_real
 from cxr_synth.images.study_images import FRACTIONS, load_manifest, training_rows
 from cxr_synth.protocol.plan import (
     BLOCKS,
@@ -227,3 +228,16 @@ def test_a_pilot_that_does_not_fit_is_refused(study, pilot, tmp_path):
             read_pilot(PlanConfig(**TINY, pilot=str(pilot.root)), "probe")
     finally:
         (pilot / "analysis.json").write_text(analysis, encoding="utf-8")
+
+
+def test_a_film_weighs_the_same_however_many_views_it_has(study):
+    "With the same picture in every view, `real` on three views is `real` on one: weight n / V."
+    found = []
+    for views in (1, 3):
+        store = FeatureStore(study, ExperimentsConfig(size=32, views=views), 0, "cpu")
+        first = store.view(0)
+        store.view = lambda v, first=first: first
+        found.append([read_real(store, fraction, 2) for fraction in (0.1, 0.25)])
+    for one, three in zip(*found):
+        assert three.auroc == pytest.approx(one.auroc, abs=1e-3)
+        assert three.se == pytest.approx(one.se, rel=0.02)

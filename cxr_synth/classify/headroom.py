@@ -16,8 +16,9 @@ from ..base.compute import seed_for
 from ..base.files import CxrError
 from ..base.records import Study
 from ..base.settings import ExperimentsConfig, PlanConfig, resolve
-from .feature_store import FeatureStore
-from .probe import balanced_weights, choose_C, fit_probe, predict_probe
+from .feature_store import FeatureStore, chosen_C, kept_head
+from .finetune import strata_by_class, weighted_rows
+from .probe import predict_probe
 from ..images.study_images import FRACTIONS, assert_disjoint, split_rows, training_rows
 from ..protocol.plan import BLOCKS
 from ..stats.auc import cluster_error, patient_influence
@@ -40,10 +41,11 @@ def _read_draw(
     held,  # rows of the internal patients
     C: float,  # regularisation
 ):  # AUROC by patient, and how much each image pulls it from its mean
-    "Train `real` on one block of patients and judge it on the internal ones."
-    features = store.unaltered(rows.image_id)
-    probe = fit_probe(features, rows.label, balanced_weights(rows.label, len(rows)), C)
-    prob = predict_probe(probe, store.unaltered(held.image_id))
+    "Train `real` on one block of patients, as its run will be, and judge it on the internal ones."
+    x = store.views(rows.image_id)
+    strata = strata_by_class(x.reshape(-1, x.shape[-1]), np.tile(rows.label, len(x)), 1.0)
+    head = kept_head(store, *weighted_rows(strata, len(rows)), C)
+    prob = predict_probe(head, store.unaltered(held.image_id))
     return patient_influence(held.label.to_numpy(), held.patient_id, prob)
 
 
@@ -51,7 +53,7 @@ def read_real(
     store: FeatureStore,  # features of the real images
     fraction: float,  # share of the real training patients, below 1
     replicates: int,  # blocks of patients; at least two are read
-    C: float = 0,  # regularisation; 0: by cross-validation, once
+    C: float = 0,  # regularisation; 0: by cross-validation on each block, as in the runs
 ) -> Reading:
     "How good `real` is at a fraction, judged on the internal patients."
     held = split_rows(store.study, "internal")
@@ -60,10 +62,8 @@ def read_real(
     aucs, pulls = [], []
     for rows in drawn:
         assert_disjoint(rows, held)
-        if not C:
-            features = store.unaltered(rows.image_id)
-            C = choose_C(features, rows.label, rows.patient_id, seed_for(store.seed, "C", fraction))
-        auc, pull = _read_draw(store, rows, held, C)
+        own = C or chosen_C(store, rows, seed_for(store.seed, "C", fraction))
+        auc, pull = _read_draw(store, rows, held, own)
         aucs.append(auc)
         pulls.append(pull)
     errors = [cluster_error(pull - pulls[0], held.patient_id) for pull in pulls[1:]]
@@ -196,12 +196,13 @@ def measure_headroom(
     cfg: PlanConfig,  # network, size and seed of the readings
     sizes: dict,  # fraction that may be primary -> (replicates, seeds)
     pilot: Pilot | None = None,  # whose spread replaces the assumed one
+    views: int = 0,  # of a real film in the runs; 0: those of the preset
 ) -> list[dict]:  # from `headroom`; empty with fewer than two internal patients of a class
     "Headroom and detectable difference at every feasible fraction below 100 %."
     patients = _internal_patients(study)
     if patients < 2:
         return headroom([], patients, sizes)
-    views = resolve("experiments", study.info()["preset"]).views
+    views = views or resolve("experiments", study.info()["preset"]).views
     experiments = ExperimentsConfig(network=cfg.network, size=cfg.size, views=views)
     store = FeatureStore(study, experiments, cfg.seed, "cpu")
     replicates = max(K for K, _ in sizes.values())

@@ -195,7 +195,6 @@ TIERS = {
     ),
 }
 BLOCKS = {0.05: 10, 0.1: 5}  # replicates of a fraction that share no patient
-_NOT_YET = ("copy", "more_real")
 NEXT_FRACTION = {0.05: 0.1, 0.1: 0.25}  # where `real` says what more films are worth
 
 # %% ../../nbs/protocol/plan.ipynb #4db87f64
@@ -248,7 +247,7 @@ def tier_cells(
     cells = []
     for fraction, replicates, seeds, arms in _at_primary(tier, primary):
         wanted = [*arms, *(a for a in extra if fraction == primary and a not in arms)]
-        kept = tuple(a for a in wanted if a not in (*without, *_NOT_YET))
+        kept = tuple(a for a in wanted if a not in without)
         cells.append(Cell(fraction, replicates, seeds, kept))
     main = next(c for c in cells if c.fraction == primary)
     if scope_of(primary, main.replicates) != "method":

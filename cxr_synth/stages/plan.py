@@ -25,6 +25,7 @@ from cxr_synth.base.records import (
 )
 from cxr_synth.base.settings import (
     CLASSES,
+    ExperimentsConfig,
     PlanConfig,
     is_scratch,
     parse_arms,
@@ -306,13 +307,14 @@ def _questions(
 def _weighed(
     study: Study,  # data is done
     cfg: PlanConfig,  # tier, primary, pilot, network, size, seed
+    runs: ExperimentsConfig,  # of the classifiers
 ) -> tuple[float, dict]:  # primary fraction; the fields of a `Plan` that say what can be answered
     "What the learning curve of `real` says: primary fraction, margin, power."
     tier = TIERS[cfg.tier]
     candidates = tier["primary"] if cfg.primary == "auto" else [float(cfg.primary)]
-    pilot = read_pilot(cfg, resolve("experiments", study.info()["preset"]).method)
+    pilot = read_pilot(cfg, runs.method)
     sizes = {fraction: primary_size(cfg.tier, fraction) for fraction in candidates}
-    rows = measure_headroom(study, cfg, sizes, pilot)
+    rows = measure_headroom(study, cfg, sizes, pilot, runs.views)
     primary, answer = choose_primary(rows, candidates)
     row = next((r for r in rows if r["fraction"] == primary), {})
     margin_pp, margin_why = margin(curve_slope(rows, primary))
@@ -342,12 +344,14 @@ def _contrasts(
 def make_plan(
     study: Study,  # data is done
     cfg: PlanConfig,  # tier, pool, seed, guess, ...
+    runs: ExperimentsConfig | None = None,  # of the classifiers; None: those of the preset
 ) -> Plan:  # not yet sealed
     "Everything that must be decided before a result exists."
+    runs = runs or resolve("experiments", study.info()["preset"])
     extra = parse_arms(cfg.arms)
     guess, guess_pp = guess_text(cfg)
     sizes = pool_sizes(study, cfg.pool)
-    primary, weighed = _weighed(study, cfg)
+    primary, weighed = _weighed(study, cfg, runs)
     cells = tier_cells(cfg.tier, primary, extra, _impossible_arms(study, cfg))
     planned = {a for cell in cells for a in cell.arms}
     arms = [a for a in dict.fromkeys([*ARMS, *DOSE_ARMS, *extra]) if a in planned]
@@ -391,8 +395,9 @@ def stage_plan(
     stage = open_stage(study, "plan", "plan.json", cfg, inputs, redo, later=promised)
     if stage.done and stage.path.exists():
         return
+    runs = (later or {}).get("experiments")
     counted = cfg.ledger_copy and cfg.tier != "lesson"
-    plan = seal_plan(study, make_plan(study, cfg), later or {}, copy=counted)
+    plan = seal_plan(study, make_plan(study, cfg, runs), later or {}, copy=counted)
     stage.finish(plan_sha256=plan.sha256)
 
 # %% ../../nbs/02_plan.ipynb #71db7020
