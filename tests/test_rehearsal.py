@@ -25,7 +25,7 @@ def real(tmp_path_factory):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made") / "study"
-    arms = ("real", "duplicate", "mixed", "synthetic_only")
+    arms = ("real", "duplicate", "copy", "mixed", "synthetic_only")
     return rehearse_opening(rehearse(folder, PATIENTS, ((0.1, 2, 2),), arms))
 
 

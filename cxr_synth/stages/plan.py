@@ -190,7 +190,9 @@ def plan_cost(
     drawn = sum(sum(g.images.values()) for g in plan.generators)
     runs = len(plan.runs())
     making = _making_hours(models, drawn, preset)
-    judging = _judging_hours(runs, images * experiments.views + drawn, experiments.method)
+    copies = [cell.replicates for cell in plan.cells if "copy" in cell.arms]
+    seen = images * experiments.views + drawn + sum(copies) * plan.pools.get("mixed", 0)
+    judging = _judging_hours(runs, seen, experiments.method)
     on_pc = is_scratch(train.base)
     disk = models * _model_gigabytes(train) + drawn * resolution**2 * 0.6e-9 + runs * images * 1e-7
     return {
