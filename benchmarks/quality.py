@@ -34,7 +34,7 @@ from cxr_synth.images.study_images import load_images, training_rows
 from cxr_synth.protocol.dataset import parse_name
 from cxr_synth.quality.copies import (
     DISGUISES,
-    CopyTest,
+    CopyThreshold,
     feature_space,
     nearest_in_spaces,
     pixel_space,
@@ -123,7 +123,7 @@ def copies(folder, side=224):
     for c in ("NORMAL", "PNEUMONIA"):
         (seen, _), (unseen, patients), (fresh, _) = read_parts(Path(folder) / "train" / c, side)
         references = {k: s.reference(seen) for k, s in spaces.items()}
-        test = CopyTest(nearest_in_spaces(spaces, references, unseen), patients)
+        test = CopyThreshold(nearest_in_spaces(spaces, references, unseen), patients)
         planted, disguise = plant_copies(seen, each=max(20, len(fresh) // 100))
         caught = test.flags(nearest_in_spaces(spaces, references, planted))
         scores = test.score(nearest_in_spaces(spaces, references, fresh))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from cxr_synth.quality.copies import (
-    CopyTest,
+    CopyThreshold,
     feature_space,
     nearest_in_spaces,
     pixel_space,
@@ -71,7 +71,7 @@ def search(normals):
 
 @pytest.fixture(scope="module")
 def copy_test(normals, search):
-    return CopyTest(search(normals[1][0]), normals[1][1])
+    return CopyThreshold(search(normals[1][0]), normals[1][1])
 
 
 def test_planted_copies_are_found(normals, search, copy_test):

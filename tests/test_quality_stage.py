@@ -1,6 +1,7 @@
 "The quality stage on generators whose truth is known: new patients, out of focus, and copies."
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -9,8 +10,8 @@ from scipy.ndimage import gaussian_filter
 
 from cxr_synth.base.files import CxrError, write_text
 from cxr_synth.base.readers import read_json
-from cxr_synth.base.records import Study
-from cxr_synth.base.settings import CLASSES, DataConfig, QualityConfig
+from cxr_synth.base.records import Study, open_stage
+from cxr_synth.base.settings import CLASSES, DataConfig, GenerateConfig, QualityConfig
 from cxr_synth.images.known_generators import draw_film, write_class_images
 from cxr_synth.images.study_images import load_images, training_rows
 from cxr_synth.protocol.schema import MARK_COLUMNS, QUALITY_COLUMNS
@@ -29,6 +30,7 @@ def write_set(study, name, images):
         if len(of_class):
             lines += write_class_images(folder, name, label, "truth", of_class)
     write_text(folder / "metadata.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    open_stage(study, "generate", f"synthetic/{name}", GenerateConfig(), adopt=True).finish()
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def study(tmp_path_factory):
         np.stack([draw_film(study, 10_000 + 2 * k + label, label) for k in range(60)])
         for label in range(2)
     ]
-    rows = training_rows(study, 1.0, 0)
+    rows = training_rows(study, 1.0, 0).drop_duplicates("patient_id")  # a film of each: as varied
     seen = [load_images(study, rows.image_id[rows.label == label][:60]) for label in range(2)]
     noise = np.random.default_rng(0).normal(0, 1, (60, 32, 32))
     copied = [(x + noise).clip(0, 255).round().astype(np.uint8) for x in seen]
@@ -80,8 +82,7 @@ def test_no_distance_minds_copying(table, metric):
 
 
 def test_the_search_finds_the_copies_and_marks_them(study, table):
-    normal = table[table.class_name == "normal"]
-    assert verdicts(normal, "real100-rep1", "copies") == {"above the floor"}
+    assert verdicts(table, "real100-rep1", "copies") == {"above the floor"}
     marks = pd.read_csv(study / "quality/real100-rep1-copies.csv")
     assert len(marks) > 100 and [*marks] == MARK_COLUMNS
     assert {*marks.by} == {"copy report"}
@@ -100,9 +101,22 @@ def test_every_set_has_rows_of_one_shape_and_figures(study):
 
 def test_the_record_says_what_the_search_could_find(study):
     facts = read_json(study / "quality/stage.json")["generators"]["real100-rep1"]
-    assert "56 images in 1280 dimensions" in facts["warning"]
+    assert re.match(r"n = \d\d images in 1280 dimensions", facts["warning"])  # half the patients
     assert {*facts["other_class"]} == {*CLASSES}
     assert {*facts["copies"]["normal"]["recall"]} == {"jpeg", "shift", "noise"}
+
+
+def test_tests_for_copies_are_adjusted_for_their_number(study):
+    "Two classes of three sets; the word stands where the adjusted test has it."
+    rows = {k: read_json(study / f"quality/real100-rep{k}.json") for k in (0, 1)}
+    found = [row for k in rows for row in rows[k] if row["metric"] == "copies"]
+    assert all(row["p"] <= row["p_adjusted"] for row in found)
+    assert all((row["p_adjusted"] <= 0.05) == ("copies, or" in row["sentence"]) for row in found)
+    facts = read_json(study / "quality/stage.json")["generators"]
+    assert {facts[name]["copies"][c]["tests"] for name in facts for c in CLASSES} == {6}
+    near = [row for row in rows[1] if row["metric"] == "fd"]
+    assert all(row["sentence"].endswith("raises its alarm: copies.") for row in near)
+    assert not any("raises its alarm" in row["sentence"] for row in rows[0])
 
 
 def test_a_second_call_changes_nothing(study):

@@ -154,6 +154,8 @@ class QualityRow(BaseModel):
     real_available: int | None
     synthetic_available: int | None
     unused_files: int | None
+    p: _Number  # of a test, where the verdict is a test's
+    p_adjusted: _Number  # for all tests of its kind in the study
     sentence: str | None
 
 

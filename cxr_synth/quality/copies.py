@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEARCH_VERSION', 'DISGUISES', 'SearchSpace', 'feature_space', 'pixel_space', 'nearest_neighbours',
-           'nearest_in_spaces', 'CopyTest', 'wilson', 'plant_copies', 'Neighbours', 'CopyReport', 'closest_pairs',
-           'report_copies', 'plot_copies', 'plot_pairs']
+           'nearest_in_spaces', 'CopyThreshold', 'wilson', 'CopyTest', 'count_pairs_once', 'plant_copies', 'Neighbours',
+           'CopyReport', 'closest_pairs', 'report_copies', 'adjust_copy_tests', 'plot_copies', 'plot_pairs']
 
 # %% ../../nbs/quality/copies.ipynb #f908e169
 import io
@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from collections.abc import Callable
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch, torch.nn.functional as F
 from PIL import Image
-from scipy.stats import binomtest, mannwhitneyu
+from scipy.stats import betabinom, binomtest
 
 # %% ../../nbs/quality/copies.ipynb #c34275db
 from ..base.compute import seed_for
 from ..base.files import CxrError
 from ..images.networks import to_input
-from .metrics import ms_ssim
+from .metrics import ms_ssim, one_film_each
+from ..stats.intervals import holm
 
 # %% ../../nbs/quality/copies.ipynb #eef13905
 def _unit_rows(
@@ -123,14 +124,30 @@ def nearest_in_spaces(
     return pd.DataFrame(out)
 
 # %% ../../nbs/quality/copies.ipynb #7ac2af51
-class CopyTest:
-    "A threshold such that a given share of unseen real images falls below it."
+def _log_distances(
+    found: pd.DataFrame,  # from `nearest_in_spaces`
+):  # (N, C), without the indices
+    "Logarithms of distances and ratios."
+    return np.log(found[[c for c in found if not c.endswith("index")]].to_numpy() + 1e-6)
+
+
+def _middle_and_scale(
+    logs,  # (N, C)
+):  # (C,), (C,)
+    "Median of each column, and how far the lower quartile lies below it."
+    n = len(logs)
+    low, middle = np.partition(logs, (n // 4, n // 2), axis=0)[[n // 4, n // 2]]
+    return middle, (middle - low).clip(min=1e-6)
+
+
+class CopyThreshold:
+    "A threshold such that a given share of unseen real images falls below it: below it an image is marked."
 
     def __init__(
         self,
         null: pd.DataFrame,  # from `nearest_in_spaces` at unseen real images of one class
         patients=None,  # of these images (N,); None: one each
-        rate: float = 0.01,  # share of unseen images that may be called copies
+        rate: float = 0.01,  # share of unseen images that may be marked
         seed: int = 0,  # of the bootstrap
     ):
         if len(null) < 20:
@@ -139,10 +156,7 @@ class CopyTest:
                 f"found {len(null)}.\n"
                 "Use a larger data set, or a larger val_share."
             )
-        self._columns = [c for c in null if not c.endswith("index")]
-        logs = np.log(null[self._columns] + 1e-6)
-        self._middle = logs.median()
-        self._scale = (logs.median() - logs.quantile(0.05)).clip(lower=1e-6)
+        self._middle, self._scale = _middle_and_scale(_log_distances(null))
         self.null = self.score(null)  # scores of the unseen images (N,)
         self.rate = max(rate, 1 / (len(null) + 1))
         self.threshold = self._quantile(self.null)
@@ -150,12 +164,11 @@ class CopyTest:
         self.interval = self._bootstrap(patients, seed)  # 95 % of the threshold
 
     def score(self, found: pd.DataFrame):
-        "Lowest place of each image (N,); 0: as far as the median unseen image, -1: as the nearest 5 %."
-        places = (np.log(found[self._columns] + 1e-6) - self._middle) / self._scale
-        return places.min(axis=1).to_numpy()
+        "Lowest place of each image (N,); 0: as far as the median unseen image, -1: as the lower quartile."
+        return ((_log_distances(found) - self._middle) / self._scale).min(axis=1)
 
     def flags(self, found: pd.DataFrame):
-        "Which images are called copies (N,) bool."
+        "Which images are marked (N,) bool."
         return self.score(found) < self.threshold
 
     def _quantile(self, scores):
@@ -180,6 +193,65 @@ def wilson(
     "Wilson's interval of a share."
     found = binomtest(int(hits), int(n)).proportion_ci(confidence, method="wilson")
     return float(found.low), float(found.high)
+
+# %% ../../nbs/quality/copies.ipynb #b83ff757
+class CopyTest:
+    "Are images nearer to the training images than new patients' are? A permutation test over patients."
+
+    depths = 1, 2, 4, 8, 16, 32  # r: images below the r-th nearest new patient are counted
+
+    def __init__(
+        self,
+        synthetic: pd.DataFrame,  # from `nearest_in_spaces`: synthetic images of one class, independent draws
+        new: pd.DataFrame,  # the same of real images that are new to those searched among
+        patients=None,  # of the new ones (N,), one image of each is used; None: one each
+        draws: int = 1999,  # permutations
+        seed: int = 0,  # of the draws
+    ):
+        if patients is not None:
+            new = new.iloc[one_film_each(patients, seed)]
+        self.n, self.m = len(new), len(synthetic)
+        self._logs = np.concatenate([_log_distances(new), _log_distances(synthetic)])
+        self._r = np.array([r for r in self.depths if r <= max(1, self.n // 2)])
+        counts = np.arange(-1, self.m)
+        self._tails = np.stack(
+            [betabinom.sf(counts, self.m, r, self.n + 1 - r) for r in self._r]
+        )  # chance of k images or more (r, k)
+        observed = self._least_likely(np.arange(self.n + self.m))
+        rng = np.random.default_rng(seed_for(seed, "copy test"))
+        orders = (rng.permutation(self.n + self.m) for _ in range(draws))
+        self._chance = np.sort([self._least_likely(order) for order in orders])
+        as_odd = np.searchsorted(self._chance, observed * (1 + 1e-9), side="right")
+        self.p = float((1 + as_odd) / (1 + draws))
+
+    def least_share(
+        self,
+        level: float = 0.05,  # of the test
+    ) -> float:  # NaN: not even a set of copies alone would be noticed
+        "The smallest share of the set that is noticed for certain if it is nearer than every new patient."
+        place = int(level * (1 + len(self._chance)) + 1e-9) - 1
+        noticed = self._tails[0] < self._chance[place] if place >= 0 else np.zeros(1, bool)
+        return float(noticed.argmax() / self.m) if noticed.any() else float("nan")
+
+    def _least_likely(self, order):
+        "Smallest tail chance over r, if the first n images of an order are the new patients."
+        middle, scale = _middle_and_scale(self._logs[order[: self.n]])
+        scores = ((self._logs - middle) / scale).min(axis=1)[order]
+        limits = np.partition(scores[: self.n], self._r - 1)[self._r - 1]
+        below = np.searchsorted(np.sort(scores[self.n :]), limits)
+        return self._tails[np.arange(len(self._r)), below].min()
+
+# %% ../../nbs/quality/copies.ipynb #6d27abe9
+def count_pairs_once(
+    among: pd.DataFrame,  # from `nearest_in_spaces` at some seen images, those of one patient `apart`
+    asked,  # which seen images are of a patient who is asked (M,) bool
+) -> pd.DataFrame:
+    "The rows whose nearest image, in the space that gives their score, is of a patient who is not asked."
+    logs = _log_distances(among)  # two columns a space: distance and ratio
+    middle, scale = _middle_and_scale(logs)
+    space = ((logs - middle) / scale).argmin(axis=1) // 2
+    nearest = among[[c for c in among if c.endswith("index")]].to_numpy()
+    return among[~np.asarray(asked)[nearest[np.arange(len(among)), space]]]
 
 # %% ../../nbs/quality/copies.ipynb #ca977b13
 def _as_jpeg(x, rng):  # uint8 (R, R)
@@ -227,9 +299,7 @@ class Neighbours:
     unseen: pd.DataFrame  # of real images of the class that the generator never saw
     planted: pd.DataFrame  # of planted copies
     disguise: np.ndarray  # of each planted copy (P,)
-    among: pd.DataFrame | None = (
-        None  # of seen images, those of one patient `apart`; None: not searched
-    )
+    among: pd.DataFrame | None = None  # of seen images, from `count_pairs_once`; None: not searched
 
 # %% ../../nbs/quality/copies.ipynb #25f6dd83
 @dataclass
@@ -239,38 +309,64 @@ class CopyReport:
     n: int  # synthetic images
     n_unseen: int  # real images that the generator never saw
     n_seen: int  # real images that it saw, both classes
-    flagged: np.ndarray  # indices of synthetic images called copies, most suspicious first
-    scores: dict  # synthetic, unseen and planted: scores as in `CopyTest`
-    threshold: float  # below it an image is called a copy
+    test: CopyTest  # of the set as a whole
+    flagged: np.ndarray  # indices of marked synthetic images, most suspicious first
+    scores: dict  # synthetic, unseen and planted: scores as in `CopyThreshold`
+    threshold: float  # below it an image is marked
     interval: tuple  # 95 % of the threshold
     rate: float  # share of unseen images below the threshold
-    share: float  # of the synthetic images flagged
+    share: float  # of the synthetic images marked
     low: float  # 95 % interval of the share
     high: float  # its upper end
     range: tuple  # share at both ends of the threshold's interval
-    p: float  # one-sided Mann-Whitney: synthetic images as a whole nearer than unseen ones
     recall: dict  # disguise -> share of planted copies found
-    among: float  # share of seen images flagged among other patients'; near `rate` if the unseen are fair
+    among: float  # share of seen images marked among other patients'; near `rate` if the unseen are fair
     pairs: pd.DataFrame  # from `closest_pairs`
+    adjusted: float = 1.0  # p value by Holm over the tests of a study, see `adjust_copy_tests`
+    tests: int = 1  # how many those are
 
     @property
     def found(self) -> float:
         "Share of all planted copies found."
         return float(np.mean(self.scores["planted"] < self.threshold))
 
+    @property
+    def alarm(self) -> bool:
+        "Whether the set is nearer to training images than chance allows in a study of so many tests."
+        return self.adjusted <= 0.05
+
+    @property
+    def least_share(self) -> float:
+        "The smallest share of copies that raises the alarm for certain; NaN: none does."
+        return self.test.least_share(0.05 / self.tests)
+
+    @property
+    def conclusive(self) -> bool:
+        "Whether silence says something: planted copies are found, and few in a hundred would be."
+        return self.found >= 0.9 and self.least_share <= 0.1
+
     def sentence(self) -> str:
         "The result in words."
-        at = (
-            f"{len(self.flagged)} of {self.n} images ({self.share:.1%}, 95 % interval "
-            f"{self.low:.1%} to {self.high:.1%}) are closer to a training image than "
-            f"{1 - self.rate:.0%} of {self.n_unseen} unseen real images are"
+        marked = (
+            f"{len(self.flagged)} of {self.n} images ({self.share:.1%}) are closer to a training "
+            f"image than {1 - self.rate:.0%} of {self.n_unseen} unseen real images are"
         )
-        control = f"of copies planted on purpose the search found {self.found:.0%}"
+        family = f", adjusted for {self.tests} tests" if self.tests > 1 else ""
+        p = f"p = {self.adjusted:.2g}{family}"
+        planted = f"of copies planted on purpose the search found {self.found:.0%}"
+        least = f"a set with {self.least_share:.1%} copies"
+        if self.alarm:
+            return (
+                f"{marked}. As a whole they are nearer to training images than new patients are "
+                f"({p}): copies, or images plainer than any patient's; look at the pairs; {planted}."
+            )
+        rest = f"{marked}. As a whole they are not shown to be nearer than new patients are ({p})"
         if self.found < 0.9:
-            return f"{at}; but {control}: copies cannot be ruled out with these images."
-        if self.low > self.rate:
-            return f"{at}: more than chance allows, look at the pairs; {control}."
-        return f"{at}, about as many as chance gives; {control}. This is no guarantee of privacy."
+            return f"{rest}; but {planted}: copies cannot be ruled out with these images."
+        if not self.conclusive:
+            unseen = least if self.least_share <= 1 else "even a set of nothing but copies"
+            return f"{rest}; but only {unseen} is noticed for certain: copies cannot be ruled out."
+        return f"{rest}; {planted}, and {least} is noticed. This is no guarantee of privacy."
 
 # %% ../../nbs/quality/copies.ipynb #5f5e40ff
 def _rms(a, b):
@@ -310,35 +406,62 @@ def report_copies(
     patients=None,  # of the unseen images; None: one each
 ) -> CopyReport:
     "Search one class for copies."
-    test = CopyTest(found.unseen, patients)
-    scores = test.score(found.synthetic)
-    planted = test.score(found.planted)
+    marks, test = CopyThreshold(found.unseen, patients), _test_of_set(found, patients)
+    scores = marks.score(found.synthetic)
+    planted = marks.score(found.planted)
     order = np.argsort(scores, kind="stable")
-    flagged = order[scores[order] < test.threshold]
+    flagged = order[scores[order] < marks.threshold]
     low, high = wilson(len(flagged), len(scores))
     return CopyReport(
         n=len(scores),
         n_unseen=len(found.unseen),
         n_seen=len(seen),
+        test=test,
         flagged=flagged,
-        scores=dict(synthetic=scores, unseen=test.null, planted=planted),
-        threshold=test.threshold,
-        interval=test.interval,
-        rate=test.rate,
+        scores=dict(synthetic=scores, unseen=marks.null, planted=planted),
+        threshold=marks.threshold,
+        interval=marks.interval,
+        rate=marks.rate,
         share=len(flagged) / len(scores),
         low=low,
         high=high,
-        range=tuple(float((scores < t).mean()) for t in test.interval),
-        p=float(mannwhitneyu(scores, test.null, alternative="less").pvalue),
-        recall=_share_found(planted < test.threshold, found.disguise),
-        among=float("nan") if found.among is None else float(test.flags(found.among).mean()),
+        range=tuple(float((scores < t).mean()) for t in marks.interval),
+        recall=_share_found(planted < marks.threshold, found.disguise),
+        among=_share_marked(marks, found.among),
         pairs=closest_pairs(found.synthetic, scores, synthetic, seen),
+        adjusted=test.p,
     )
+
+
+def _test_of_set(found, patients):
+    "The test of one class against unseen images, and seen ones among other patients'."
+    new, k = found.unseen, len(found.unseen)
+    if found.among is not None and len(found.among):
+        patients = np.arange(k) if patients is None else np.unique(patients, return_inverse=True)[1]
+        patients = np.concatenate([patients, k + np.arange(len(found.among))])
+        new = pd.concat([new, found.among])
+    return CopyTest(found.synthetic, new, patients)
+
+
+def _share_marked(marks, among):
+    "Share of seen images that would be marked; NaN without any."
+    if among is None or not len(among):
+        return float("nan")
+    return float(marks.flags(among).mean())
 
 
 def _share_found(caught, disguise):
     "Share of the planted copies that were found, by disguise."
     return {k: float(caught[disguise == k].mean()) for k in DISGUISES}
+
+# %% ../../nbs/quality/copies.ipynb #1be57bbd
+def adjust_copy_tests(
+    reports,  # of all classes and generators of a study; None where nothing could be searched
+):
+    "Adjust the p values of reports for their number, in place."
+    there = [report for report in reports if report is not None]
+    for report, p in zip(there, holm([report.test.p for report in there])):
+        report.adjusted, report.tests = p, len(there)
 
 # %% ../../nbs/quality/copies.ipynb #306297ed
 def plot_copies(
@@ -350,7 +473,7 @@ def plot_copies(
     if ax is None:
         ax = plt.subplots(figsize=(6, 2.6))[1]
     every = np.concatenate([*report.scores.values()])
-    bins = np.linspace(max(-8, every.min()), every.max(), 50)
+    bins = np.linspace(max(-20, every.min()), every.max(), 50)
     style = dict(histtype="stepfilled", alpha=0.5)
     colours = dict(synthetic="#E69F00", unseen="#777777", planted="#D55E00")
     for name, scores in report.scores.items():

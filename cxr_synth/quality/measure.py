@@ -29,6 +29,7 @@ from cxr_synth.quality.copies import (
     CopyReport,
     Neighbours,
     SEARCH_VERSION,
+    count_pairs_once,
     feature_space,
     nearest_in_spaces,
     pixel_space,
@@ -49,6 +50,7 @@ from cxr_synth.quality.metrics import (
     largest_common_n,
     metrics_on,
     ms_ssim,
+    one_film_each,
     random_pairs,
     real_pairs,
 )
@@ -136,10 +138,11 @@ class Baseline:
         "Metrics of synthetic features beside their floor."
         most = min(self.largest_n, len(synthetic))
         if not 6 <= n <= most:
+            patients = len(np.unique(self.patients))
             raise CxrError(
-                f"cannot measure with n = {n} images a side: {len(synthetic)} synthetic images, "
-                f"and room for {self.largest_n} among the real ones.\n"
-                f"Allowed: 6 to {most}."
+                f"cannot measure with n = {n} images a side: {len(synthetic)} synthetic images, and "
+                f"{patients} real patients, one image each, who make {self.largest_n} a side.\n"
+                + (f"Allowed: 6 to {most}." if most >= 6 else "Needed: 6 a side, of 12 patients.")
             )
         floors, others = self.floor(n)
         values = self._draws(synthetic, n, "synthetic", self.count)
@@ -185,16 +188,16 @@ class Baseline:
 # %% ../../nbs/quality/measure.ipynb #f1b17164
 def set_similarity(
     images,  # uint8 (N, R, R)
-    n: int,  # images to use
+    n: int,  # images to use, at most as many as patients
     pairs: int,  # pairs
     count: int,  # halves
     patients=None,  # of the images (N,); None: one an image
     cache=None,  # folder for computed values
 ):  # each metric over all pairs (metrics,), and over the pairs of each half (count, metrics)
     "How alike the images of one set are."
-    order = np.random.default_rng(seed_for(0, "likeness")).permutation(len(images))[:n]
-    patients = np.arange(len(images)) if patients is None else np.asarray(patients)
-    first, second = random_pairs(n, pairs)
+    mine = one_film_each(np.arange(len(images)) if patients is None else patients)
+    order = np.random.default_rng(seed_for(0, "likeness")).permutation(mine)[:n]
+    first, second = random_pairs(len(order), pairs)
     key = dict(
         version=METRICS["ms-ssim"].version,
         first=first.tolist(),
@@ -206,7 +209,7 @@ def set_similarity(
     values = cached(cache, "ms-ssim", key, lambda: ms_ssim(images[order], first, second))
     whole = _summarise_similarities(values)
     halves = []
-    for half, _ in halvings(patients[order], count):
+    for half, _ in halvings(order, count):
         inside = np.isin(first, half) & np.isin(second, half)
         if inside.any():
             halves.append(_summarise_similarities(values[inside]))
@@ -226,7 +229,8 @@ def measure_similarity(
     cfg: QualityConfig,  # settings
     cache=None,  # folder for computed values
 ) -> dict[str, Measurement]:  # by metric
-    "How alike synthetic images are among themselves, beside real ones among themselves."
+    "How alike synthetic images are among themselves, beside real ones of different patients."
+    n = min(n, len(np.unique(patients)))
     value, values = set_similarity(synthetic, n, cfg.pairs, cfg.halvings, cache=cache)
     _, floors = set_similarity(real, n, cfg.pairs, cfg.halvings, patients, cache)
     out = {}
@@ -726,9 +730,19 @@ def _search_neighbours(search, label, found, null):
     "Everything that the report on one class compares."
     seen = np.flatnonzero(search.labels == label)
     planted, disguise = plant_copies(search.images[seen])
-    some = np.random.default_rng(seed_for(0, "among")).permutation(seen)[:200]
-    among = search(search.images[some], search.patients[some])
+    among = _search_among_seen(search, seen)
     return Neighbours(found, null, search(planted), disguise, among)
+
+
+def _search_among_seen(search, seen, most=400):
+    "Nearest images of other patients for one image each of some who were seen, at most half of them."
+    mine = seen[one_film_each(search.patients[seen])]
+    most = min(most, len(mine) // 2)
+    some = np.random.default_rng(seed_for(0, "among")).permutation(mine)[:most]
+    if not len(some):
+        return None
+    among = search(search.images[some], search.patients[some])
+    return count_pairs_once(among, np.isin(search.patients, search.patients[some]))
 
 # %% ../../nbs/quality/measure.ipynb #f4ce4eb1
 def search_copies(
@@ -756,10 +770,10 @@ def search_copies(
 
 # %% ../../nbs/quality/measure.ipynb #fe6c8a71
 def _copy_measurement(report):
-    "The share called copies beside the share of unseen real images that would be."
-    verdict = "above the floor" if report.low > report.rate else "within the floor"
-    if report.found < 0.9:
-        verdict = "not measurable at this n"
+    "The share marked beside the share of unseen real images that would be; the verdict is the test's."
+    verdict = "within the floor" if report.conclusive else "not measurable at this n"
+    if report.alarm:
+        verdict = "above the floor"
     return Measurement(
         value=METRICS["copies"].function(report),
         low=report.low,
@@ -782,11 +796,12 @@ def copy_row(
     about = about | dict(reference="seen", synthetic_available=n)
     if report is not None:
         about |= dict(n_real=report.n_seen, real_available=report.n_seen)
+        about |= dict(p=report.test.p, p_adjusted=report.adjusted)
         found, sentence = _copy_measurement(report), report.sentence()
     else:
         about = dict(reference="seen", synthetic_available=n, n_real=0)
         found = Measurement(*[None] * 6, "not measurable at this n", n)
-        sentence = "Copies were not searched for: fewer than 20 real images are unseen."
+        sentence = "Not searched for copies: fewer than 20 real images are unseen."
     return make_row(class_name, "copies", found, sentence=sentence, **about)
 
 # %% ../../nbs/quality/measure.ipynb #ce7a8a02
@@ -806,7 +821,11 @@ def copy_facts(
         threshold=round(report.threshold, 4),
         interval=[round(v, 4) for v in report.interval],
         share_at_interval=[round(v, 4) for v in report.range],
-        p_nearer_than_unseen=round(report.p, 6),
+        new_patients=report.test.n,
+        p=round(report.test.p, 6),
+        p_adjusted=round(report.adjusted, 6),
+        tests=report.tests,
+        least_share=null_for_nan(round(report.least_share, 4)),
         recall=null_for_nan(report.recall),
         seen_among_themselves=null_for_nan(round(report.among, 4)),
         seen_with_duplicates=doubles,

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['VERDICTS', 'FRECHET', 'METRICS', 'frechet_moments', 'frechet_distance', 'unbiased_mmd', 'kid', 'unit_length',
            'bandwidth', 'rbf_mmd', 'density_coverage', 'expected_coverage', 'enlarge_small', 'ms_ssim', 'random_pairs',
-           'top_mean', 'inception_score', 'apply_head', 'source_auc', 'label_auroc', 'label_agreement', 'halvings',
-           'largest_common_n', 'real_floor', 'real_pairs', 'floor_verdict', 'FeaturePair', 'any_extractor', 'Metric',
-           'metrics_on', 'compare_features']
+           'top_mean', 'inception_score', 'apply_head', 'source_auc', 'label_auroc', 'label_agreement', 'one_film_each',
+           'halvings', 'largest_common_n', 'real_floor', 'real_pairs', 'floor_verdict', 'FeaturePair', 'any_extractor',
+           'Metric', 'metrics_on', 'compare_features']
 
 # %% ../../nbs/quality/metrics.ipynb #42b45088
 import functools
@@ -360,6 +360,15 @@ def label_agreement(
     return float((answers == np.asarray(labels)).mean())
 
 # %% ../../nbs/quality/metrics.ipynb #c1cbb866
+def one_film_each(
+    patients,  # patient of each image (N,)
+    *seed,  # of the draw
+):  # indices, ascending (P,)
+    "One image of each patient, by lot."
+    order = np.random.default_rng(seed_for("one film each", *seed)).permutation(len(patients))
+    return np.sort(order[np.unique(np.asarray(patients)[order], return_index=True)[1]])
+
+
 def halvings(
     patients,  # patient of each image (N,)
     count: int = 20,  # how many
@@ -391,13 +400,13 @@ def real_floor(
     count: int = 20,  # halvings
     seed: int = 0,  # of the draw
 ):  # (count,) distances; raises `CxrError` when a half has fewer than n images
-    "Distances between random patient-disjoint halves of real images: what a perfect generator would score."
-    pairs = halvings(patients, count, seed)
+    "Distances between random halves of the patients, one image each: what a perfect generator would score."
+    pairs = real_pairs(patients, None, count, seed)
     room = largest_common_n(pairs)
     if n > room:
         raise CxrError(
-            f"{n} images a side are asked for, but the smaller half of {len(features)} real "
-            f"images has {room}.\n"
+            f"{n} images a side are asked for, but the smaller half of the patients of "
+            f"{len(features)} real images is {room}, with one image each.\n"
             f"Allowed: 2 to {room}."
         )
     return np.array([frechet_distance(features[a[:n]], features[b[:n]]) for a, b in pairs])
@@ -409,20 +418,17 @@ def real_pairs(
     count: int = 20,  # how many
     seed: int = 0,  # of the draw
 ) -> list:  # of pairs of index arrays without a common patient
-    "Two sides of real images, drawn by patients, `count` times; `halvings` if the first side may use all."
-    if inside is None or np.all(inside):
-        return halvings(patients, count, seed)
-    patients, inside = np.asarray(patients), np.asarray(inside)
-    wanted = min(inside.sum(), len(patients) // 2)  # images of the first side
-    out = []
+    "Two sides of real images, one of each patient, drawn anew `count` times."
+    patients, out = np.asarray(patients), []
+    inside = np.ones(len(patients), bool) if inside is None else np.asarray(inside)
     for k in range(count):
-        rng = np.random.default_rng(seed_for(seed, "unseen", k))
-        names = rng.permutation(np.unique(patients[inside]))
-        size = np.cumsum([(inside & (patients == name)).sum() for name in names])
-        chosen = names[: 1 + np.searchsorted(size, wanted)]
-        left = inside & np.isin(patients, chosen)
-        right = ~np.isin(patients, patients[left])
-        out.append((rng.permutation(np.flatnonzero(left)), rng.permutation(np.flatnonzero(right))))
+        rng = np.random.default_rng(seed_for(seed, "real pairs", k))
+        mine = np.flatnonzero(inside)  # of a patient who is in and out, an image that is in
+        first = rng.permutation(mine[one_film_each(patients[mine], seed, k)])
+        rest = np.flatnonzero(~np.isin(patients, patients[first]))
+        rest = rest[one_film_each(patients[rest], seed, k)]
+        most = max(1, (len(first) + len(rest)) // 2)
+        out.append((first[:most], rng.permutation(np.concatenate([first[most:], rest]))))
     return out
 
 # %% ../../nbs/quality/metrics.ipynb #737dbe84
@@ -548,7 +554,10 @@ class Metric:
 # %% ../../nbs/quality/metrics.ipynb #718e2992
 FRECHET = ("fid", "fd")  # the two names of the Fréchet distance
 _DIFFER = "synthetic and real images differ by more than real ones do among themselves"
-_NEARER = "Nearer than real images are to each other: copies or lost diversity do that."
+_NEARER = (
+    "Nearer than real images of different patients are to each other: this can be lost diversity. "
+    "Whether training images are repeated is for the search below to say."
+)
 _FRECHET = Metric(
     "FD",
     "How far are the images from real ones, in the mean and spread of their features?",
@@ -638,12 +647,12 @@ METRICS |= {
 # %% ../../nbs/quality/metrics.ipynb #a02121b1
 METRICS |= {
     "copies": Metric(
-        "share called copies",
-        "Are images closer to a training image than a new patient would be?",
+        "share very near a training image",
+        "Are images closer to training images than new patients would be?",
         "copies",
         attrgetter("share"),
         worse="above",
-        above="more images are close to a training image than chance allows",
+        above="the images are nearer to training images than new patients are",
         unit="share of images",
     ),
     "label-auroc": Metric(

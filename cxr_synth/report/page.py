@@ -81,6 +81,11 @@ def _quality_grids(study):
     return {path.stem.removesuffix("-grid"): path.read_bytes() for path in found}
 
 
+def _is_alarm(row):
+    "Whether a row of the quality stage says that training images are repeated."
+    return row["metric"] == "copies" and row["verdict"] == "above the floor"
+
+
 def quality_facts(
     study: Study,  # the study
 ) -> dict:  # rows, distances, name, warnings, sentences, grids; no rows if quality has not run
@@ -97,7 +102,10 @@ def quality_facts(
         sentences=[
             r
             for r in rows
-            if r not in fd and r["sentence"] and r["generator"] == rows[0]["generator"]
+            if r not in fd
+            and r["sentence"]
+            # of the others, alarms of the search for copies alone
+            and (r["generator"] == rows[0]["generator"] or _is_alarm(r))
         ],
         grids=_quality_grids(study),
     )

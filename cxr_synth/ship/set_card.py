@@ -236,7 +236,7 @@ No image was taken out of this set. Images were marked, for those who want to le
 {marks}
 
 A diffusion model can repeat an image that it was trained on. Read the copy report's line above \
-before you share this set.
+before you share this set; its marks are suspicions, and one new patient's image in a hundred gets one.
 
 ## Licence and source
 
