@@ -34,6 +34,11 @@ def linear(studies):
     return kept
 
 
+def counted(rate, studies):
+    "Two standard errors of a rate in %, counted on so many studies."
+    return 200 * (rate / 100 * (1 - rate / 100) / studies) ** 0.5
+
+
 def whole(studies, wanted):
     "Print the words of studies that went through the whole analysis; are they as they must be?"
     kept = True
@@ -47,7 +52,8 @@ def whole(studies, wanted):
             rates = "".join(f"{found[w]:10.1f}" for w in ("improves", "worsens", "no word"))
             print(f"{kind.name:32}{covered:>8}{rates}", flush=True)
             if kinds is STUDY_KINDS:
-                kept &= found["coverage"] >= LEAST_COVERAGE and found["improves"] <= MOST_FALSE
+                kept &= found["coverage"] >= LEAST_COVERAGE - counted(found["coverage"], studies)
+                kept &= found["improves"] <= MOST_FALSE + counted(MOST_FALSE, studies)
             elif kinds is NO_WORD_KINDS:
                 kept &= found["improves"] + found["worsens"] == 0
     return kept
