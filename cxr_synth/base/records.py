@@ -157,7 +157,7 @@ def check_study_name(
     return root
 
 # %% ../../nbs/base/records.ipynb #0e3dd6c8
-FORMAT = 2  # of the records; 1 had no digests of what a stage wrote
+FORMAT = 3  # of the records; 1 had no digests of what a stage wrote, 2 other fractions and views
 
 
 class StageRecord(BaseModel):
