@@ -201,7 +201,8 @@ def _unknown_flag(
     known: dict,  # from `known_flags`
 ) -> str:
     "The message for a flag that a command does not have."
-    for other in (c for c in CONFIGS if c != command and name in known_flags(c)):
+    other = name.lstrip("-").partition(".")[0]
+    if other in CONFIGS and name in known_flags(other):
         where = f"{other} or cxr-synth run" if STAGES[other].in_run else other
         return (
             f"{name} is a flag of the stage {other}, and this is cxr-synth {command}.\n"

@@ -127,7 +127,7 @@ def test_other_settings_are_refused_then_marked(data_folder, tmp_path):
     begin_runs(Study(study.root, exploratory=True), other, redo=True)
     found = " ".join(deviations(study))
     assert "runs was made again after classifiers had been trained" in found
-    assert "experiments left the sealed settings (C: recorded None, now 0.1)" in found
+    assert "experiments left the sealed settings (C: sealed None, now 0.1)" in found
 
 
 def redo_runs(study):

@@ -485,10 +485,11 @@ class Stage:
 def differences(
     old: dict,  # recorded
     new: dict,  # asked for, or found now
+    were: str = "recorded",  # what the old ones were
 ) -> list[str]:  # "name: recorded 1, now 2"
     "What changed, one line a name."
     return [
-        f"{k}: recorded {old.get(k)!r}, now {new.get(k)!r}"
+        f"{k}: {were} {old.get(k)!r}, now {new.get(k)!r}"
         for k in sorted({*old, *new})
         if not is_same(old.get(k), new.get(k))
     ]

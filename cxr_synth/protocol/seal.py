@@ -24,12 +24,12 @@ def left_settings(
     study: Study,  # the study
     stage: str,  # such as train
     settings: dict,  # of the stage, as its record holds them
-) -> list[str]:  # "name: recorded 1, now 2"; empty before the plan is sealed
+) -> list[str]:  # "name: sealed 1, now 2"; empty before the plan is sealed
     "Where settings are not the sealed ones."
     sealed = study.sealed_settings().get(stage)
     if sealed is None:
         return []
-    return differences(sealed, {k: v for k, v in settings.items() if k in sealed})
+    return differences(sealed, {k: v for k, v in settings.items() if k in sealed}, "sealed")
 
 
 def check_sealed(
@@ -41,9 +41,9 @@ def check_sealed(
         return
     for stage, cfg in settings.items():
         if changed := left_settings(study, stage, as_recorded(cfg)):
+            listed = "; ".join(f"{stage}.{one}" for one in changed[:3])
             raise CxrError(
-                f"the plan of {study.root} was sealed with other settings of {stage}:\n"
-                f"  {'; '.join(changed[:3])}\n"
+                f"the plan of {study.root} was sealed with other settings of {stage}:\n  {listed}\n"
                 f"Leave the flag away; or seal a new plan: cxr-synth plan {study.root} --redo\n"
                 "or go on with --exploratory: the verdict is marked so, for good."
             )
