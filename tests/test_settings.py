@@ -23,6 +23,7 @@ FREE = {  # texts that may be anything, or that only the stage can tell: why
     "data.revision": "the Hub knows",
     "data.card": "a name, or the path of a file: checked before a stage begins",
     "plan.because": "the user's own words",
+    "plan.pilot": "the folder of a study: the plan looks into it",
     "train.base": "a name, a folder or a Hub id: checked before a stage begins",
     "train.revision": "the Hub knows",
     "train.prompts": "the path of a file: checked before a stage begins",
@@ -83,7 +84,8 @@ def refused_values(f):
         if f.type is bool:
             return st.sampled_from([0, 1, "yes", "True", 0.0, None])
         if get_origin(f.type) is Literal:
-            return wrong | texts | st.none() | st.sampled_from(get_args(f.type)).map(str.upper)
+            loud = [word.upper() for word in get_args(f.type) if word.upper() != word]
+            return wrong | texts | st.none() | st.sampled_from(loud)
         return wrong | st.sampled_from(["a\0b", " ", "\ud800", "a\x1b[2Jb"]) | st.none()
     low, high, step = bounds(f)
     wrong = texts | st.sampled_from([float("nan"), math.inf, -math.inf, True, False, [1]])
