@@ -53,6 +53,12 @@ def finished_study(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def own_ledgers(tmp_path, monkeypatch):
+    "No test reads or writes the ledgers of the user, or of another test."
+    monkeypatch.setenv("CXR_LEDGERS", str(tmp_path / "ledger-home"))
+
+
 @pytest.fixture
 def study_copy(finished_study, tmp_path):
     "A copy of the finished study, named `s` in the test's own folder, to damage."

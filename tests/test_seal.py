@@ -26,12 +26,6 @@ from cxr_synth.stages.data import stage_data
 PLAN = Plan(tier="pilot", primary=Contrast("mixed", "real", 0.1, "internal"))
 
 
-@pytest.fixture(autouse=True)
-def own_ledgers(tmp_path, monkeypatch):
-    "No test touches the ledgers of the user."
-    monkeypatch.setenv("CXR_LEDGERS", str(tmp_path / "home"))
-
-
 @pytest.fixture(scope="module")
 def data_folder(tmp_path_factory):
     "A study after its data stage."

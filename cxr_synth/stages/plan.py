@@ -398,7 +398,7 @@ def stage_plan(
     if stage.done and stage.path.exists():
         return
     runs = (later or {}).get("experiments")
-    counted = cfg.ledger_copy and cfg.tier != "lesson"
+    counted = bool(later) and cfg.ledger_copy and cfg.tier != "lesson"
     plan = seal_plan(study, make_plan(study, cfg, runs), later or {}, copy=counted)
     stage.finish(plan_sha256=plan.sha256)
 
