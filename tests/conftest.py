@@ -9,6 +9,7 @@ for name, value in dict(
 ).items():
     os.environ.setdefault(name, value)
 
+import hashlib
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,9 +55,10 @@ def finished_study(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def own_ledgers(tmp_path, monkeypatch):
+def own_ledgers(request, tmp_path_factory, monkeypatch):
     "No test reads or writes the ledgers of the user, or of another test."
-    monkeypatch.setenv("CXR_LEDGERS", str(tmp_path / "ledger-home"))
+    own = hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:16]
+    monkeypatch.setenv("CXR_LEDGERS", str(tmp_path_factory.getbasetemp() / "ledgers" / own))
 
 
 @pytest.fixture
