@@ -293,10 +293,11 @@ class Study:
 
     def recorded(self, stage: str) -> dict:
         "The settings that `stage` ran with before, else those that the plan has sealed, or nothing."
+        sealed = without_files(self.sealed_settings().get(stage, {}))
         for record in self.records().values():
             if record["stage"] == stage:
-                return record["settings"] | record["runtime"]
-        return without_files(self.sealed_settings().get(stage, {}))
+                return sealed | record["settings"] | record["runtime"]
+        return sealed
 
     def sealed_settings(self) -> dict:  # stage -> its settings
         "The settings of the later stages that the plan has sealed; nothing without a plan."
