@@ -471,9 +471,9 @@ def test_card_makes_no_later_stage_stale(study, tmp_path):
 
 
 def test_command_line_texts(study, tmp_path):
-    assert cli_pack(str(study.root), str(tmp_path / "a.zip")).startswith("15 files")
-    assert cli_unpack(str(tmp_path / "a.zip"), str(tmp_path / "s")).startswith("15 files verified")
-    assert "15 were there already" in cli_unpack(str(tmp_path / "a.zip"), str(tmp_path / "s"))
+    assert cli_pack(str(study.root), str(tmp_path / "a.zip")).startswith("16 files")
+    assert cli_unpack(str(tmp_path / "a.zip"), str(tmp_path / "s")).startswith("16 files verified")
+    assert "16 were there already" in cli_unpack(str(tmp_path / "a.zip"), str(tmp_path / "s"))
 
 
 # ---- the Hub's stand-in

@@ -142,10 +142,10 @@ class Ledger:
         text: str,  # of this study's ledger, from another machine
     ) -> bool:  # whether it was longer, and the same as far as ours goes
         "Take over the lines that were added elsewhere."
-        with self._alone():
-            ours, there = (read_chain(t)[0] for t in (_text_of(self.path), text))
-            longer = len(there) > len(ours) and there[: len(ours)] == ours
-            if longer:
+        ours, there = (read_chain(t)[0] for t in (_text_of(self.path), text))
+        longer = len(there) > len(ours) and there[: len(ours)] == ours
+        if longer:
+            with self._alone():
                 write_text(self.path, text)
                 self._copy(there, text)
         return longer
