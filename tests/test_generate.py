@@ -320,7 +320,7 @@ def test_a_whole_set_needs_no_model_and_a_lost_image_does(study, tmp_path):
     try:
         stage_generate(study, GenerateConfig(**CFG), plan=FEW, card=None)
         path.unlink()
-        with pytest.raises(CxrError, match="neither a folder that exists"):
+        with pytest.raises(CxrError, match="model_index.json is missing"):
             stage_generate(study, GenerateConfig(**CFG), plan=FEW, card=None)
     finally:
         shutil.move(away, model)
