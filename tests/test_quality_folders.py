@@ -59,9 +59,9 @@ def test_one_image(tmp_path):
 def test_empty_and_missing(tmp_path):
     (tmp_path / "a").mkdir()
     says("holds no images", calculate_fid, tmp_path / "a", fill(tmp_path / "b", 3), model=Means())
-    says("is no folder", calculate_fid, tmp_path / "nowhere", tmp_path / "b", model=Means())
+    says("does not exist", calculate_fid, tmp_path / "nowhere", tmp_path / "b", model=Means())
     says(
-        "is no folder",
+        "does not exist",
         create_comparison_grid,
         tmp_path / "nowhere",
         tmp_path / "b",
