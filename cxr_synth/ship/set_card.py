@@ -15,7 +15,7 @@ from pathlib import Path
 from huggingface_hub import DatasetCardData
 
 # %% ../../nbs/ship/set_card.ipynb #36e2b206
-from ..protocol.schema import MarkRow, SyntheticLine
+from ..protocol.schema import MarkRow, RoundTripLine, SyntheticLine
 from ..protocol.sets import MARK_FILES
 from ..base.files import CxrError, digest_file, digest_json, write_text
 from ..base.readers import read_csv, read_lines
@@ -29,7 +29,7 @@ from cxr_synth.protocol.dataset import (
     lineage,
     stated,
 )
-from ..protocol.round_trips import refuse_round_trips
+from ..protocol.round_trips import is_round_trip_set, refuse_round_trips
 
 # %% ../../nbs/ship/set_card.ipynb #04cced65
 def visible_files(
@@ -52,7 +52,7 @@ def _read_lines(
         raise CxrError(
             f"{folder} holds no finished synthetic set: it has no metadata.jsonl.\n{again}"
         )
-    return read_lines(path, SyntheticLine)
+    return read_lines(path, RoundTripLine if is_round_trip_set(folder.name) else SyntheticLine)
 
 
 def read_set(
