@@ -90,7 +90,8 @@ def test_numbers_on_the_page_are_those_of_the_predictions(study):
             assert shown in text, (r["arm"], shown)
 
 
-def test_two_studies_are_compared_on_the_command_line(study):
+def test_two_studies_are_compared_on_the_command_line(study, tmp_path):
+    other = shutil.copytree(study.root, tmp_path / "other")
     done = subprocess.run(
         [
             sys.executable,
@@ -98,7 +99,7 @@ def test_two_studies_are_compared_on_the_command_line(study):
             "import sys; from cxr_synth.app import main; sys.exit(main())",
             "report",
             str(study.root),
-            str(study.root),
+            str(other),
         ],
         capture_output=True,
         text=True,
