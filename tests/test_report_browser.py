@@ -2,7 +2,7 @@
 the files say.
 """
 
-import re, subprocess, sys
+import re, shutil, subprocess, sys
 from html import unescape
 from pathlib import Path
 
