@@ -30,9 +30,11 @@ def contrasts(base, folder, kind, monkeypatch):
         "cxr_synth.stages.plan.tier_cells", lambda *a: [Cell(0.1, 3, 3, tuple(arms))]
     )
     study = Study(shutil.copytree(base.root, folder / kind))
-    stage_plan(study, PlanConfig(tier="known", builtin=kind, pool=200, size=64))
+    classify = ExperimentsConfig(size=64, views=2, device="cpu")
+    cfg = PlanConfig(tier="known", builtin=kind, pool=200, size=64)
+    stage_plan(study, cfg, later=dict(experiments=classify))
     stage_known_generator(study, load_plan(study))
-    stage_experiments(study, ExperimentsConfig(size=64, views=2, device="cpu"))
+    stage_experiments(study, classify)
     open_test(study)
     return {
         (c["arm"], c["control"]): c
