@@ -237,12 +237,14 @@ def write_csv(
     columns: list[str],  # in this order
     rows,  # iterable of dicts; a missing or None value becomes an empty cell
 ):
-    "Write rows of dicts as CSV with Unix line ends."
+    "Write rows of dicts as CSV with Unix line ends; a file that says the same already stays untouched."
     out = io.StringIO()
     w = csv.DictWriter(out, columns, lineterminator="\n")
     w.writeheader()
     w.writerows({k: "" if r.get(k) is None else r[k] for k in columns} for r in rows)
-    write_text(path, out.getvalue())
+    text, path = out.getvalue(), Path(path)
+    if not path.is_file() or path.read_bytes() != text.encode("utf-8", "replace"):
+        write_text(path, text)
 
 # %% ../../nbs/base/files.ipynb #a32df0d3
 def is_left_behind(

@@ -29,7 +29,8 @@ def left_settings(
     sealed = study.sealed_settings().get(stage)
     if sealed is None:
         return []
-    return differences(sealed, {k: v for k, v in settings.items() if k in sealed}, "sealed")
+    both = sealed.keys() & settings.keys()  # round trips have settings of their own
+    return differences({k: sealed[k] for k in both}, {k: settings[k] for k in both}, "sealed")
 
 
 def check_sealed(
