@@ -56,8 +56,10 @@ def test_wrong_labels_worsen(base, tmp_path, monkeypatch):
     assert contrasts(base, tmp_path, "wrong", monkeypatch)["mixed", "real"]["word"] == "worsens"
 
 
-@pytest.mark.skip(
-    reason="within chance at this size; the full size is in benchmarks/known_answers.py"
+@pytest.mark.xfail(
+    raises=AssertionError,
+    strict=True,
+    reason="lower limit -0.7 since every arm trains on all views; to be measured at full size",
 )
 def test_a_leak_shows_as_oracle_minus_mixed(base, tmp_path, monkeypatch):
     found = contrasts(base, tmp_path, "leaky", monkeypatch)
