@@ -379,14 +379,14 @@ def test_clutter_is_left_out(folder):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pipes among files")
 @pytest.mark.parametrize("what", ["pipe", "socket", "device"])
-def test_no_regular_file_is_read(folder, what):
+def test_no_regular_file_is_read(folder, what, monkeypatch):
     path = folder / "c.png"
     if what == "pipe":
         os.mkfifo(path)
     elif what == "device":
         path.symlink_to("/dev/zero")
     else:
-        os.chdir(folder)
+        monkeypatch.chdir(folder)  # a socket's path may have about 100 characters
         socket.socket(socket.AF_UNIX).bind("c.png")
     assert [p.name for p in image_files(folder)] == ["a.png", "b.PNG"]
     assert path in list_folder(folder).odd
