@@ -373,11 +373,15 @@ def _parse(
     where,  # the file, with the line if there are several documents in it
     text: str,  # JSON
     advice: str,  # what to do if it is none
+    infinite: bool = False,  # take Infinity and -Infinity, which JSON does not know
 ):
     "JSON text as dicts and lists; raises `CxrError` for anything else."
     try:
         found = json.loads(
-            text, object_pairs_hook=_one_each, parse_float=_finite, parse_constant=_finite
+            text,
+            object_pairs_hook=_one_each,
+            parse_float=_finite,
+            parse_constant=float if infinite else _finite,
         )
         if "\\u" in text:
             json.dumps(found, ensure_ascii=False).encode()  # half a character
@@ -418,11 +422,12 @@ def read_json(
     path,  # which file
     schema=None,  # of the document: a pydantic model, or a type such as list[dict]; None: any
     users: bool = False,  # a file that a user brings: UTF-16 is read too
+    infinite: bool = False,  # infinity may stand in it, as in diffusers' DPM-Solver
 ):  # dicts, lists, strings and numbers, as they stand in the file
     "Read a JSON file; raises `CxrError` that names the file, and the key of what does not fit."
     advice = _AS_UTF8 if users else RESTORE
     text = _decode(path, _read_bytes(path, advice), advice, "json" if users else "")
-    found = _parse(path, text, advice)
+    found = _parse(path, text, advice, infinite)
     if schema is not None:
         _check_document(path, text, schema, advice)
     return found

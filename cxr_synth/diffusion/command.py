@@ -18,6 +18,7 @@ from ..base.compute import pick_device
 from ..base.files import CxrError, check_apart, lies_in, one_of, remove_files
 from ..base.readers import read_json
 from ..base.loop import Mirror, checkpoint_files
+from ..base.messages import say
 from ..base.records import differences
 from ..base.settings import DataConfig, TrainConfig
 from cxr_synth.diffusion.dreambooth import (
@@ -27,6 +28,7 @@ from cxr_synth.diffusion.dreambooth import (
     make_class_images,
     print_preflight,
     read_prompts,
+    resolve_precision,
 )
 from .hub import check_source
 from .prompts import check_prompt, check_table_prompts
@@ -111,17 +113,21 @@ def _guide_prior(
     resolution: int,  # px
 ) -> np.ndarray:  # (N, S, S) uint8
     "Class images: those that a person put there, otherwise drawn by the base as the folder says."
-    folder = Path(folder)
+    folder, number, prompt = Path(folder), cfg.num_class_images, cfg.class_prompt
     path = folder / "class_images.json"
     facts = read_json(path, dict) if path.exists() else {}
     if not facts and folder.is_dir() and any(not is_clutter(p.name) for p in folder.iterdir()):
         return read_image_folder(folder, resolution)[1]
+    drawn_for = facts.get("prompt", prompt)
+    if drawn_for != prompt:
+        say(f"{folder}: its class images were drawn for {drawn_for!r} and are taken as they are.")
+    if all((folder / f"{k:04d}.png").is_file() for k in range(number)):
+        return read_image_folder(folder, resolution)[1][:number]
     how = {k: facts[k] for k in ("steps", "guidance", "batch", "precision") if k in facts}
     if not how:
         how = dict(precision=cfg.mixed_precision)
     pipe = pipe.to(pick_device(cfg.device))
-    number = cfg.num_class_images
-    return make_class_images(pipe, folder, cfg.class_prompt, number, resolution, **how)
+    return make_class_images(pipe, folder, drawn_for, number, resolution, **how)
 
 # %% ../../nbs/diffusion/command.ipynb #963e95c7
 def _guide_task(
@@ -160,6 +166,8 @@ def _is_finished(
         return False
     old = read_json(path, Provenance)
     now = json.loads(json.dumps(cfg.settings())) | dict(seed=seed)
+    if cfg.mixed_precision == "auto":  # whatever that meant where the model was made
+        now["mixed_precision"] = old["settings"]["mixed_precision"]
     changed = differences(old["settings"] | dict(seed=old["seed"]), now)
     if changed:
         raise CxrError(
@@ -253,9 +261,10 @@ def train_dreambooth(
 ) -> Path:  # the output folder
     "Fine-tune a Stable Diffusion on a folder of images; takes each flag of the guide's commands (section 7)."
     run = guide_flags(flags)
-    cfg, out = run.config(), Path(run.output_dir)
+    _, cfg = resolve_precision(run.config())  # once, for images, training and record
+    out = Path(run.output_dir)
     _check_folders(run, out)
-    if _is_finished(out, cfg, run.seed):
+    if _is_finished(out, run.config(), run.seed):
         return _remove_checkpoints(out)
     _check_sources(run, cfg.revision)
     print_preflight(cfg, run.resolution, out)

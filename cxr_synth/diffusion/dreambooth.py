@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 # %% ../../nbs/diffusion/dreambooth.ipynb #12f11962
 from ..base.arguments import check_number, check_path, check_whole
 from ..base.cache import weights_key
-from ..base.compute import pick_device, pick_precision, progress
+from ..base.compute import freeing_memory, pick_device, pick_precision, progress
 from cxr_synth.base.files import (
     CxrError,
     atomic_path,
@@ -65,6 +65,7 @@ from cxr_synth.diffusion.trainer import (
     TrainingMonitor,
     sample_images,
     tensorboard_reader,
+    training_noise,
 )
 from ..protocol.dataset import DatasetCard, hub_licence, lineage
 
@@ -189,6 +190,7 @@ def make_class_images(
     return np.stack([np.asarray(read_image(path)) for path in paths])
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #21ccc0f0
+@freeing_memory()
 def generate_class_images(
     num_images: int = 200,  # how many
     output_dir: str = "./class_images",  # 0000.png, ... go here
@@ -617,6 +619,7 @@ def claim_model(
     claim(out, TRAINING, dict(base=str(base), versions=library_versions()), beside=["class_images"])
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #16357898
+@freeing_memory()
 def fine_tune(
     base: str,  # name in `BASES`, folder or Hub id
     task,  # `TrainingTask`, or a function that gives it when called with the pipeline
@@ -630,9 +633,11 @@ def fine_tune(
     **how,  # for `make_trainer`: previews, cache, mirror, views
 ) -> list[dict]:  # the log; raises `CxrError` if the folder holds other files
     "Fine-tune a base on a task and save the model (Ruiz et al. 2023; guide, section 7)."
+    _, cfg = resolve_precision(cfg)
     source = check_source(base, cfg.revision)
     check_model_folder(out, base, source)
     pipe = load_pipeline(base, revision=cfg.revision)
+    training_noise(pipe.scheduler)  # refused before anything is written
     claim_model(out, base, source)
     if callable(task):
         task = task(pipe)
@@ -669,6 +674,7 @@ def _scratch_vae(
     return vae
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #de0e6cd0
+@freeing_memory()
 def train_base(
     task: TrainingTask,  # images of both classes with their prompts
     work,  # folder for checkpoints and logs

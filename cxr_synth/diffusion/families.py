@@ -276,7 +276,8 @@ def check_fit(
 ):
     "Raise `CxrError` naming the parts that do not belong together, or describe no network."
     for part, file in family.parts.items():
-        if not isinstance(read_json(Path(folder) / part / file), dict):
+        infinite = part == "scheduler"
+        if not isinstance(read_json(Path(folder) / part / file, infinite=infinite), dict):
             raise CxrError(
                 f"{Path(folder) / part / file} is no configuration.\nCopy the model again."
             )
