@@ -46,7 +46,7 @@ from ..base.records import differences
 from ..base.settings import PROMPTS, TrainConfig, is_scratch, known_base
 from .hub import check_source
 from .lora import add_lora, save_lora
-from .pipelines import load_pipeline
+from .pipelines import load_pipeline, write_pipeline
 from .prompts import check_prompt, check_prompts, check_table_prompts
 from .preflight import device_memory, preflight, preflight_text
 from cxr_synth.diffusion.small_pipeline import (
@@ -171,6 +171,7 @@ def make_class_images(
     guidance: float = 7.5,  # classifier-free (guide: 7.5)
     batch: int = 8,  # images per call; always padded to it, so that image k depends on seed k alone
     precision: str = "no",  # no, bf16 or fp16
+    float32: str = "Draw them with mixed_precision no, in another folder.",  # how the user asks for it
 ) -> np.ndarray:  # (n, S, S) uint8; raises `CxrError` if the folder was made with other settings
     "Draw the class images that are missing; image k has seed k."
     made = dict(steps=steps, guidance=guidance, batch=batch, precision=precision)
@@ -180,10 +181,13 @@ def make_class_images(
     paths = [Path(folder) / f"{k:04d}.png" for k in range(n)]
     missing = [k for k, path in enumerate(paths) if not path.exists()]
     side = resolution // pipe.vae_scale_factor
+    about_them = dict(what=f"class images in {folder}", float32=float32)
     for i in progress(range(0, len(missing), batch), "class images", unit="batch"):
         seeds = missing[i : i + batch]
         padded = seeds + seeds[:1] * (batch - len(seeds))
-        drawn = sample_images(pipe, [prompt] * batch, padded, steps, guidance, precision, side)
+        drawn = sample_images(
+            pipe, [prompt] * batch, padded, steps, guidance, precision, side, **about_them
+        )
         for k, image in zip(seeds, drawn):
             with atomic_path(paths[k]) as tmp:
                 Image.fromarray(image).save(tmp, format="PNG")
@@ -200,6 +204,7 @@ def generate_class_images(
     guidance_scale: float = 7.5,  # classifier-free
     batch_size: int = 8,  # images per call
     device: str = "auto",  # auto, cuda, mps or cpu
+    mixed_precision: str = None,  # no, bf16 or fp16; None: fp16 on a GPU, as in the guide
 ) -> str:  # `output_dir`
     "Draw class images for prior preservation (guide, section 6); image k has seed k, what exists is kept."
     check_whole(num_images, "num_images")
@@ -214,7 +219,8 @@ def generate_class_images(
         check_apart(base, [output_dir])
     pipe = load_pipeline(base, device=device)
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    how = (steps, guidance_scale, batch_size, "fp16" if device == "cuda" else "no")
+    precision = pick_precision(device, mixed_precision or ("fp16" if device == "cuda" else "no"))
+    how = (steps, guidance_scale, batch_size, precision)
     make_class_images(pipe, output_dir, prompt, num_images, side, *how)
     return output_dir
 
@@ -555,7 +561,7 @@ def save_model(
         with naming_writes(out):
             choose_saved_weights(trainer, tmp, cfg.weights)
             if cfg.method != "lora":
-                pipe.save_pretrained(tmp, safe_serialization=True)
+                write_pipeline(pipe, tmp)
         if cfg.method == "lora":
             text = pipe.text_encoder if cfg.train_text_encoder else None
             save_lora(out, pipe.unet, text, base, cfg.rank, cfg.lora_alpha, facts["revision"])

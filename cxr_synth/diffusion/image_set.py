@@ -16,7 +16,7 @@ from PIL import Image
 
 # %% ../../nbs/diffusion/image_set.ipynb #0f4d3c74
 from ..base.compute import pick_device, pick_precision
-from ..base.files import CxrError
+from ..base.files import CxrError, first_file
 from ..base.messages import say
 from ..base.readers import read_json
 from cxr_synth.base.records import (
@@ -31,11 +31,12 @@ from cxr_synth.base.records import (
     parse_generator,
 )
 from ..base.settings import CLASSES, GenerateConfig, PROMPTS
-from .generator import is_used_up, model_of, trained_record
+from .generator import asking_for_float32, is_used_up, model_of, trained_record
 from cxr_synth.diffusion.image_writer import (
     ImageSetWriter,
     agree_on_settings,
     check_disk_space,
+    clear_unfinished,
     complete_set,
     grey_limits,
     image_names,
@@ -141,6 +142,9 @@ def _is_current(
     return all(record["inputs"].get(i) == input_digest(study, i) for i in inputs)
 
 
+_NO_IMAGES = ["stage.json", "README.md"]
+
+
 def open_set(
     study: Study,  # the study
     out: str,  # of the set
@@ -155,6 +159,9 @@ def open_set(
         end = time.monotonic() + patience
         while time.monotonic() < end and not _is_current(study, out, cfg, inputs):
             time.sleep(0.2)
+    begun = rank == 0 and study.record(out) and not first_file(study / out, _NO_IMAGES)
+    if begun and not _is_current(study, out, cfg, inputs):
+        clear_unfinished(study / out)  # what was settled for other settings
     return open_stage(study, "generate", out, cfg, inputs, redo and rank == 0)
 
 # %% ../../nbs/diffusion/image_set.ipynb #4d8f0a15
@@ -309,7 +316,8 @@ def _draw_class(
             refuse_empty(job.stage.path, found, {cls: _SOON}, job.study.root)
 
     try:
-        sampler = Sampler(pipe, PROMPTS[cls], job.side, cfg, settled["batch_size"])
+        drawing = dict(what=f"{job.name} {cls}", float32=asking_for_float32(job.study, "generate"))
+        sampler = Sampler(pipe, PROMPTS[cls], job.side, cfg, settled["batch_size"], **drawing)
         seeds = {k: line["seed"] for k, line in lines.items()}
         draw_all(sampler, seeds, put, f"{job.name} {cls}", len(job.own(cls)))
     except (RuntimeError, MemoryError) as e:

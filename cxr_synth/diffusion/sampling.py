@@ -10,6 +10,7 @@ __all__ = ['SCHEDULERS', 'set_scheduler', 'load_finetuned_model', 'image_seed', 
 
 # %% ../../nbs/diffusion/sampling.ipynb #f574a764
 import logging, math
+from contextlib import suppress
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
@@ -32,6 +33,7 @@ from ..base.files import CxrError, atomic_path, one_of, write_json
 from ..base.readers import read_json
 from ..base.records import differences
 from ..base.settings import GenerateConfig
+from .decoder import Drawing, NotFinite, decode_drawn
 from .dreambooth import model_key
 from .families import family_of
 from .lora import lora_layers
@@ -60,6 +62,15 @@ def set_scheduler(
         pipe.scheduler = kind.from_config(pipe.scheduler.config)
 
 # %% ../../nbs/diffusion/sampling.ipynb #3cbe7423
+def _halve(
+    pipe,  # in float32; changed in place
+    half,  # torch dtype of the denoiser and the text encoder; None leaves them
+):
+    "Store in half precision what computes in it; the decoder stays in float32."
+    for part in family_of(pipe).trained if half else ():
+        torch.nn.Module.to(getattr(pipe, part), half)  # diffusers' own cast warns
+
+
 def _fuse_lora(
     pipe,  # with a LoRA; changed in place
 ):
@@ -83,13 +94,10 @@ def load_finetuned_model(
     if device == "cuda":
         halves = {"bf16": torch.bfloat16, "fp16": torch.float16}
         half = halves.get(pick_precision(device, mixed_precision))
+    pipe = load_pipeline(model_path, revision=revision)
     if (Path(str(model_path)) / "lora.json").is_file():
-        pipe = load_pipeline(model_path, revision=revision)
         _fuse_lora(pipe)  # added in float32, then rounded
-        if half:
-            pipe.to(dtype=half)
-    else:
-        pipe = load_pipeline(model_path, half, revision=revision)
+    _halve(pipe, half)
     set_scheduler(pipe, "dpmsolver++")
     return pipe.to(device)
 
@@ -147,23 +155,35 @@ def choose_memory_layout(
         device == "cpu" and precision == "bf16" and side <= 32
     )  # the formula itself, for small latents
     pipe.unet.set_attn_processor(AttnProcessor() if plain else AttnProcessor2_0())
-    layout = (
-        torch.channels_last if device == "cpu" and precision == "no" else torch.contiguous_format
-    )
+    fast = device == "cuda" or (device == "cpu" and precision == "no")
+    layout = torch.channels_last if fast else torch.contiguous_format
     for part in (pipe.unet, pipe.vae):
         part.to(memory_format=layout)
 
 # %% ../../nbs/diffusion/sampling.ipynb #ba51f379
+_HALVES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
 class Sampler:
     "Draws images of one prompt, one per seed, in calls of one shape."
 
-    def __init__(self, pipe, prompt: str, resolution: int, cfg: GenerateConfig, batch_size: int):
+    def __init__(
+        self,
+        pipe,  # from `load_finetuned_model`
+        prompt: str,  # of all images
+        resolution: int,  # px
+        cfg: GenerateConfig,  # settings
+        batch_size: int,  # images per call
+        **drawing,  # for `Drawing`: what it is, and how the user asks for float32
+    ):
         self.pipe = pipe
         self.cfg = cfg
         self.batch_size = batch_size
         self.resolution = resolution
         device, is_half = pipe.device.type, pipe.unet.dtype != torch.float32
         self.precision = "no" if is_half else pick_precision(device, cfg.mixed_precision)
+        here = _HALVES.get(pipe.unet.dtype, self.precision)
+        self.drawing = Drawing(**dict(what=f"{prompt!r}", precision=here) | drawing)
         self.side = resolution // pipe.vae_scale_factor
         choose_memory_layout(pipe, device, self.precision, self.side)
         set_scheduler(pipe, cfg.scheduler)
@@ -181,12 +201,15 @@ class Sampler:
                 "Give at most as many as the batch size."
             )
         padded = [*seeds, *seeds[:1] * (self.batch_size - len(seeds))]
-        return self.draw(start_noise(padded, self.pipe.unet.config.in_channels, self.side))[
-            : len(seeds)
-        ]
+        noise = start_noise(padded, self.pipe.unet.config.in_channels, self.side)
+        return self.draw(noise, padded)[: len(seeds)]
 
     @torch.inference_mode()
-    def draw(self, noise: torch.Tensor) -> np.ndarray:
+    def draw(
+        self,
+        noise: torch.Tensor,  # (B, C, s, s)
+        seeds: list[int],  # that it comes from
+    ) -> np.ndarray:  # (B, 3, S, S) float32, 0 to 1; raises `NotFinite`
         "From noise to images: guidance takes both halves of a step in one pass."
         pipe, cfg = self.pipe, self.cfg
         prompt, negative = (
@@ -203,10 +226,8 @@ class Sampler:
                 num_inference_steps=cfg.num_inference_steps,
                 guidance_scale=cfg.guidance_scale,
             ).images
-            pixels = pipe.vae.decode(
-                latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor, return_dict=False
-            )[0]
-        return (pixels.float() / 2 + 0.5).clamp(0, 1).cpu().numpy()
+        pixels = decode_drawn(pipe.vae, latents, seeds, self.drawing)
+        return (pixels / 2 + 0.5).clamp(0, 1).cpu().numpy()
 
 # %% ../../nbs/diffusion/sampling.ipynb #5e156cda
 def to_image(
@@ -298,10 +319,8 @@ def latent_walk(
     "Images along a path from one seed's noise to another's."
     sampler = Sampler(pipe, prompt, resolution, cfg, n)
     a, b = start_noise(list(seeds), pipe.unet.config.in_channels, sampler.side)
-    return [
-        to_image(p, resolution)
-        for p in sampler.draw(torch.stack([slerp(a, b, k / (n - 1)) for k in range(n)]))
-    ]
+    path = [slerp(a, b, k / (n - 1)) for k in range(n)]
+    return [to_image(p, resolution) for p in sampler.draw(torch.stack(path), [seeds[0]] * n)]
 
 # %% ../../nbs/diffusion/sampling.ipynb #fcca57b6
 class AsyncWriter:
@@ -396,7 +415,8 @@ def find_batch_size(
 
     def works(size, slicing):
         set_slicing(pipe, slicing)
-        Sampler(pipe, "", resolution, short, size)([0])
+        with suppress(NotFinite):  # said when the images are drawn
+            Sampler(pipe, "", resolution, short, size)([0])
 
     if not cfg.batch_size:
         return largest_batch_size(works, most)
@@ -455,6 +475,7 @@ def generate_synthetic_dataset(
 ) -> str:  # `output_dir`; raises `CxrError` if that holds images of other settings
     "Generate `num_images` images (guide, section 8); image k has seed k. Images that exist are kept."
     family_of(pipe)
+    pipe.vae.to(torch.float32)  # as it decodes, and as its key is taken
     check_prompt(prompt)
     check_path(output_dir, "output_dir")
     check_whole(num_images, "num_images")
@@ -473,6 +494,8 @@ def generate_synthetic_dataset(
             to_image(pixels, resolution).save(tmp, format="PNG")
 
     missing = {k: k for k, path in enumerate(paths) if not path.exists()}
-    sampler = Sampler(pipe, prompt, resolution, cfg, batch_size)
+    again = "Load the model in float32, mixed_precision no, and name another folder."
+    drawing = dict(what=f"{output_dir}, {prompt!r}", float32=again)
+    sampler = Sampler(pipe, prompt, resolution, cfg, batch_size, **drawing)
     draw_all(sampler, missing, put, "Generating images", num_images)
     return output_dir

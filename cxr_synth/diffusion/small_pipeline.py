@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['byte_letters', 'spell', 'word_vocabulary', 'write_tokenizer', 'tiny_text_encoder', 'vae_channels', 'vae_shrink',
            'tiny_vae', 'tiny_unet', 'to_device', 'stable_diffusion_noise', 'tiny_pipeline', 'to_pixels', 'vae_loss',
-           'train_vae', 'latent_posterior', 'encode_latents', 'decode_latents', 'denoise_steps']
+           'train_vae', 'latent_posterior', 'encode_latents', 'to_bytes', 'decode_latents', 'denoise_steps']
 
 # %% ../../nbs/diffusion/small_pipeline.ipynb #603375be
 import json
@@ -320,14 +320,20 @@ def encode_latents(
     return torch.cat(means), torch.cat(stds)
 
 
+def to_bytes(
+    pixels: torch.Tensor,  # (N, 3, S, S) in [-1, 1]
+) -> np.ndarray:  # (N, S, S) uint8
+    "Pixels back to grey bytes: the mean of the channels."
+    return pixels.mean(1).add(1).mul(127.5).round().clamp(0, 255).byte().cpu().numpy()
+
+
 @torch.inference_mode()
 def decode_latents(
     vae,  # the frozen network
     latents: torch.Tensor,  # (N, 4, s, s), unscaled
 ) -> np.ndarray:  # (N, S, S) uint8
     "Latents back to grey bytes."
-    grey = vae.decode(latents).sample.mean(1)
-    return grey.add(1).mul(127.5).round().clamp(0, 255).byte().cpu().numpy()
+    return to_bytes(vae.decode(latents).sample)
 
 # %% ../../nbs/diffusion/small_pipeline.ipynb #ad49e9cb
 @torch.no_grad()

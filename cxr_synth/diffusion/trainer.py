@@ -20,8 +20,9 @@ from ..base.compute import autocast
 from ..base.files import CxrError, atomic_path
 from ..base.readers import read_csv
 from ..base.loop import Loop, TrainedPart, batch_at, generator_for
+from .decoder import Drawing, decode_drawn
 from .families import family_of
-from .small_pipeline import decode_latents, encode_latents, to_device
+from .small_pipeline import encode_latents, to_bytes, to_device
 from ..protocol.schema import LogRow
 
 # %% ../../nbs/diffusion/trainer.ipynb #37443559
@@ -463,7 +464,8 @@ def sample_images(
     guidance: float = 3.0,  # classifier-free guidance; 1 is none
     precision: str = "no",  # no, bf16 or fp16
     side: int = 0,  # of the latents; 0: what the U-Net was made for
-) -> np.ndarray:  # (N, S, S) uint8
+    **drawing,  # for `Drawing`: what it is, and how the user asks for float32
+) -> np.ndarray:  # (N, S, S) uint8; raises `NotFinite`
     "Draw one image per prompt and seed, with the modules as they are."
     view = _preview_pipeline(pipe)
     side = side or pipe.unet.config.sample_size
@@ -479,7 +481,8 @@ def sample_images(
             guidance_scale=guidance,
             output_type="latent",
         ).images
-    return decode_latents(pipe.vae, latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor)
+    drawing = Drawing(**dict(what="the images", precision=precision) | drawing)
+    return to_bytes(decode_drawn(pipe.vae, latents, seeds, drawing))
 
 # %% ../../nbs/diffusion/trainer.ipynb #ee02fcea
 def image_grid(
@@ -523,13 +526,19 @@ class Previews:
             side=trainer.draws[0].data.mean.shape[-1],
         )
 
+    def _about(self, loop: Loop) -> dict:
+        "For the message, if what is drawn is no image."
+        again = "Train it anew with mixed precision no, or bf16 on a GPU that has it, and --redo."
+        return dict(what=f"{loop.desc}: the preview at step {loop.step}", float32=again)
+
     def __call__(self, loop: Loop):
         path = self.folder / f"{loop.step:06d}.png"
         due = loop.step % self.every == 0 or loop.step == loop.total
         if path.exists() or not due:
             return
         with loop.optimizer.average.applied():
-            images = sample_images(self.trainer.pipe, self.prompts, self.seeds, **self.options)
+            how = self.options | self._about(loop)
+            images = sample_images(self.trainer.pipe, self.prompts, self.seeds, **how)
         with atomic_path(path) as tmp:
             image_grid(images, self.n).save(tmp, format="PNG")
         if loop.mirror:
