@@ -1,9 +1,9 @@
-"""Does a LoRA saved with one set of library versions give the same answers with another?
+"""Does a model saved with one set of library versions give the same answers with another?
 
 In one environment:   python benchmarks/lora_versions.py save FOLDER
 in another one:       python benchmarks/lora_versions.py load FOLDER
-FOLDER gets a small base and one LoRA per environment that saved; `load` prints, for each, the largest
-difference from the answers noted at saving: through this library, and through plain diffusers.
+FOLDER gets a small base, and one LoRA and one full model per environment that saved; `load` prints, for each,
+the largest difference from the answers noted at saving: through this library, and through plain diffusers.
 """
 
 import os, sys
@@ -11,9 +11,11 @@ from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("CXR_QUIET", "1")
-import diffusers, peft, torch, transformers
+import diffusers, numpy as np, peft, torch, transformers
 from diffusers import StableDiffusionPipeline
-from cxr_synth.base.settings import PROMPTS
+from cxr_synth.base.files import CxrError
+from cxr_synth.base.settings import PROMPTS, TrainConfig
+from cxr_synth.diffusion.dreambooth import class_task, fine_tune
 from cxr_synth.diffusion.lora import LORA_FILE, add_lora, save_lora
 from cxr_synth.diffusion.pipelines import load_pipeline, save_pipeline
 from cxr_synth.diffusion.small_pipeline import tiny_pipeline
@@ -37,11 +39,31 @@ def save(root, versions):
         p.data += 0.1 * torch.randn(p.shape, generator=g)
     save_lora(root / versions, pipe.unet, pipe.text_encoder, root / "base", 4, 8)
     torch.save(answers(pipe), root / versions / "answers.pt")
+    save_full(root / f"full_{versions}", root / "base")
+
+
+def save_full(folder, base):
+    "A model as training with method full leaves it, after two steps."
+    cfg = TrainConfig(
+        base=str(base),
+        max_train_steps=2,
+        train_batch_size=2,
+        heldout_images=None,
+        preview_steps=None,
+        device="cpu",
+    )
+    images = np.random.default_rng(0).integers(0, 256, (4, 32, 32), np.uint8)
+    checkpoint = folder.with_suffix(".pt")
+    fine_tune(str(base), class_task(images, PROMPTS["normal"]), folder, checkpoint, cfg)
+    torch.save(answers(load_pipeline(folder)), folder / "answers.pt")
 
 
 def plain(root, folder):
-    pipe = StableDiffusionPipeline.from_pretrained(root / "base", safety_checker=None)
-    pipe.load_lora_weights(folder, weight_name=LORA_FILE)
+    is_lora = (folder / "lora.json").exists()
+    source = root / "base" if is_lora else folder
+    pipe = StableDiffusionPipeline.from_pretrained(source, safety_checker=None)
+    if is_lora:
+        pipe.load_lora_weights(folder, weight_name=LORA_FILE)
     return pipe
 
 
@@ -49,21 +71,21 @@ def difference(get, noted):
     "Largest difference of a pipeline's answers from the noted ones, or why it cannot be loaded."
     try:
         found = answers(get())
-    except (IndexError, TypeError, ValueError) as e:
-        return f"{type(e).__name__}: {e}"
+    except (IndexError, TypeError, ValueError, CxrError) as e:
+        return f"{type(e).__name__}: {str(e).splitlines()[0]}"
     return {k: (v - noted[k]).abs().max().item() for k, v in found.items()}
 
 
 def load(root, versions):
     print("here:", versions)
-    for folder in sorted(p.parent for p in root.glob("*/lora.json")):
+    for folder in sorted(p.parent for p in root.glob("*/answers.pt")):
         noted = torch.load(folder / "answers.pt", weights_only=True)
         loaders = {
             "cxr_synth": partial(load_pipeline, folder),
             "diffusers": partial(plain, root, folder),
         }
         for name, get in loaders.items():
-            print(f"  {folder.name}  by {name:<10}{difference(get, noted)}")
+            print(f"  {folder.name}  by {name:<10} {difference(get, noted)}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,27 @@
 "Beside the notebooks: the Hub's cache, an autoencoder without posterior, what is refused and why."
 
 import json, shutil
+from pathlib import Path
+
 import huggingface_hub, numpy as np, pytest, torch
 from diffusers import AutoencoderTiny
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel
 from cxr_synth.base.files import CxrError
 from cxr_synth.base.settings import PROMPTS, TrainConfig
 from cxr_synth.diffusion.families import FAMILIES, find_family, known_parts
 from cxr_synth.diffusion.hub import check_source, source_hashes
-from cxr_synth.diffusion.lora import LORA_FILE, add_lora, base_signature, check_lora, load_lora
-from cxr_synth.diffusion.pipelines import load_pipeline, round_trip, save_pipeline
+from cxr_synth.diffusion.dreambooth import class_task, fine_tune
+from cxr_synth.diffusion.lora import (
+    LORA_FILE,
+    add_lora,
+    base_signature,
+    check_lora,
+    load_lora,
+    save_lora,
+)
+from cxr_synth.diffusion.pipelines import fuse, load_pipeline, round_trip, save_pipeline
 from cxr_synth.diffusion.preflight import preflight
 from cxr_synth.diffusion.small_pipeline import tiny_pipeline
 
@@ -216,3 +229,51 @@ def test_a_second_lora_is_refused(base, tmp_path):
     (tmp_path / LORA_FILE).write_bytes(b"")
     with pytest.raises(CxrError, match="carries a LoRA already"):
         load_lora(pipe, tmp_path)
+
+
+def published_text_encoder(layers) -> set:
+    "The names in the text encoder's file of the published Stable Diffusion 2.1, for so many layers."
+    each = ["layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2"]
+    each += [f"self_attn.{p}_proj" for p in "kvq"] + ["self_attn.out_proj"]
+    names = [f"encoder.layers.{k}.{m}" for k in range(layers) for m in each] + ["final_layer_norm"]
+    embeddings = [f"embeddings.{kind}_embedding.weight" for kind in ("token", "position")]
+    return {f"text_model.{n}.{w}" for n in names for w in ("weight", "bias")} | {
+        f"text_model.{name}" for name in embeddings
+    }
+
+
+def write_short_names(monkeypatch):
+    "Let transformers save as some of its versions do: without `text_model.`."
+    real = CLIPTextModel.save_pretrained
+
+    def save(self, folder, *args, **kw):
+        real(self, folder, *args, **kw)
+        path = Path(folder) / "model.safetensors"
+        state = {name.removeprefix("text_model."): w for name, w in load_file(path).items()}
+        save_file(state, path, metadata={"format": "pt"})
+
+    monkeypatch.setattr(CLIPTextModel, "save_pretrained", save)
+
+
+@pytest.mark.parametrize("how", ["trained", "saved", "fused"])
+def test_full_models_have_the_published_names(tmp_path, monkeypatch, how):
+    "Other names are filled with random weights by transformers 5.0 to 5.5, without a word."
+    write_short_names(monkeypatch)
+    save_pipeline(tiny_pipeline(tmp_path / "tok", PROMPTS.values(), 32), tmp_path / "base")
+    folder, pipe = tmp_path / "model", load_pipeline(tmp_path / "base")
+    if how == "saved":
+        save_pipeline(pipe, folder)
+    if how == "fused":
+        add_lora(pipe.unet, pipe.text_encoder, 2)
+        save_lora(tmp_path / "lora", pipe.unet, pipe.text_encoder, tmp_path / "base", 2)
+        fuse(tmp_path / "lora", folder)
+    if how == "trained":
+        few = dict(max_train_steps=1, train_batch_size=2, heldout_images=None, preview_steps=None)
+        cfg = TrainConfig(base=str(tmp_path / "base"), device="cpu", **few)
+        task = class_task(np.zeros((2, 32, 32), np.uint8), PROMPTS["normal"])
+        fine_tune(str(tmp_path / "base"), task, folder, tmp_path / "c.pt", cfg)
+    files = list((folder / "text_encoder").glob("*.safetensors"))
+    assert [file.name for file in files] == ["model.safetensors"]
+    with safe_open(files[0], "pt") as f:
+        assert set(f.keys()) - {"text_model.embeddings.position_ids"} == published_text_encoder(2)
+    assert load_pipeline(folder).text_encoder.config.num_hidden_layers == 2

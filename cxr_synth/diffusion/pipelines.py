@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROUND_TRIP_BATCH', 'load_dtype', 'check_dtype', 'check_text_encoder', 'check_network', 'load_pipeline',
-           'save_pipeline', 'fuse', 'round_trip_batches', 'round_trip']
+           'write_pipeline', 'save_pipeline', 'fuse', 'round_trip_batches', 'round_trip']
 
 # %% ../../nbs/diffusion/pipelines.ipynb #eee2699b
 import math, os, re, time
@@ -217,6 +217,15 @@ def _write_text_encoder(encoder, folder: Path):
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def write_pipeline(
+    pipe,  # with trained parts
+    folder,  # gets its files; a temporary one
+):
+    "Write in the format of diffusers, with the names that all versions of transformers know."
+    pipe.save_pretrained(folder, safe_serialization=True)
+    _write_text_encoder(pipe.text_encoder, Path(folder) / "text_encoder")
+
+
 def save_pipeline(
     pipe,  # with trained parts
     folder,  # final name; complete once it exists
@@ -226,8 +235,7 @@ def save_pipeline(
     if folder.exists():
         raise CxrError(f"{folder} exists already.\nName another folder, or move this one away.")
     with atomic_folder(folder) as tmp:
-        pipe.save_pretrained(tmp, safe_serialization=True)
-        _write_text_encoder(pipe.text_encoder, tmp / "text_encoder")
+        write_pipeline(pipe, tmp)
 
 # %% ../../nbs/diffusion/pipelines.ipynb #fd49716d
 def fuse(
