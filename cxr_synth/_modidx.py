@@ -1432,6 +1432,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'cxr_synth/diffusion/lora.py'),
                                           'cxr_synth.diffusion.lora._check_taken_up': ( 'diffusion/lora.html#_check_taken_up',
                                                                                         'cxr_synth/diffusion/lora.py'),
+                                          'cxr_synth.diffusion.lora._ignore_old_torchao': ( 'diffusion/lora.html#_ignore_old_torchao',
+                                                                                            'cxr_synth/diffusion/lora.py'),
                                           'cxr_synth.diffusion.lora._is_down': ( 'diffusion/lora.html#_is_down',
                                                                                  'cxr_synth/diffusion/lora.py'),
                                           'cxr_synth.diffusion.lora._layer_of': ( 'diffusion/lora.html#_layer_of',

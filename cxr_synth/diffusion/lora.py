@@ -8,11 +8,11 @@ __all__ = ['LORA_FILE', 'LORA_TARGETS', 'lora_kinds', 'lora_layers', 'inject_lor
            'load_lora']
 
 # %% ../../nbs/diffusion/lora.ipynb #5a6cc7fd
-import math, os, re
+import math, os, re, sys
 from pathlib import Path
 from typing import Annotated, Literal
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, import_utils
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from pydantic import BaseModel, Field, FiniteFloat
@@ -55,6 +55,19 @@ def lora_layers(
 ) -> list[str]:
     "Names of the layers that carry LoRA weights."
     return [n for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+
+# %% ../../nbs/diffusion/lora.ipynb #73be4e7a
+def _ignore_old_torchao():
+    "Let PEFT pass over a torchao that it would refuse."
+    try:
+        import_utils.is_torchao_available()
+    except ImportError:
+        for name, module in list(sys.modules.items()):
+            if name.split(".")[0] == "peft" and hasattr(module, "is_torchao_available"):
+                module.is_torchao_available = lambda: False
+
+
+_ignore_old_torchao()
 
 # %% ../../nbs/diffusion/lora.ipynb #b6ca6db0
 def inject_lora(
