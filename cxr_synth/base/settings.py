@@ -384,6 +384,8 @@ class PlanConfig(Config):
     seed: int = ranged(0, 0, SEED)
     # arms besides those of the tier, such as mixed-share25 mixed-pool500
     arms: str = text("", "arms, separated by spaces", parse_arms)
+    # real, copy and mixed at the primary fraction, also fine-tuned, with so many seeds; 0: not
+    finetune_seeds: int = ranged(0, 0, 100, "seeds")
     # phantom only: a known generator in place of trained ones: truth, copy, wrong, leaky
     builtin: str = listed("", "cxr_synth.images.known_generators:KNOWN_GENERATORS")
     # frozen network with which the plan reads the `real` arms on internal
@@ -610,6 +612,8 @@ class ExperimentsConfig(Config):
     # finetune: steps of linear warm-up, at most a fifth of all
     warmup: int = ranged(50, 0, STEPS, "steps")
     pretrained: bool = True  # finetune: start from ImageNet weights
+    # network of the arms that are fine-tuned beside a probe, such as mixed-finetune
+    finetune_network: str = listed("small_cnn", _NETWORK)
     # finetune: no, bf16 or fp16
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     # file or folder with the ImageNet weights; empty: PyTorch's cache, then download

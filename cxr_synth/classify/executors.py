@@ -75,7 +75,7 @@ def _record_of(run: Run, context: RunContext) -> dict:
         if isinstance(e, OSError) and e.errno in _NO_FAULT_OF_A_RUN:
             raise
         error = "".join(traceback.format_exception(e))
-    return run_identity(run, context) | dict(status="failed", error=error)
+    return run_identity(run, context.of(run)) | dict(status="failed", error=error)
 
 
 def do_run(
@@ -237,6 +237,15 @@ def precompute_shared(
     todo: list[Run],  # runs
 ):
     "Compute what runs share: views, held-out images, synthetic sets, regularisation."
+    for own in dict.fromkeys(context.of(run) for run in todo):
+        _precompute(own, [run for run in todo if context.of(run) is own])
+
+
+def _precompute(
+    context: RunContext,  # of one method
+    todo: list[Run],  # its runs
+):
+    "As `precompute_shared`, for the runs of one method."
     store, views = context.store, context.cfg.views
     for v in range(views if context.probe else 1):
         store.view(v)

@@ -81,11 +81,23 @@ class RunContext:
         self._val_rows = cache(partial(val_rows, study))
         self._split_rows = cache(partial(split_rows, study))
         self.synthetic_set = cache(lambda name: self.store.synthetic(name))
+        self._fine_tuned = cache(self._by_finetuning)
 
     @cached_property
     def store(self) -> FeatureStore:
         "Features or pixels of the images; whoever draws scores needs none."
         return FeatureStore(self.study, self.cfg, self.plan.seed, self.device)
+
+    def _by_finetuning(self) -> "RunContext":
+        "The same study, whose classifiers are fine-tuned whole."
+        network = self.cfg.finetune_network
+        weights = self.cfg.weights if network == self.cfg.network else ""
+        cfg = replace(self.cfg, method="finetune", network=network, weights=weights)
+        return RunContext(self.study, self.plan, cfg, self.device)
+
+    def of(self, run: Run) -> "RunContext":
+        "This context, or the one that fine-tunes, for a run such as mixed-finetune."
+        return self._fine_tuned() if self.probe and run.finetuned else self
 
     def rng(self, run: Run, purpose: str) -> np.random.Generator:
         "Random numbers of one purpose; the same in every arm."

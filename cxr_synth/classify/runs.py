@@ -252,7 +252,7 @@ def make_run(
     context: RunContext,  # what it shares with others
 ) -> dict:  # run.json
     "Train, predict and write one run."
-    start = time.perf_counter()
+    start, context = time.perf_counter(), context.of(run)
     folder = context.study / run.folder
     trained = fit_run(run, context)
     table = write_predictions(run, context, trained)

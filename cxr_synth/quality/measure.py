@@ -299,7 +299,7 @@ def label_fidelity(
 REFERENCES = {  # what stands in the place of "real images": said in a sentence
     "train": "",
     "seen": "",
-    "unseen": ", real images that the generator never saw",
+    "unseen": " against those that the generator never saw",
     "val": " of val",
     "internal": " of internal",
 }

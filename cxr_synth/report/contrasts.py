@@ -16,8 +16,9 @@ import numpy as np
 from ..base.compute import seed_for
 from ..base.files import one_of
 from ..base.records import Study
+from ..protocol.arms import FINETUNED
 from ..protocol.plan import Plan, scope_of
-from .beside import exchange_of, subgroups, trust
+from .beside import exchange_of, methods_beside, subgroups, trust
 from cxr_synth.report.evidence import (
     Evidence,
     lost_runs,
@@ -203,12 +204,13 @@ def _usual_pairs(arms) -> list[tuple]:  # arm, control
     "Every arm against `real`; `real` against its short training; a peeking generator against an honest one."
     pairs = []
     for arm in arms:
+        control = f"real{FINETUNED}" if arm.endswith(FINETUNED) else "real"
         if arm == "real_short":
-            pairs.append(("real", arm))
-        elif arm != "real":
-            pairs.append((arm, "real"))
+            pairs.append((control, arm))
+        elif arm != control:
+            pairs.append((arm, control))
     pairs += [p for p in (("oracle", "mixed"), ("mixed", "copy")) if set(p) <= set(arms)]
-    return pairs if "real" in arms else []
+    return [p for p in pairs if set(p) <= set(arms)]
 
 
 def gate_of(
@@ -610,6 +612,7 @@ def analyse(
         subgroups=subgroups(ev, first, draws, seed) if measured else [],
         **(trust(ev, first) if measured else dict(calibration={}, net_benefit={})),
         beside=_primary_extras(ev, first, draws) if measured else {},
+        methods=methods_beside(rows, ev.plan.primary),
         limits=[dict(x) for x in LIMITS],
         missing=missing_runs(ev),
         problems=[*ev.problems],

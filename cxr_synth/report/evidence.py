@@ -403,5 +403,10 @@ def planned_size(
     c: dict,  # a contrast
 ) -> list[int] | None:  # None where the plan has no such cell
     "Replicates and seeds that the plan wants for a contrast."
-    cells = [cell for cell in plan.cells if np.isclose(cell.fraction, c["fraction"])]
+    asked = {c["arm"], c["control"]}
+    cells = [
+        cell
+        for cell in plan.cells
+        if np.isclose(cell.fraction, c["fraction"]) and asked <= set(cell.arms)
+    ]
     return [cells[0].replicates, cells[0].seeds] if cells else None

@@ -38,6 +38,7 @@ from .evidence import Evidence, pair_scores
 from cxr_synth.report.verdict_figures import (
     figure_exchange,
     figure_generators,
+    figure_methods,
     figure_net_benefit,
 )
 from ..stats.auc import rates_at
@@ -787,6 +788,8 @@ def answer_figures(
     if analysis["exchange"]["rate"] is not None:
         about = analysis["exchange"], primary["arm"]
         yield PlannedFigure("exchange", figure_exchange, about, height=1.1)
+    if analysis["methods"]:
+        yield PlannedFigure("methods", figure_methods, (analysis["methods"],), height=3.2)
     if ev.plan.guess_pp is not None:
         about = ev.plan.guess_pp, primary, margin
         yield PlannedFigure("guess", figure_guess, about, height=1.7)

@@ -286,7 +286,7 @@ def rehearse_runs(
     for run in plan.runs():
         trained = rehearsal.trained(run)
         predicted = write_predictions(run, context, trained)
-        record = run_record(run, context, trained, predicted, 0.01)
+        record = run_record(run, context.of(run), trained, predicted, 0.01)
         write_json(study / run.folder / "run.json", record)
         results.rows[run] = record
     results.write()

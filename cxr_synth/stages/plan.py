@@ -45,6 +45,7 @@ from ..protocol.seal import seal_plan
 from ..protocol.arms import ARMS, parse_arm
 from cxr_synth.protocol.plan import (
     DOSE_ARMS,
+    FINETUNED_ARMS,
     TIERS,
     Cell,
     Contrast,
@@ -110,6 +111,16 @@ def _uses_generator(
     return base != "oracle" and (ARMS[base].synthetic or base == "roundtrip")
 
 
+def _want(
+    wanted: dict,  # (fraction, replicate) -> class -> images; grows
+    subset: tuple,  # whose generator
+    images: dict,  # class -> images
+):
+    "Note what one more cell asks of a generator: the most that any cell asks for is drawn."
+    there = wanted.get(subset, {})
+    wanted[subset] = {c: max(there.get(c, 0), n) for c, n in images.items()}
+
+
 def planned_generators(
     study: Study,  # data is done
     cells: list[Cell],  # from `tier_cells`
@@ -123,12 +134,10 @@ def planned_generators(
         for k in range(cell.replicates):
             subset = cell.fraction, k
             if any(_uses_generator(a) for a in own):
-                wanted[subset] = images_needed(study, own, subset, sizes)
+                _want(wanted, subset, images_needed(study, own, subset, sizes))
             if len(own) < len(cell.arms) and k < oracles:
                 peeking = ["mixed", *(a for a in cell.arms if a.startswith("oracle"))]
-                more = images_needed(study, peeking, (0.5, k), sizes)
-                there = wanted.get((0.5, k), {})
-                wanted[0.5, k] = {c: max(there.get(c, 0), more[c]) for c in CLASSES}
+                _want(wanted, (0.5, k), images_needed(study, peeking, (0.5, k), sizes))
     return tuple(
         PlannedGenerator(generator_name(*s), *s, len(training_rows(study, *s)), images)
         for s, images in wanted.items()
@@ -354,9 +363,10 @@ def make_plan(
     guess, guess_pp = guess_text(cfg)
     sizes = pool_sizes(study, cfg.pool)
     primary, weighed = _weighed(study, cfg, runs)
-    cells = tier_cells(cfg.tier, primary, extra, _impossible_arms(study, cfg))
+    without = _impossible_arms(study, cfg)
+    cells = tier_cells(cfg.tier, primary, extra, without, cfg.finetune_seeds)
     planned = {a for cell in cells for a in cell.arms}
-    arms = [a for a in dict.fromkeys([*ARMS, *DOSE_ARMS, *extra]) if a in planned]
+    arms = [a for a in dict.fromkeys([*ARMS, *DOSE_ARMS, *extra, *FINETUNED_ARMS]) if a in planned]
     plan = Plan(
         tier=cfg.tier,
         seed=cfg.seed,

@@ -27,13 +27,18 @@ _NETWORKS = {
 }
 
 
-def _check_network(stage: str, cfg: Config):
+def _networks_of(stage: str, cfg: Config) -> dict:  # setting -> whether the network learns
+    "The networks that the settings of a stage name."
+    learns = stage == "guide" or getattr(cfg, "method", "probe") == "finetune"
+    found = {_NETWORKS[stage]: learns}
+    return found | dict(finetune_network=True) if stage == "experiments" else found
+
+
+def _check_network(cfg: Config, name: str, learns: bool):
     "Raise `CxrError` for a network that can't do what it is for, or not with images of this size."
     from cxr_synth.images.networks import NETWORKS, network_key
 
-    name = _NETWORKS[stage]
     key = network_key(getattr(cfg, name))
-    learns = stage == "guide" or getattr(cfg, "method", "probe") == "finetune"
     able = [k for k, n in NETWORKS.items() if (n.classifier if learns else n.features)]
     one_of(
         key,
@@ -180,6 +185,15 @@ def _check_plan(study: Study, cfg: Config, source: str):
         )
 
 
+def _check_methods(plan: Config, experiments: Config):
+    "Raise `CxrError` for fine-tuning beside a study that fine-tunes."
+    if plan.finetune_seeds and experiments.method == "finetune":
+        raise CxrError(
+            f"--plan.finetune-seeds {plan.finetune_seeds} has fine-tuning beside the probe, and "
+            "--experiments.method finetune\nhas it already.\nLeave one of them away."
+        )
+
+
 def _check_run(settings: dict, last: str):
     "Raise `CxrError` for a part of the work where all of it is asked for."
     generate, experiments = settings.get("generate"), settings.get("experiments")
@@ -245,11 +259,14 @@ def validate_settings(
         _check_source(study, settings["data"])
     if "plan" in settings:
         _check_plan(study, settings["plan"], _source_of(study, settings.get("data")))
+        if "experiments" in settings:
+            _check_methods(settings["plan"], settings["experiments"])
     if last:
         _check_run(settings, last)
     for stage, cfg in settings.items():
         if stage in _NETWORKS:
-            _check_network(stage, cfg)
+            for name, learns in _networks_of(stage, cfg).items():
+                _check_network(cfg, name, learns)
     for stage, cfg in _to_do(study, settings, redo).items():
         _check_machine(stage, cfg)
     if not (redo and "plan" in settings):  # else the plan is sealed anew

@@ -28,7 +28,8 @@ def recalibrate(
     y, z = np.asarray(labels, float), log_odds(np.asarray(probs, float))
     if len({*y.tolist()}) < 2 or np.ptp(z) < 1e-9:
         return None
-    x, beta = np.stack([np.ones_like(z), z], axis=1), np.array([0.0, 1.0])
+    mean, sd = z.mean(), z.std()
+    x, beta = np.stack([np.ones_like(z), (z - mean) / sd], axis=1), np.zeros(2)
     for _ in range(50):
         p = 1 / (1 + np.exp(-x @ beta))
         curvature = x.T @ (x * (p * (1 - p))[:, None])
@@ -37,7 +38,8 @@ def recalibrate(
         step = np.linalg.solve(curvature, x.T @ (y - p))
         beta = beta + step * min(1, 2 / np.abs(step).max().clip(1e-12))
         if np.abs(step).max() < 1e-9:
-            return dict(slope=float(beta[1]), intercept=float(beta[0]))
+            slope = beta[1] / sd
+            return dict(slope=float(slope), intercept=float(beta[0] - slope * mean))
     return None
 
 # %% ../../nbs/stats/calibration.ipynb #76bce1a3
