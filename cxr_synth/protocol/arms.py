@@ -132,8 +132,5 @@ def arm_label(
     "An arm as people say it: mixed-share25 is `mixed, share25`."
     base, _, variant = name.partition("-")
     label = arm_of(name).label or base.replace("_", " ")
-    return (
-        ", ".join([label, *variant.replace("finetune", "fine-tuned").split("-")])
-        if variant
-        else label
-    )
+    said = ["fine-tuned" if part == "finetune" else part for part in variant.split("-") if part]
+    return ", ".join([label, *said])
