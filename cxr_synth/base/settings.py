@@ -404,7 +404,8 @@ class PlanConfig(Config):
         return f"{value:g}" if isinstance(value, float) else value
 
     def _check_together(self):
-        if self.builtin and "roundtrip" in parse_arms(self.arms):
+        bases = {arm.split("-")[0] for arm in parse_arms(self.arms)}
+        if self.builtin and bases & {"roundtrip", "img2img"}:
             raise CxrError(
                 f"--plan.arms {self.arms} and --plan.builtin {self.builtin} do not go together: a "
                 "known generator has no autoencoder.\n"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['POOL_SHARE', 'pool_indices', 'draw_subset', 'RunContext', 'TrainingSet', 'real', 'real_short', 'real_shuffled',
-           'duplicate', 'augmented', 'roundtrip', 'more_real', 'mixed', 'copy', 'oracle', 'mixed_full_pool', 'permuted',
-           'filtered', 'class_gap', 'rebalanced', 'synthetic_only', 'pretrain_finetune', 'training_set']
+           'duplicate', 'augmented', 'roundtrip', 'more_real', 'mixed', 'img2img', 'copy', 'oracle', 'mixed_full_pool',
+           'permuted', 'filtered', 'class_gap', 'rebalanced', 'synthetic_only', 'pretrain_finetune', 'training_set']
 
 # %% ../../nbs/classify/recipes.ipynb #94d9cda6
 from dataclasses import dataclass, field, replace
@@ -24,6 +24,7 @@ from .finetune import Stratum, strata_by_class
 from ..images.study_images import more_real_rows, split_rows, training_rows, val_rows
 from ..protocol.arms import ARMS, parse_arm
 from ..protocol.plan import Plan, Run
+from ..protocol.round_trips import img2img_set
 from ..protocol.sets import marked_images
 
 # %% ../../nbs/classify/recipes.ipynb #f6b01cf4
@@ -144,9 +145,11 @@ class RunContext:
         drawn = draw_subset(y, self.rng(run, "synthetic"))
         return self.store.copies(picked, turns)[drawn], y[drawn]
 
-    def synthetic_images(self, run: Run, pool: int):  # array, labels (M,), file names
-        "The part of a pool of synthetic images that the seed draws."
-        name = self.plan.generator_of(run)
+    def synthetic_images(
+        self, run: Run, pool: int, name: str = ""
+    ):  # array, labels (M,), file names
+        "The part of a pool of synthetic images that the seed draws; `name` is another set than the usual."
+        name = name or self.plan.generator_of(run)
         x, y, names = self.synthetic_set(name)
         inside = pool_indices(y, pool, f"synthetic/{name}")
         drawn = inside[draw_subset(y[inside], self.rng(run, "synthetic"))]
@@ -240,8 +243,8 @@ def more_real(run: Run, context: RunContext) -> TrainingSet:
 # %% ../../nbs/classify/recipes.ipynb #a0f62371
 def _share_and_pool(run: Run, context: RunContext) -> tuple[float, int]:
     "What a run's arm says, such as mixed-share25, or the usual share and pool."
-    _, share, pool = parse_arm(run.arm)
-    return share or context.cfg.share, pool or context.plan.pools["mixed"]
+    arm = parse_arm(run.arm)
+    return arm.share or context.cfg.share, arm.pool or context.plan.pools["mixed"]
 
 
 def _beside_real(run: Run, context: RunContext, x, y, pool: int, **about) -> TrainingSet:
@@ -257,6 +260,14 @@ def mixed(run: Run, context: RunContext) -> TrainingSet:
     _, pool = _share_and_pool(run, context)
     x, y, _ = context.synthetic_images(run, pool)
     return _beside_real(run, context, x, y, pool)
+
+
+def img2img(run: Run, context: RunContext) -> TrainingSet:
+    "As `mixed`, with the set that started from noised training films."
+    _, pool = _share_and_pool(run, context)
+    strength = parse_arm(run.arm).strength
+    x, y, _ = context.synthetic_images(run, pool, img2img_set(run.subset, strength))
+    return _beside_real(run, context, x, y, pool, strength=strength / 100)
 
 
 def copy(run: Run, context: RunContext) -> TrainingSet:
@@ -358,7 +369,7 @@ def training_set(
     context: RunContext,  # what it shares with others
 ) -> TrainingSet:  # raises `CxrError` for an unknown arm, and what its recipe raises
     "What a run trains on, by the recipe of its arm."
-    base, _, _ = parse_arm(run.arm)
+    base = parse_arm(run.arm).base
     recipe = ARMS[base].recipe or f"cxr_synth.classify.recipes:{base}"
     if isinstance(recipe, str):
         recipe = resolve_name(recipe)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECORDED_CHOICES', 'images_per_class', 'SetConfig', 'check_set_folder', 'recorded_images', 'open_set', 'SetJob',
            'recorded_choices', 'prepare_process', 'metadata_line', 'load_model', 'draw_set', 'finish_set', 'set_name',
-           'generate_set', 'regenerate_image']
+           'set_settings', 'make_set', 'generate_set', 'regenerate_image']
 
 # %% ../../nbs/diffusion/image_set.ipynb #73a415f7
 import os, re, time
@@ -16,7 +16,7 @@ from PIL import Image
 
 # %% ../../nbs/diffusion/image_set.ipynb #0f4d3c74
 from ..base.compute import pick_device, pick_precision
-from ..base.files import CxrError, first_file
+from ..base.files import CxrError, first_file, write_text
 from ..base.messages import say
 from ..base.readers import read_json
 from cxr_synth.base.records import (
@@ -58,6 +58,7 @@ from cxr_synth.diffusion.sampling import (
 )
 from ..images.study_images import load_images, training_rows
 from ..protocol.plan import PlannedGenerator
+from ..protocol.round_trips import img2img_source
 from cxr_synth.protocol.sets import (
     EMPTY,
     load_metadata,
@@ -175,6 +176,8 @@ class SetJob:
     models: dict  # class -> from `model_of`
     rows: pd.DataFrame  # the generator's real training images
     share: tuple  # number of this process, from 0, and of all
+    config = SetConfig  # kind of the settings
+    readme = ""  # of the folder; empty: none, as of a set whose card is written later
 
     def __post_init__(self):
         self.writer = ImageSetWriter(self.stage.path, image_names(self.cfg.images))
@@ -194,6 +197,20 @@ class SetJob:
         "Greys of the real images, for the quality gate: those of about 500 of them."
         ids = self.rows.image_id.sort_values()
         return grey_limits(load_images(self.study, ids.iloc[:: max(1, len(ids) // 500)]))
+
+    def lines(self, cls: str, numbers: list[int], cfg: SetConfig, pipe) -> dict:
+        "Number of an image -> its line of metadata, all but the SHA-256."
+        return {k: metadata_line(cls, k, cfg, pipe, self.name) for k in numbers}
+
+    @staticmethod
+    def sampler(study: Study, pipe, prompt: str, side: int, cfg, batch_size: int, **drawing):
+        "What draws the images; it takes a list of what `item` gives."
+        return Sampler(pipe, prompt, side, cfg, batch_size, **drawing)
+
+    @staticmethod
+    def item(line: dict):
+        "What the sampler needs to know of an image, by its line of metadata."
+        return line["seed"]
 
 # %% ../../nbs/diffusion/image_set.ipynb #d363d435
 RECORDED_CHOICES = ("batch_size", "slicing", "threads", "precision", "device")
@@ -303,7 +320,7 @@ def _draw_class(
     "Make the missing images of one class."
     settled = prepare_process(job, pipe, cfg)
     numbers = [int(PurePosixPath(name).stem) for name in missing]
-    lines = {k: metadata_line(cls, k, cfg, pipe, job.name) for k in numbers}
+    lines = job.lines(cls, numbers, cfg, pipe)
 
     reasons = []
 
@@ -317,9 +334,10 @@ def _draw_class(
 
     try:
         drawing = dict(what=f"{job.name} {cls}", float32=asking_for_float32(job.study, "generate"))
-        sampler = Sampler(pipe, PROMPTS[cls], job.side, cfg, settled["batch_size"], **drawing)
-        seeds = {k: line["seed"] for k, line in lines.items()}
-        draw_all(sampler, seeds, put, f"{job.name} {cls}", len(job.own(cls)))
+        size = settled["batch_size"]
+        sampler = job.sampler(job.study, pipe, PROMPTS[cls], job.side, cfg, size, **drawing)
+        items = {k: job.item(line) for k, line in lines.items()}
+        draw_all(sampler, items, put, f"{job.name} {cls}", len(job.own(cls)))
     except (RuntimeError, MemoryError) as e:
         if not out_of_memory(e):
             raise
@@ -383,6 +401,44 @@ def set_name(
     return generator + "-base" if base else generator
 
 # %% ../../nbs/diffusion/image_set.ipynb #0cddcfad
+def set_settings(
+    study: Study,  # with models
+    generator: str,  # such as real010-rep2
+    cfg: GenerateConfig,  # settings of the stage
+    images: dict,  # class -> number of images
+    seed: int,  # study seed
+) -> dict:
+    "The fields of a `SetConfig`."
+    base = trained_record(study, generator)["settings"]["base"]
+    about = dict(images=images, seed=seed, base_model=base)
+    return cfg.settings() | cfg.runtimes() | about
+
+
+def make_set(
+    study: Study,  # with data and models
+    name: str,  # of the set
+    cfg: SetConfig,  # settings
+    models: dict,  # class -> from `model_of`
+    rows: pd.DataFrame,  # the generator's real training images
+    redo: bool = False,  # move images with other settings aside
+    kind: type[SetJob] = SetJob,  # how its images are made
+) -> bool:  # is the set complete?
+    "Open a set, draw this process's share of it, and complete it if all others are done."
+    out, share = f"synthetic/{name}", process_share(cfg.shard)
+    check_set_folder(study, out, recorded_images(study, out), redo and share[0] == 0)
+    made_by = sorted({i for model in models.values() for i in model[2]})
+    inputs = [*made_by, "data/manifest.csv", "data/fractions.csv", "data/images"]
+    stage = open_set(study, out, cfg, inputs, redo, share[0])
+    job = kind(study, stage, cfg, models, rows, share)
+    if stage.done and not job.writer.lacking():
+        return True
+    check_files(study, made_by)
+    draw_set(job)
+    if job.readme:
+        write_text(stage.path / "README.md", job.readme)
+    return finish_set(stage, job.writer, share, images=cfg.images, resolution=job.resolution)
+
+
 def generate_set(
     study: Study,  # with data and models
     entry: PlannedGenerator,  # one of the plan's generators: name, images
@@ -392,27 +448,14 @@ def generate_set(
     base: bool = False,  # draw GENERATOR-base, before fine-tuning
 ) -> bool:  # is the set complete?
     "Generate the synthetic set of one generator; with several processes, this one's share of it."
-    out, share = f"synthetic/{set_name(entry.name, base)}", process_share(cfg.shard)
-    if not redo and is_used_up(study, entry.name, set_name(entry.name, base)):
+    name = set_name(entry.name, base)
+    if not redo and is_used_up(study, entry.name, name):
         return True
     rows = training_rows(study, *parse_generator(entry.name))
     models = {c: model_of(study, entry.name, c, base) for c in CLASSES}
-    cfg = SetConfig(
-        **cfg.settings() | cfg.runtimes(),
-        images=images_per_class(entry.images, dict(rows.class_name.value_counts())),
-        seed=seed,
-        base_model=trained_record(study, entry.name)["settings"]["base"],
-    )
-    check_set_folder(study, out, recorded_images(study, out), redo and share[0] == 0)
-    made_by = sorted({i for model in models.values() for i in model[2]})
-    inputs = [*made_by, "data/manifest.csv", "data/fractions.csv", "data/images"]
-    stage = open_set(study, out, cfg, inputs, redo, share[0])
-    job = SetJob(study, stage, cfg, models, rows, share)
-    if stage.done and not job.writer.lacking():
-        return True
-    check_files(study, made_by)
-    draw_set(job)
-    return finish_set(stage, job.writer, share, images=cfg.images, resolution=job.resolution)
+    images = images_per_class(entry.images, dict(rows.class_name.value_counts()))
+    cfg = SetConfig(**set_settings(study, entry.name, cfg, images, seed))
+    return make_set(study, name, cfg, models, rows, redo)
 
 # %% ../../nbs/diffusion/image_set.ipynb #76dd6132
 def regenerate_image(
@@ -420,8 +463,14 @@ def regenerate_image(
     generator: str,  # its name
     file_name: str,  # such as pneumonia/000003.png
     device="auto",  # auto, cuda, mps or cpu
+    kind: type[SetJob] = SetJob,  # how the set was made
 ) -> Image.Image:
     "Draw one image of a set again from its line of metadata; the same bytes on the machine that made it."
+    if kind is SetJob and img2img_source(generator):
+        raise CxrError(
+            f"the images of {generator} start from training films, which this function does not read.\n"
+            "Use: cxr_synth.diffusion.img2img_set.regenerate_img2img"
+        )
     lines = {m["file_name"]: m for m in load_metadata(study, generator)}
     if file_name not in lines:
         raise CxrError(
@@ -430,13 +479,12 @@ def regenerate_image(
         )
     line, record = lines[file_name], study.record(f"synthetic/{generator}")
     resolution = study.records()["data"]["settings"]["resolution"]
-    cfg = SetConfig(**record["settings"] | dict(mixed_precision=record["precision"]))
-    model = model_of(
-        study, generator.removesuffix("-base"), line["class_name"], generator.endswith("-base")
-    )
+    cfg = kind.config(**record["settings"] | dict(mixed_precision=record["precision"]))
+    trained = "-".join(generator.split("-")[:2])
+    model = model_of(study, trained, line["class_name"], generator.endswith("-base"))
     pipe = load_model(model, pick_device(device), cfg)
     torch.set_num_threads(record["threads"])
     set_slicing(pipe, record["slicing"])
     side = cfg.resolution or resolution
-    sampler = Sampler(pipe, line["prompt"], side, cfg, record["batch_size"])
-    return to_image(sampler([line["seed"]])[0], resolution)
+    sampler = kind.sampler(study, pipe, line["prompt"], side, cfg, record["batch_size"])
+    return to_image(sampler([kind.item(line)])[0], resolution)

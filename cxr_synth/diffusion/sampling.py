@@ -19,6 +19,7 @@ import matplotlib.pyplot as plt, numpy as np, torch
 from PIL import Image
 from diffusers import (
     DDIMScheduler,
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     StableDiffusionPipeline,
@@ -193,7 +194,7 @@ class Sampler:
                 prompt, pipe.device, 1, cfg.guidance_scale > 1, cfg.negative_prompt
             )
 
-    def __call__(self, seeds: list[int]) -> np.ndarray:
+    def __call__(self, seeds: list) -> np.ndarray:
         "Draw at most `batch_size` images: (N, 3, S, S) float32, 0 to 1."
         if len(seeds) > self.batch_size:
             raise CxrError(
@@ -201,30 +202,35 @@ class Sampler:
                 "Give at most as many as the batch size."
             )
         padded = [*seeds, *seeds[:1] * (self.batch_size - len(seeds))]
-        noise = start_noise(padded, self.pipe.unet.config.in_channels, self.side)
-        return self.draw(noise, padded)[: len(seeds)]
+        return self.draw(self.start(padded), padded)[: len(seeds)]
 
-    @torch.inference_mode()
+    def start(self, seeds: list[int]) -> torch.Tensor:
+        "What the images of a call start from: noise, each image's from its own seed."
+        return start_noise(seeds, self.pipe.unet.config.in_channels, self.side)
+
     def draw(
         self,
         noise: torch.Tensor,  # (B, C, s, s)
         seeds: list[int],  # that it comes from
     ) -> np.ndarray:  # (B, 3, S, S) float32, 0 to 1; raises `NotFinite`
-        "From noise to images: guidance takes both halves of a step in one pass."
-        pipe, cfg = self.pipe, self.cfg
-        prompt, negative = (
-            e if e is None else e.expand(len(noise), -1, -1) for e in self.embeddings
-        )
+        "From noise to images."
+        noise = noise.to(self.pipe.device, self.pipe.unet.dtype)
+        size = dict(height=self.resolution, width=self.resolution)
+        return self.denoise(self.pipe, seeds, latents=noise, **size)
+
+    @torch.inference_mode()
+    def denoise(self, pipe: DiffusionPipeline, seeds: list[int], **start) -> np.ndarray:
+        "From any start to images: guidance takes both halves of a step in one pass."
+        cfg, n = self.cfg, len(seeds)
+        prompt, negative = (e if e is None else e.expand(n, -1, -1) for e in self.embeddings)
         with autocast(pipe.device.type, self.precision):
             latents = pipe(
                 prompt_embeds=prompt,
                 negative_prompt_embeds=negative,
-                latents=noise.to(pipe.device, pipe.unet.dtype),
                 output_type="latent",
-                height=self.resolution,
-                width=self.resolution,
                 num_inference_steps=cfg.num_inference_steps,
                 guidance_scale=cfg.guidance_scale,
+                **start,
             ).images
         pixels = decode_drawn(pipe.vae, latents, seeds, self.drawing)
         return (pixels / 2 + 0.5).clamp(0, 1).cpu().numpy()
@@ -350,7 +356,7 @@ class AsyncWriter:
 # %% ../../nbs/diffusion/sampling.ipynb #26c2dcc4
 def draw_all(
     sampler: Sampler,  # of one prompt
-    seeds: dict,  # number of an image -> its seed
+    seeds: dict,  # number of an image -> its seed, or whatever else the sampler takes
     put,  # called with number and pixels, in a second thread
     desc: str = "",  # for the progress bar
     total: int = None,  # images of the set; those that are there already count as done

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MANIFEST_SPLITS', 'SPLITS', 'MANIFEST_COLUMNS', 'FRACTION_COLUMNS', 'METADATA_FIELDS', 'MARK_COLUMNS',
            'QUALITY_COLUMNS', 'PREDICTION_COLUMNS', 'SEALED_COLUMNS', 'HEAT_COLUMNS', 'RUN_COLUMNS', 'ManifestRow',
-           'FractionRow', 'SyntheticLine', 'RoundTripLine', 'MarkRow', 'QualityRow', 'PredictionRow', 'SealedRow',
-           'HeatRow', 'RunRow', 'score_columns', 'result_columns', 'result_row', 'run_record_schema', 'LogRow',
-           'Provenance', 'Audit', 'OpenedLog', 'Analysis', 'GuideRow', 'GuideRecord']
+           'FractionRow', 'SyntheticLine', 'Img2ImgLine', 'RoundTripLine', 'MarkRow', 'QualityRow', 'PredictionRow',
+           'SealedRow', 'HeatRow', 'RunRow', 'score_columns', 'result_columns', 'result_row', 'run_record_schema',
+           'LogRow', 'Provenance', 'Audit', 'OpenedLog', 'Analysis', 'GuideRow', 'GuideRecord']
 
 # %% ../../nbs/protocol/schema.ipynb #14c6286f
 from functools import cache
@@ -107,6 +107,13 @@ class SyntheticLine(Row):
     def disagreements(cls, columns):
         "Other classes than labels."
         return _other_class(columns)
+
+
+class Img2ImgLine(SyntheticLine):
+    "metadata.jsonl of a set from noised films: a synthetic image, and the film that it started from."
+
+    image_id: _Name
+    strength: _Share
 
 
 class RoundTripLine(Row):

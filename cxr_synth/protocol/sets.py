@@ -15,8 +15,8 @@ from pathlib import Path
 from ..base.files import CxrError
 from ..base.readers import read_csv, read_lines
 from ..base.records import Study
-from .round_trips import refuse_round_trips
-from .schema import MarkRow, SyntheticLine
+from .round_trips import img2img_source, is_round_trip_set, refuse_films
+from .schema import Img2ImgLine, MarkRow, SyntheticLine
 
 # %% ../../nbs/protocol/sets.ipynb #f6a912db
 def unexpected_files(
@@ -38,13 +38,14 @@ def load_metadata(
     generator: str,  # name of the set
 ) -> list[dict]:  # one per image; raises `CxrError` for no finished set, or images of another one
     "The lines of a set's metadata."
-    refuse_round_trips(generator)
+    if is_round_trip_set(generator):
+        refuse_films(generator)
     path = study / "synthetic" / generator / "metadata.jsonl"
     if not path.exists():
         raise CxrError(
             f"{path.parent} holds no finished synthetic set.\nRun: cxr-synth generate {study.root}"
         )
-    lines = read_lines(path, SyntheticLine)
+    lines = read_lines(path, Img2ImgLine if img2img_source(generator) else SyntheticLine)
     others = sorted({m["generator"] for m in lines} - {generator})
     if others:
         raise CxrError(

@@ -32,9 +32,11 @@ from ..base.records import Study, generator_name
 from ..base.settings import CLASSES
 from ..protocol.arms import arm_colour, arm_label
 from ..protocol.plan import Run
+from ..protocol.round_trips import film_words
 from ..protocol.schema import Audit, GuideRecord, HeatRow, LogRow, QualityRow
 from .contrasts import format_percent, format_pp, run_thresholds
 from .evidence import Evidence, pair_scores
+from .strength import figure_strength, strength_points
 from cxr_synth.report.verdict_figures import (
     figure_exchange,
     figure_generators,
@@ -501,10 +503,13 @@ def figure_training(
 def load_quality(
     study: Study,  # the study
     base: bool = False,  # the sets before fine-tuning in place of the fine-tuned ones
+    films: bool = False,  # also the sets that were made from training films
 ) -> list[dict]:  # rows of every quality/GENERATOR.json, with `generator`
-    "Rows of the quality stage, or nothing if it has not run."
+    "Rows of the quality stage, or nothing if it has not run; those of sets from films apart."
     rows = []
     for path in sorted((study / "quality").glob("*.json")):
+        if film_words(path.stem) and not films:
+            continue
         if path.name != "stage.json" and path.stem.endswith("-base") == base:
             name = path.stem.removesuffix("-base")
             rows += [row | dict(generator=name) for row in read_json(path, list[QualityRow])]
@@ -880,12 +885,19 @@ def protocol_figures(
 
 def image_figures(
     ev: Evidence,  # the study
+    analysis: dict,  # from `analyse`
 ):  # yields `PlannedFigure`
     "The synthetic images."
     rows, before = (distances(load_quality(ev.study, base)) for base in (False, True))
     if rows:
         height = 0.8 + 0.45 * len(rows)
         yield PlannedFigure("fd", figure_fd, (rows, before), height=height)
+    every = load_quality(ev.study, films=True)
+    points = strength_points(every, analysis["contrasts"], ev.plan.primary)
+    if any(p.distance or p.marked or p.difference for p in points):
+        name = fd_name(rows[0]) if rows else "distance"
+        about = points, name, analysis["margin_pp"]
+        yield PlannedFigure("strength", figure_strength, about, 8, 2.6)
     album = PictureDistances(ev, generator_name(ev.plan.primary.fraction, 0))
     if album:
         yield PlannedFigure("grid", figure_grid, (album.rows(),), height=4.5)
@@ -905,7 +917,7 @@ def draw_figures(
         score_figures(ev),
         benefit_figures(analysis),
         protocol_figures(ev),
-        image_figures(ev),
+        image_figures(ev, analysis),
     )
     out = {}
     for figure in planned:  # each is drawn before the next is planned

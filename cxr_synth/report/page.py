@@ -16,9 +16,11 @@ from ..protocol.dataset import UNKNOWN, dataset_card
 from ..protocol.plan import Contrast, Run, load_plan
 from .contrasts import OTHER_METRICS
 from ..protocol.schema import SPLITS, Audit, GuideRow, HeatRow, ManifestRow
+from ..protocol.round_trips import film_words
 from ..protocol.seal import seal_state
 from .figures import distances, fd_name, load_quality
 from .render import pairs_wrong, render
+from .strength import strength_points, strength_sentence
 from ..stats.auc import SCORES, THRESHOLD_RULES
 
 # %% ../../nbs/report/page.ipynb #cc520d3c
@@ -77,8 +79,10 @@ def selection_rows(
 # %% ../../nbs/report/page.ipynb #23ee802b
 def _quality_grids(study):
     "The grids that the quality stage drew, of two generators at most: {generator: PNG}."
-    found = sorted((study / "quality/figures").glob("*-grid.png"))[:2]
-    return {path.stem.removesuffix("-grid"): path.read_bytes() for path in found}
+    found = sorted((study / "quality/figures").glob("*-grid.png"))
+    names = {path: path.stem.removesuffix("-grid") for path in found}
+    drawn = [path for path in found if not film_words(names[path])][:2]
+    return {names[path]: path.read_bytes() for path in drawn}
 
 
 def _is_alarm(row):
@@ -215,13 +219,15 @@ def report_data(
     primary = analysis["contrasts"][0]
     remarks = [r for r in primary.get("remarks", []) if "no stronger word" not in r]
     absent = analysis["test"]["state"] == "absent"
+    every = load_quality(study, films=True)
+    points = strength_points(every, analysis["contrasts"], plan.primary)
     return dict(
         info=study.info(),
         card=dataset_card(study),
         unknown=UNKNOWN,
         plan=plan,
         guess=plan.guess_pp,
-        planned_images=sum(sum(g.images.values()) for g in plan.generators),
+        planned_images=plan.cost["images"],
         analysis=analysis,
         seal=seal_state(study),
         probe=study.recorded("experiments").get("method") == "probe",
@@ -236,6 +242,7 @@ def report_data(
         made=made,
         heat=heat_rows(study, plan.primary),
         quality=quality_facts(study),
+        strength=strength_sentence(points),
         audit=audit_facts(study),
         guide=selection_rows(study),
         split_counts=split_counts(study),

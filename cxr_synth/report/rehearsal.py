@@ -39,7 +39,9 @@ from ..images.study_images import load_manifest, split_rows, training_rows
 from ..protocol.arms import ARMS, parse_arm
 from ..protocol.dataset import find_card, write_card_file
 from ..protocol.plan import Cell, Contrast, Plan, PlannedGenerator, Run
-from ..protocol.plan import gate_contrast, load_plan, margin, secondary_contrasts
+from ..protocol.plan import STRENGTH_ARMS, gate_contrast, load_plan, margin
+from ..protocol.plan import secondary_contrasts
+from ..protocol.round_trips import img2img_set, planned_img2img
 from ..protocol.seal import seal_plan
 from cxr_synth.protocol.schema import (
     FRACTION_COLUMNS,
@@ -48,7 +50,7 @@ from cxr_synth.protocol.schema import (
     PredictionRow,
     SealedRow,
 )
-from ..quality.measure import low_n_warning, make_row, summarise_draws
+from ..quality.measure import Measurement, low_n_warning, make_row, summarise_draws
 from ..stats.power import assumed_spread
 from ..stats.simulate import simulate
 
@@ -142,7 +144,8 @@ REHEARSAL_CELLS = (  # fraction, replicates, seeds; and its arms, where they are
     (0.1, 3, 3),
 )
 REHEARSAL_TRUTH = {  # fraction -> arm -> true AUROC; `duplicate` is a copy of `real`
-    0.1: dict(real=0.84, copy=0.84, mixed=0.885, synthetic_only=0.78, oracle=0.90),
+    0.1: dict(real=0.84, copy=0.84, mixed=0.885, synthetic_only=0.78, oracle=0.90)
+    | dict(zip(STRENGTH_ARMS, (0.85, 0.865, 0.88))),
     0.25: dict(real=0.87),
     1.0: dict(real=0.90, copy=0.90, mixed=0.91, synthetic_only=0.82, oracle=0.91),
 }
@@ -189,7 +192,7 @@ def rehearse_plan(
     plan = Plan(
         tier="pilot",
         arms=tuple(arms),
-        questions={a: ARMS[parse_arm(a)[0]].question for a in arms},
+        questions={a: ARMS[parse_arm(a).base].question for a in arms},
         cells=tuple(planned),
         pools=dict(mixed=REHEARSAL_POOL, full=2 * (images // 2)),
         builtin="truth",
@@ -299,8 +302,15 @@ REHEARSAL_QUALITY = {  # metric -> class -> value, floor
 }
 
 
-def _quality_rows(factor, rng):
-    "Rows of one set whose Fréchet distances are `factor` times as large."
+def _copies_row(class_name, share, about):
+    "The search for copies in one class, that marked a share of the images."
+    verdict = "above the floor" if share > 0.1 else "not measurable at this n"
+    found = Measurement(share, 0.7 * share, 1.4 * share, 0.01, 0.0, 0.01, verdict, 60)
+    return make_row(class_name, "copies", found, **about | dict(reference="seen"))
+
+
+def _quality_rows(factor, rng, copies=None):
+    "Rows of one set whose Fréchet distances are `factor` times as large; `copies`: the share marked."
     about = dict(extractor="efficientnet-lite0", resize="64 px, bicubic, antialiased")
     about |= dict(real_available=40, synthetic_available=40)
     rows = []
@@ -309,21 +319,27 @@ def _quality_rows(factor, rng):
             value = value * factor if metric == "fd" else value
             draws = value * rng.normal(1, 0.02, 20), floor * rng.normal(1, 0.08, 20)
             rows.append(make_row(class_name, metric, summarise_draws(metric, *draws, 60), **about))
+    if copies is not None:
+        rows += [_copies_row(class_name, copies, about) for class_name in CLASSES]
     return rows
 
 # %% ../../nbs/report/rehearsal.ipynb #8cb6da42
 def rehearse_quality(
     study: Study,  # with plan and synthetic sets
 ):
-    "Write quality/ for two generators, and for the first one before fine-tuning."
-    fraction = load_plan(study).primary.fraction
-    first, second = generator_name(fraction, 0), generator_name(fraction, 1)
+    "Write quality/ for two generators with their sets from films, and for the first one before fine-tuning."
+    plan = load_plan(study)
+    first, second = (generator_name(plan.primary.fraction, k) for k in (0, 1))
+    planned = [(g, s) for g, s, _ in planned_img2img(plan) if g in (first, second)]
+    text = 0.01 if planned else None  # share of near copies
+    sets = [(first, 1.0, text), (second, 1.2, text), (f"{first}-base", 4.0, None)]
+    sets += [(img2img_set(g, s), 0.4 + s / 200, (1 - s / 100) ** 2) for g, s in planned]
     stage = open_stage(
         study, "quality", "quality", QualityConfig(), ["data/manifest.csv"], adopt=True
     )
     rng, facts = np.random.default_rng(0), {}
-    for name, factor in ((first, 1.0), (second, 1.2), (f"{first}-base", 4.0)):
-        write_json(study / f"quality/{name}.json", _quality_rows(factor, rng))
+    for name, factor, copies in sets:
+        write_json(study / f"quality/{name}.json", _quality_rows(factor, rng, copies))
         write_csv(study / f"quality/{name}-copies.csv", MARK_COLUMNS, [])
         warning = low_n_warning(60, 1280)
         facts[name] = dict(other_class={}, warning=warning, copies={c: {} for c in CLASSES})

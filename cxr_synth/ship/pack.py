@@ -32,7 +32,7 @@ from ..base.ledger import LEDGER
 from ..base.messages import system_error_text
 from ..base.records import Study, check_files
 from ..protocol.dataset import dataset_card
-from ..protocol.round_trips import is_round_trip_set
+from ..protocol.round_trips import film_words
 from .set_card import assert_same_images, current_card, read_set, visible_files
 
 # %% ../../nbs/ship/pack.ipynb #bccb3bc5
@@ -167,21 +167,19 @@ def naming_disk_errors(
 def pack_contents(
     study: Study,  # the study
     what=DEFAULT_PARTS,  # names in `PACK_PARTS`
-    round_trips: bool = True,  # with the real images after an autoencoder
+    round_trips: bool = True,  # with the images that were made from real films
 ) -> tuple[dict, dict]:  # name -> path or bytes, sorted; generator -> the lines of its metadata
     "All that goes into a pack; raises `CxrError` for an unfinished set, or a file that was changed."
     found = {n: study / n for n in pack_members(study, what)}
     if not round_trips:
-        found = {
-            n: p for n, p in found.items() if not is_round_trip_set("/".join(n.split("/")[:2]))
-        }
+        found = {n: p for n, p in found.items() if not film_words("/".join(n.split("/")[:2]))}
     packed = {"/".join(n.split("/")[:depth]) for n in found for depth in (1, 2)}
     check_files(study, [out for out in study.records() if out in packed], absent=True)
     sets = {
         g: read_set(study, g)
         for g in sorted({n.split("/")[1] for n in found if n.startswith("synthetic/")})
     }
-    drawn = [g for g in sets if not is_round_trip_set(g)]
+    drawn = [g for g in sets if not film_words(g)]
     cards = {f"synthetic/{g}/README.md": current_card(study, g).encode() for g in drawn}
     return dict(sorted((found | cards).items())), sets
 
@@ -217,7 +215,7 @@ def pack(
     study: Study,  # the study
     out=None,  # the zip; None: beside the study, under its name
     what=DEFAULT_PARTS,  # names in `PACK_PARTS`
-    round_trips: bool = True,  # with the real images after an autoencoder
+    round_trips: bool = True,  # with the images that were made from real films
 ) -> Path:  # where the zip is; raises `CxrError` for a damaged set, a link, or no space
     "Put the named parts of a study into one zip; an older pack is replaced, any other file is not."
     study.info()
@@ -713,10 +711,10 @@ OLD_CLAIM = "changed material in the sense of that licence"  # in cards that ass
 def _real_images(
     names: list[str],  # of a pack's members
 ) -> int:
-    "How many members show patients: prepared images, and images after an autoencoder."
+    "How many members show patients: prepared images, and images that were made from films."
     pictures = [n for n in names if n.endswith(".png")]
     return sum(
-        n.startswith("data/images/") or is_round_trip_set("/".join(n.split("/")[:2]))
+        n.startswith("data/images/") or bool(film_words("/".join(n.split("/")[:2])))
         for n in pictures
     )
 
@@ -727,7 +725,7 @@ def cli_pack(
     models: bool = False,  # take the trained models along
     images: bool = False,  # take the prepared real images along
     results: bool = False,  # take quality, runs and report along
-    round_trips: bool = True,  # take the real images after the autoencoder along: the arm roundtrip
+    round_trips: bool = True,  # take images made from films along: the arms roundtrip and img2img
     mirror_to: str = "",  # then copy the zip to this folder, on a mounted Drive for one
 ) -> str:
     "cxr-synth pack: one zip with what travels."

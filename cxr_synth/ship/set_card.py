@@ -29,7 +29,7 @@ from cxr_synth.protocol.dataset import (
     lineage,
     stated,
 )
-from ..protocol.round_trips import is_round_trip_set, refuse_round_trips
+from ..protocol.round_trips import is_round_trip_set, refuse_films
 
 # %% ../../nbs/ship/set_card.ipynb #04cced65
 def visible_files(
@@ -259,7 +259,7 @@ def card_text(
     licence: str = "",  # of the real images, as the user states it; empty: as data/dataset.json says
 ) -> str:  # raises `CxrError` for a licence that contradicts data/dataset.json
     "The card of a synthetic set; equal studies give equal text."
-    refuse_round_trips(generator)
+    refuse_films(generator)
     lines, card = read_set(study, generator), stated(dataset_card(study), licence)
     title = f"{len(lines):,} synthetic chest X-rays, generator {generator}"
     story = lineage(card, lines[0]["base_model"])

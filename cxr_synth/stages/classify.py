@@ -31,18 +31,28 @@ from ..classify.recipes import RunContext
 from ..classify.runs import read_test, split_scores
 from ..images.study_images import split_rows
 from ..protocol.plan import Plan, Run, load_plan
-from ..protocol.round_trips import planned_round_trips, round_trip_set
+from cxr_synth.protocol.round_trips import (
+    img2img_set,
+    planned_img2img,
+    planned_round_trips,
+    round_trip_set,
+)
 from ..protocol.schema import OpenedLog, result_columns, result_row
 from ..protocol.sets import refuse_empty_set
 from .validation import validate_settings
 
 # %% ../../nbs/06_classify.ipynb #3c5526f1
+def _sets_to_read(plan: Plan) -> list[str]:
+    "The sets of synthetic form that the runs of a plan draw from."
+    started = [img2img_set(name, strength) for name, strength, _ in planned_img2img(plan)]
+    return [g.name for g in plan.generators] + started
+
+
 def _inputs(plan: Plan) -> list[str]:  # relative to the study
     "What the runs of a plan read."
     real = ["plan.json", "data/manifest.csv", "data/fractions.csv", "data/images"]
-    synthetic = [f"synthetic/{g.name}" for g in plan.generators]
     round_trips = [f"synthetic/{round_trip_set(g)}" for g in planned_round_trips(plan)]
-    return real + synthetic + round_trips
+    return real + [f"synthetic/{name}" for name in _sets_to_read(plan)] + round_trips
 
 
 def _chosen_runs(
@@ -106,8 +116,8 @@ def stage_experiments(
     wanted = _chosen_runs(runs, cfg.only)
     results = study / "results.csv"
     stage = open_stage(study, "experiments", "runs", cfg, _inputs(plan), redo)
-    for generator in plan.generators:
-        refuse_empty_set(study, generator.name)
+    for name in _sets_to_read(plan):
+        refuse_empty_set(study, name)
     if stage.done and results.exists() and not cfg.retry_failed:
         table = ResultsTable(study, runs)
         table.write()  # what was edited there is put right

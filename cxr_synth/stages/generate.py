@@ -9,10 +9,11 @@ __all__ = ['stage_generate']
 from ..base.records import Study, as_study
 from ..base.settings import GenerateConfig
 from ..diffusion.image_set import generate_set, set_name
+from ..diffusion.img2img_set import drawn_steps, generate_img2img
 from ..diffusion.round_trip_set import generate_round_trips
 from ..images.known_generators import stage_known_generator
 from ..protocol.plan import Plan, PlannedGenerator, load_plan
-from ..protocol.round_trips import planned_round_trips
+from ..protocol.round_trips import planned_img2img, planned_round_trips
 from ..ship.set_card import write_card
 from .validation import validate_settings
 
@@ -38,12 +39,15 @@ def stage_generate(
     plan: Plan | None = None,  # None: the sealed one
     card=write_card,  # called with study and name once a set is complete and has no README.md
 ):
-    "Generate the images of every generator of the plan, and the round trips that its arms need."
+    "Generate the images of every generator of the plan, and what its arms need of its training films."
     study = as_study(study)
     validate_settings(study, redo, generate=cfg)
     plan = plan or load_plan(study)
     if plan.builtin:
         return stage_known_generator(study, plan, redo)
+    started = planned_img2img(plan)
+    for _, strength, _ in started:  # before hours are spent
+        drawn_steps(cfg.num_inference_steps, strength)
     for generator, base in _sets_to_draw(study, plan, cfg.before):
         complete = generate_set(study, generator, cfg, plan.seed, redo, base)
         name = set_name(generator.name, base)
@@ -51,3 +55,5 @@ def stage_generate(
             card(study, name)
     for name in planned_round_trips(plan):
         generate_round_trips(study, name, cfg, redo)
+    for name, strength, images in started:
+        generate_img2img(study, name, strength, images, cfg, plan.seed, redo)

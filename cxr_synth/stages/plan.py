@@ -41,11 +41,13 @@ from cxr_synth.images.study_images import (
     split_rows,
     training_rows,
 )
+from ..protocol.round_trips import planned_img2img
 from ..protocol.seal import seal_plan
 from ..protocol.arms import ARMS, parse_arm
 from cxr_synth.protocol.plan import (
     DOSE_ARMS,
     FINETUNED_ARMS,
+    STRENGTH_ARMS,
     TIERS,
     Cell,
     Contrast,
@@ -82,11 +84,11 @@ def _images_of_arm(
     name: str,  # an arm or a variant
     sizes: dict,  # from `pool_sizes`
 ) -> int:  # both classes together
-    "The pool that an arm draws from."
-    base, _, pool = parse_arm(name)
-    if not ARMS[base].synthetic or base == "rebalanced":
+    "The pool of the generator's own set that an arm draws from; `img2img` has sets of its own."
+    arm = parse_arm(name)
+    if not ARMS[arm.base].synthetic or arm.base in ("rebalanced", "img2img"):
         return 0
-    return pool or sizes["full" if base == "mixed_full_pool" else "mixed"]
+    return arm.pool or sizes["full" if arm.base == "mixed_full_pool" else "mixed"]
 
 
 def images_needed(
@@ -98,7 +100,7 @@ def images_needed(
     "How many distinct images the arms want from one generator."
     each = max((_images_of_arm(a, sizes) for a in arms), default=0) // 2
     gap = dict.fromkeys(CLASSES, 0)
-    if any(parse_arm(a)[0] == "rebalanced" for a in arms):
+    if any(parse_arm(a).base == "rebalanced" for a in arms):
         gap = class_gap(training_rows(study, *subset))
     return {name: max(each, gap[name]) for name in CLASSES}
 
@@ -107,7 +109,7 @@ def _uses_generator(
     name: str,  # an arm or a variant
 ) -> bool:
     "Whether an arm needs the generator of its own subset."
-    base = parse_arm(name)[0]
+    base = parse_arm(name).base
     return base != "oracle" and (ARMS[base].synthetic or base == "roundtrip")
 
 
@@ -130,7 +132,7 @@ def planned_generators(
     "The generators to make, and how many images of each."
     wanted = {}  # (fraction, replicate) -> class -> images
     for cell in cells:
-        own = [a for a in cell.arms if parse_arm(a)[0] != "oracle"]
+        own = [a for a in cell.arms if parse_arm(a).base != "oracle"]
         for k in range(cell.replicates):
             subset = cell.fraction, k
             if any(_uses_generator(a) for a in own):
@@ -166,7 +168,7 @@ def _model_gigabytes(
 
 def _making_hours(
     models: int,  # to train
-    images: int,  # to draw
+    images: float,  # to draw; one that starts from a film counts as its share of the steps
     preset: str,  # of the study
 ) -> float:
     "Hours of training and drawing."
@@ -196,9 +198,11 @@ def plan_cost(
     experiments = resolve("experiments", preset)
     resolution = resolve("data", preset).resolution
     models = 0 if plan.builtin else 2 * len(plan.generators)
-    drawn = sum(sum(g.images.values()) for g in plan.generators)
-    runs = len(plan.runs())
-    making = _making_hours(models, drawn, preset)
+    started = [(strength, sum(images.values())) for _, strength, images in planned_img2img(plan)]
+    whole = sum(sum(g.images.values()) for g in plan.generators)
+    drawn, runs = whole + sum(n for _, n in started), len(plan.runs())
+    steps = sum(n * strength / 100 for strength, n in started)  # in images drawn from noise
+    making = _making_hours(models, whole + steps, preset)
     copies = [cell.replicates for cell in plan.cells if "copy" in cell.arms]
     seen = images * experiments.views + drawn + sum(copies) * plan.pools.get("mixed", 0)
     judging = _judging_hours(runs, seen, experiments.method)
@@ -281,7 +285,7 @@ def _impossible_arms(
     "Arms that this study cannot have."
     found = []
     if cfg.builtin:
-        found.append("roundtrip")
+        found += ["roundtrip", "img2img"]  # no autoencoder
     if not any(class_gap(training_rows(study, 1.0, 0)).values()):
         found.append("rebalanced")
     return found
@@ -312,7 +316,7 @@ def _questions(
     arms: list[str],  # of the plan
 ) -> dict:  # arm -> question
     "What each arm of a plan asks."
-    return {name: ARMS[parse_arm(name)[0]].question for name in arms}
+    return {name: ARMS[parse_arm(name).base].question for name in arms}
 
 
 def _weighed(
@@ -366,7 +370,8 @@ def make_plan(
     without = _impossible_arms(study, cfg)
     cells = tier_cells(cfg.tier, primary, extra, without, cfg.finetune_seeds)
     planned = {a for cell in cells for a in cell.arms}
-    arms = [a for a in dict.fromkeys([*ARMS, *DOSE_ARMS, *extra, *FINETUNED_ARMS]) if a in planned]
+    named = dict.fromkeys([*ARMS, *DOSE_ARMS, *STRENGTH_ARMS, *extra, *FINETUNED_ARMS])
+    arms = [a for a in named if a in planned]
     plan = Plan(
         tier=cfg.tier,
         seed=cfg.seed,

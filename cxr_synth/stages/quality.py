@@ -18,7 +18,7 @@ from ..base.locks import alone
 from ..base.records import Study, open_stage
 from ..base.settings import CLASSES, QualityConfig, is_scratch
 from ..images.networks import find_network
-from ..protocol.round_trips import is_round_trip_set
+from ..protocol.round_trips import film_words, is_round_trip_set
 from ..protocol.schema import MARK_COLUMNS, QualityRow
 from ..protocol.sets import MARK_FILES, refuse_empty_set
 from ..quality.copies import adjust_copy_tests, plot_copies, plot_pairs
@@ -152,19 +152,33 @@ def _with_alarm(row, alarms):
     return row
 
 
+def _adjust_families(measured):
+    "Adjust the tests of sets drawn from text among themselves, and those of sets made from films."
+    for made_from_films in (False, True):
+        names = [name for name in measured if bool(film_words(name)) == made_from_films]
+        adjust_copy_tests([r for name in names for r in measured[name].reports.values()])
+
+
+def _told_apart(name, row):
+    "The search for copies in a set; one that was made from training films says so first."
+    if not film_words(name):
+        return row
+    return row | dict(sentence=f"Made from training films on purpose. {row['sentence']}")
+
+
 def settle_copies(
     real: RealReference,  # real images
     measured: dict[str, MeasuredSet],  # generator -> its set, of all generators of the study
 ) -> dict[str, dict]:  # generator -> facts for the record of the stage
     "Adjust the tests for copies for their number, and write quality/GENERATOR.json."
-    adjust_copy_tests([r for found in measured.values() for r in found.reports.values()])
+    _adjust_families(measured)
     doubled = (real.rows.duplicate_group.fillna("") != "").to_numpy()
     for name, found in measured.items():
         reports = found.reports
         alarms = [c for c, report in reports.items() if report is not None and report.alarm]
         rows = [_with_alarm(row, alarms) for row in found.rows]
         for (c, report), n in zip(reports.items(), found.counts):
-            rows.append(copy_row(c, report, n, real.embedder.about))
+            rows.append(_told_apart(name, copy_row(c, report, n, real.embedder.about)))
         write_json(real.study / f"quality/{name}.json", rows)
         doubles = int(doubled[~real.unseen(name)].sum())
         found.facts["copies"] = {c: copy_facts(report, doubles) for c, report in reports.items()}
