@@ -39,6 +39,9 @@ def timed(what, call):
     print(f"{what}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
+OF_MODELS = ("roundtrip", "img2img")  # arms whose images only a trained autoencoder makes
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("source")
@@ -56,11 +59,11 @@ def main():
     print(plan_text(plan))
     if not all((study / f"synthetic/{g.name}/metadata.jsonl").exists() for g in plan.generators):
         timed("stand-ins", lambda: stand_ins(study, plan))
-    arms = " ".join(x for x in plan.arms if x != "roundtrip")
+    arms = " ".join(x for x in plan.arms if x.split("-")[0] not in OF_MODELS)
     cfg = ExperimentsConfig(
         size=a.size, views=a.views, executor=a.executor, workers=a.workers, only=arms
     )
-    todo = [r for r in plan.runs() if r.arm != "roundtrip"]
+    todo = [r for r in plan.runs() if r.base not in OF_MODELS]
     timed(
         (
             f"features of {a.views} views and "

@@ -778,6 +778,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'cxr_synth/classify/recipes.py'),
                                             'cxr_synth.classify.recipes.RunContext.rng': ( 'classify/recipes.html#runcontext.rng',
                                                                                            'cxr_synth/classify/recipes.py'),
+                                            'cxr_synth.classify.recipes.RunContext.set_of': ( 'classify/recipes.html#runcontext.set_of',
+                                                                                              'cxr_synth/classify/recipes.py'),
                                             'cxr_synth.classify.recipes.RunContext.split_rows': ( 'classify/recipes.html#runcontext.split_rows',
                                                                                                   'cxr_synth/classify/recipes.py'),
                                             'cxr_synth.classify.recipes.RunContext.store': ( 'classify/recipes.html#runcontext.store',

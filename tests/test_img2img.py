@@ -23,6 +23,7 @@ from cxr_synth.base.settings import (
     TrainConfig,
     resolve,
 )
+from cxr_synth.classify.executors import precompute_shared
 from cxr_synth.classify.recipes import RunContext, training_set
 from cxr_synth.diffusion.generator import train_generator
 from cxr_synth.diffusion.image_set import load_model, regenerate_image
@@ -361,6 +362,10 @@ def test_trained_on_as_mixed_is(study):
             assert np.array_equal(x, pixels[name][[names.index(n) for n in drawn]])
         assert [s.share for s in started.phases[0]] == [s.share for s in mixed.phases[0]]
         assert started.about == mixed.about | dict(strength=0.5)
+    asked = []
+    context.synthetic_set = asked.append
+    precompute_shared(context, PLAN.runs())
+    assert asked == [NAME, SET]  # before the processes start
 
 
 def test_quality_finds_the_films_and_keeps_them_apart(trained, tmp_path, monkeypatch):

@@ -251,6 +251,7 @@ TOGETHER = {
         generate=dict(negative_prompt="text", guidance_scale=1.0)
     ),
     "round trip of a known generator": dict(plan=dict(arms="roundtrip", builtin="truth")),
+    "films drawn by a known generator": dict(plan=dict(arms="img2img-strength30", builtin="truth")),
     "known generator and real images": dict(data=dict(source="films"), plan=dict(builtin="wrong")),
     "fp16 training on a CPU": dict(train=dict(mixed_precision="fp16", device="cpu")),
     "fp16 drawing on a CPU": dict(generate=dict(mixed_precision="fp16", device="cpu")),

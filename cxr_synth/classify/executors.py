@@ -252,7 +252,7 @@ def _precompute(
     for split in ("val", "test"):
         if len(split_rows(context.study, split)):
             store.held_out(split)
-    for name in dict.fromkeys(context.plan.generator_of(r) for r in todo if r.synthetic):
+    for name in dict.fromkeys(context.set_of(r) for r in todo if r.synthetic):
         if (context.study / "synthetic" / name).exists():
             context.synthetic_set(name)
     for run in _one_per_subset([r for r in todo if r.base == "copy"]):

@@ -145,11 +145,14 @@ class RunContext:
         drawn = draw_subset(y, self.rng(run, "synthetic"))
         return self.store.copies(picked, turns)[drawn], y[drawn]
 
-    def synthetic_images(
-        self, run: Run, pool: int, name: str = ""
-    ):  # array, labels (M,), file names
-        "The part of a pool of synthetic images that the seed draws; `name` is another set than the usual."
-        name = name or self.plan.generator_of(run)
+    def set_of(self, run: Run) -> str:
+        "Name of the synthetic set that a run draws from."
+        strength = parse_arm(run.arm).strength
+        return img2img_set(run.subset, strength) if strength else self.plan.generator_of(run)
+
+    def synthetic_images(self, run: Run, pool: int):  # array, labels (M,), file names
+        "The part of a pool of synthetic images that the seed draws."
+        name = self.set_of(run)
         x, y, names = self.synthetic_set(name)
         inside = pool_indices(y, pool, f"synthetic/{name}")
         drawn = inside[draw_subset(y[inside], self.rng(run, "synthetic"))]
@@ -266,7 +269,7 @@ def img2img(run: Run, context: RunContext) -> TrainingSet:
     "As `mixed`, with the set that started from noised training films."
     _, pool = _share_and_pool(run, context)
     strength = parse_arm(run.arm).strength
-    x, y, _ = context.synthetic_images(run, pool, img2img_set(run.subset, strength))
+    x, y, _ = context.synthetic_images(run, pool)
     return _beside_real(run, context, x, y, pool, strength=strength / 100)
 
 
