@@ -371,7 +371,8 @@ _NETWORK = "cxr_synth.images.networks:NETWORKS"
 class PlanConfig(Config):
     "Settings of the plan."
 
-    # size of the study: pilot (minutes with the tiny preset), fair (two nights) or full
+    # size of the study: guide (its seven arms, one generator: no word about the method), pilot (minutes
+    # with the tiny preset), fair (two nights) or full
     tier: str = listed("pilot", "cxr_synth.protocol.plan:TIERS")
     # share of the real patients at which the question is asked: 0.05 (ten replicates), 0.1 (five)
     # or auto: the tier's; if it has several, the largest with headroom enough
@@ -404,6 +405,17 @@ class PlanConfig(Config):
         return f"{value:g}" if isinstance(value, float) else value
 
     def _check_together(self):
+        if self.tier == "guide" and self.primary != "auto":
+            raise CxrError(
+                f"--plan.tier guide and --plan.primary {self.primary} do not go together: the guide trains "
+                "on all patients.\n"
+                "Leave --plan.primary away, or take --plan.tier fair."
+            )
+        if self.tier == "guide" and self.finetune_seeds:
+            raise CxrError(
+                f"--plan.tier guide and --plan.finetune-seeds {self.finetune_seeds} do not go together.\n"
+                "The whole tier with fine-tuning: --experiments.method finetune; or take --plan.tier fair."
+            )
         bases = {arm.split("-")[0] for arm in parse_arms(self.arms)}
         if self.builtin and bases & {"roundtrip", "img2img"}:
             raise CxrError(
@@ -816,12 +828,13 @@ LORA = FULL | dict(
 
 
 def gpu_preset(
+    tier: str = "fair",  # size of the study
     **train,  # settings of the train stage
 ) -> dict:
     "A preset for Stable Diffusion at 512 px, with the guide's settings elsewhere."
     return {
         "data": dict(resolution=512, fit="squash"),
-        "plan": dict(tier="fair", pool=2400),
+        "plan": dict(tier=tier, pool=2400),
         "train": train,
         "generate": dict(num_inference_steps=30, guidance_scale=7.5, batch_size=8),
         "quality": dict(size=224),
@@ -841,9 +854,11 @@ PRESETS = {
         "data": dict(resolution=128),
         "train": dict(vae_steps=500, vae_views=20, snr_gamma=5.0),
     },
-    "a100-80gb": gpu_preset(**FULL),
-    "a100-80gb-lora": gpu_preset(**LORA),
-    "a100-40gb": gpu_preset(**FULL | dict(train_batch_size=4, gradient_accumulation_steps=4)),
+    "a100-80gb": gpu_preset("guide", **FULL),
+    "a100-80gb-lora": gpu_preset("guide", **LORA),
+    "a100-40gb": gpu_preset(
+        "guide", **FULL | dict(train_batch_size=4, gradient_accumulation_steps=4)
+    ),
     "l4-24gb": gpu_preset(**LORA | dict(train_batch_size=8, gradient_accumulation_steps=2)),
     "t4-16gb": gpu_preset(
         **LORA

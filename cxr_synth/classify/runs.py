@@ -16,7 +16,7 @@ import pandas as pd
 # %% ../../nbs/classify/runs.ipynb #ae4de1d3
 from ..base.files import CxrError, write_csv
 from ..base.readers import RESTORE, read_frame, read_json
-from ..base.records import Study
+from ..base.records import Study, parse_generator
 from .explain import ProbeNetwork, explain_run, has_maps
 from .feature_store import kept_head
 from .finetune import finetune, predict_images, save_network, weighted_rows
@@ -100,7 +100,8 @@ def predictions(
     rows = context.split_rows(run, split)
     assert_disjoint(context.training_rows(run), rows)
     if run.base == "oracle":
-        assert_disjoint(context.training_rows(Run("real", 0.5, 0, 0)), rows)
+        saw = parse_generator(context.plan.generator_of(run))
+        assert_disjoint(context.training_rows(Run("real", *saw, 0)), rows)
     table = pd.DataFrame({name: rows[name].to_numpy() for name in PREDICTION_COLUMNS})
     prob = trained.predict(context.store.to_predict(rows, split)) if len(rows) else 0.0
     return table.assign(split=split, prob=prob)
@@ -160,7 +161,7 @@ def _explain(run: Run, context: RunContext, trained: Trained, table: pd.DataFram
     cfg, model = context.cfg, trained.model
     if context.probe:
         model = ProbeNetwork(context.store.network, model, context.device, cfg.weights or None)
-    shown = table[table.split == run.splits[-1]]
+    shown = table[table.split == context.plan.splits_of(run)[-1]]
     folder = context.study / run.folder
     explain_run(model, context.study, shown, cfg.size, folder, context.device)
 
@@ -176,7 +177,9 @@ def write_predictions(
     "Predict every split that a run may predict, and write predictions.csv and test.csv."
     folder = context.study / run.folder
     columns = [*PREDICTION_COLUMNS, "prob"]
-    table = pd.concat([predictions(run, context, trained, split) for split in run.splits])
+    table = pd.concat(
+        [predictions(run, context, trained, split) for split in context.plan.splits_of(run)]
+    )
     sealed = predictions(run, context, trained, "test")
     write_csv(folder / "predictions.csv", columns, table.to_dict("records"))
     write_csv(folder / "test.csv", SEALED_COLUMNS, sealed[SEALED_COLUMNS].to_dict("records"))
@@ -208,7 +211,7 @@ def run_record(
     record = run_identity(run, context) | dict(status="done") | trained.facts
     sums = context.study.checksums
     record["files"] = {name: sums[f"{run.folder}/{name}"] for name in PREDICTION_FILES}
-    for split in run.splits:
+    for split in context.plan.splits_of(run):
         record |= split_scores(table, split)
     return record | at_threshold(table) | dict(seconds=round(seconds, 2))
 

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['BASIC_ARMS', 'WIDE_ARMS', 'DOSE_ARMS', 'STRENGTH_ARMS', 'MAIN_ARMS', 'FINETUNED_ARMS', 'SIDE_ARMS', 'TIERS', 'BLOCKS',
-           'NEXT_FRACTION', 'MORE_FILMS', 'Run', 'Cell', 'Contrast', 'PlannedGenerator', 'Plan', 'scope_of',
-           'primary_size', 'tier_cells', 'margin', 'gate_contrast', 'secondary_contrasts', 'load_plan']
+           'NEXT_FRACTION', 'MORE_FILMS', 'Run', 'Cell', 'Contrast', 'PlannedGenerator', 'Plan', 'guide_arms',
+           'scope_of', 'primary_size', 'tier_cells', 'margin', 'primary_contrast', 'gate_contrast',
+           'secondary_contrasts', 'load_plan']
 
 # %% ../../nbs/protocol/plan.ipynb #cfa9b28c
 import json
@@ -16,7 +17,7 @@ from pydantic import ConfigDict
 # %% ../../nbs/protocol/plan.ipynb #37d833c9
 from ..base.files import CxrError, digest_json, one_of
 from ..base.readers import read_json
-from ..base.records import Study, generator_name
+from ..base.records import Study, generator_name, parse_generator
 from .arms import ARMS, FINETUNED, parse_arm
 
 # %% ../../nbs/protocol/plan.ipynb #952be37d
@@ -165,11 +166,17 @@ class Plan:
         return list(dict.fromkeys(wanted))
 
     def generator_of(self, run: Run) -> str:
-        "Name of the generator of a run; `oracle` takes one that saw the whole half of the patients."
+        "Name of the generator of a run; `oracle` takes one that saw the whole half of the patients, or all."
         if run.base != "oracle":
             return run.subset
-        half = [g.name for g in self.generators if g.fraction == 0.5]
-        return half[run.replicate % len(half)]
+        saw = {f: [g.name for g in self.generators if g.fraction == f] for f in (0.5, 1.0)}
+        peeked = saw[0.5] or saw[1.0]
+        return peeked[run.replicate % len(peeked)]
+
+    def splits_of(self, run: Run) -> tuple:
+        "What a run may predict: nobody whom it, or its generator, has seen."
+        alone = run.base != "oracle" or parse_generator(self.generator_of(run))[0] < 1
+        return run.splits if alone else ("val",)
 
 # %% ../../nbs/protocol/plan.ipynb #a8142e26
 BASIC_ARMS = ["real", "duplicate", "mixed", "synthetic_only"]
@@ -202,9 +209,34 @@ TIERS = {
         beside=STRENGTH_ARMS,
         oracles=5,
     ),
+    "guide": dict(
+        primary=[1.0],  # the doses are added with the pool, see `guide_arms`
+        cells=[
+            (1.0, 1, 3, ["real", "mixed", "synthetic_only"]),
+            (0.1, 1, 3, ["oracle"]),
+            (0.25, 1, 3, ["oracle"]),
+        ],
+        oracles=0,
+    ),
 }
 BLOCKS = {0.05: 10, 0.1: 5}  # replicates of a fraction that share no patient
 NEXT_FRACTION = {0.05: 0.1, 0.1: 0.25}  # where `real` says what more films are worth
+
+
+def guide_arms(
+    pool: int,  # synthetic images, both classes together
+) -> dict:  # the guide's name of an experiment -> (share of the real patients, arm)
+    "The guide's seven experiments as arms of a study; with few real films the generator has seen more."
+    quarter, half = (f"mixed-pool{max(4, 2 * round(pool * part / 2))}" for part in (0.25, 0.5))
+    return dict(
+        baseline=(1.0, "real"),
+        synth_25=(1.0, quarter),
+        synth_50=(1.0, half),
+        synth_100=(1.0, "mixed"),
+        limited_10=(0.1, "oracle"),
+        limited_25=(0.25, "oracle"),
+        synth_only=(1.0, "synthetic_only"),
+    )
 
 # %% ../../nbs/protocol/plan.ipynb #4db87f64
 def scope_of(
@@ -221,9 +253,9 @@ def primary_size(
     tier: str,  # one of `TIERS`
     fraction: float,  # that may be primary
 ) -> tuple[int, int]:  # replicates and seeds
-    "How often the primary fraction is repeated: all its blocks x 6 seeds, but for lesson and pilot."
+    "How often the primary fraction is repeated: all its blocks x 6 seeds, but for the small tiers."
     own = [cell[1:3] for cell in TIERS[tier]["cells"] if cell[0] in TIERS[tier]["primary"]]
-    if tier in ("lesson", "pilot"):
+    if tier in ("guide", "lesson", "pilot"):
         return own[0]
     return max(BLOCKS[fraction], own[0][0]), max(6, own[0][1])
 
@@ -253,12 +285,14 @@ def tier_cells(
     finetune_seeds: int = 0,  # of `FINETUNED_ARMS`, at the primary fraction
 ) -> list[Cell]:
     "The cells of a tier; raises `CxrError` for more primary replicates than blocks of patients."
-    one_of(primary, BLOCKS, "primary fraction")
+    one_of(primary, [1.0] if tier == "guide" else BLOCKS, "primary fraction")
     cells, beside = [], [*TIERS[tier].get("beside", ()), *extra]
     for fraction, replicates, seeds, arms in _at_primary(tier, primary):
         wanted = dict.fromkeys([*arms, *(beside if fraction == primary else ())])
         kept = tuple(a for a in wanted if parse_arm(a).base not in without)
         cells.append(Cell(fraction, replicates, seeds, kept))
+    if tier == "guide":
+        return cells
     main = next(c for c in cells if c.fraction == primary)
     if scope_of(primary, main.replicates) != "method":
         raise CxrError(
@@ -304,6 +338,13 @@ def _is_planned(
     )
 
 
+def primary_contrast(
+    primary: float,  # fraction
+) -> Contrast:
+    "The leading question: on `internal`, or, where its classifiers have seen those, on the official test."
+    return Contrast("mixed", "real", primary, "test" if primary == 1 else "internal")
+
+
 def gate_contrast(
     cells: list[Cell],  # of the plan
     primary: float,  # fraction
@@ -318,7 +359,9 @@ def secondary_contrasts(
     primary: float,  # fraction
     has_test: bool,  # is there an official test?
 ) -> list[Contrast]:
-    "The secondary contrasts, as far as this plan has their arms."
+    "The secondary contrasts, as far as this plan has their arms; none where the primary gets no word."
+    if primary == 1:
+        return []
     peeked = Contrast("oracle", "mixed", 0.1, "internal")
     if not _is_planned(peeked, cells):
         peeked = Contrast("oracle", "mixed", primary, "internal")

@@ -438,7 +438,7 @@ def _answer(c) -> str:
         return f"No verdict{_what_is_missing(c, where)}. So far {found}."
     found += f" (95 % interval {format_interval(c)})"
     if "word" not in c:
-        return f"No word about the method: {where} the replicates share patients. {found}."
+        return f"No word about the method: {where} {_why_no_word(c)}. {found}."
     if c["scope"] == "these children":
         where += ", for these training children"
     answer = _VERDICTS[c["word"]].format(where=where)
@@ -446,6 +446,16 @@ def _answer(c) -> str:
         return f"{answer}: copies of the real films do as well. {found}."
     less = ", by less than the margin" if "by less than the margin" in c["remarks"] else ""
     return f"{answer}{less}: {found}."
+
+
+def _why_no_word(c) -> str:
+    "Why a measured contrast has no word."
+    if c["scope"] == "overlapping":
+        return "the replicates share patients"
+    sets = {1: "one synthetic set was"}.get(
+        c["replicates"], f"{c['replicates']} synthetic sets were"
+    )
+    return f"{sets} made from all the training children; this is an estimate for these alone"
 
 
 def _what_is_missing(c, where) -> str:
@@ -535,6 +545,9 @@ def _add_word(r, gate, margin):
     r["remarks"] = []
     if r["scope"] == "overlapping":
         r["remarks"].append("its replicates share patients: no word about the method")
+        return
+    if r["role"] == "primary" and r["scope"] == "these children":
+        r["remarks"].append("for these training children: no word about the method")
         return
     r["word"] = interval_word(r, margin, r.get("p_holm"), gate)
     r["remarks"] += remarks(r, r["word"], margin, None if gate is _NOT_COMPARED else gate)

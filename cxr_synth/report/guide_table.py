@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['GUIDE_TITLES', 'GUIDE_HEAD', 't_test_p', 'check_results', 'guide_rows', 'guide_lines', 'corrected_lines',
-           'analyze_and_print_results']
+           'analyze_and_print_results', 'study_results', 'study_lines']
 
 # %% ../../nbs/report/guide_table.ipynb #60e2ab4a
-import numpy as np
+import numpy as np, pandas as pd
 from scipy import stats
 
 # %% ../../nbs/report/guide_table.ipynb #0beac5b3
 from ..base.arguments import check_kind, check_number
 from ..base.files import CxrError
 from ..base.messages import say
+from ..protocol.plan import guide_arms
 from ..stats.intervals import holm
 
 # %% ../../nbs/report/guide_table.ipynb #c124f171
@@ -163,6 +164,43 @@ def analyze_and_print_results(
     "Print the guide's table (section 11) and the corrected analysis below it."
     rows = guide_rows(results)
     say("\n".join(guide_lines(results) + corrected_lines(rows)))
+
+# %% ../../nbs/report/guide_table.ipynb #013e54b0
+_STUDY_SCORES = dict(accuracy="test_accuracy", f1="test_f1", auc="test_auroc")
+
+
+def study_results(
+    table: pd.DataFrame,  # results.csv of a study of the tier guide
+    pool: int,  # of its plan, images
+) -> (
+    dict
+):  # as `run_all_experiments`; empty while the test is sealed, or without runs of the baseline
+    "The runs of a study under the guide's names: the last weights, and nothing chosen on the test."
+    done, results = table[table.status == "done"], {}
+    for name, (fraction, arm) in guide_arms(pool).items():
+        runs = done[(done.arm == arm) & np.isclose(done.real_fraction, fraction)]
+        scores = runs.sort_values("seed")[[*_STUDY_SCORES.values()]].dropna().astype(float)
+        if scores.empty:
+            continue
+        results[name] = dict(all_accuracies=scores.test_accuracy.tolist())
+        for short, column in _STUDY_SCORES.items():
+            results[name][f"{short}_mean"] = float(scores[column].mean())
+            results[name][f"{short}_std"] = float(scores[column].std(ddof=0))
+    return results if "baseline" in results else {}
+
+
+def study_lines(
+    results: dict,  # from `study_results`
+) -> list[str]:
+    "The guide's table of a study, the same runs paired by seed, and what neither can say."
+    paired = corrected_lines(guide_rows(results))[:-2]
+    return [
+        *guide_lines(results),
+        *paired,
+        "Last weights, a test that was sealed until the runs were done: no epoch was chosen on it. But all",
+        "runs share one generator a class, so no p above says anything of the next one. limited_10 and",
+        "limited_25 have few real films, and a generator that has seen all of them.",
+    ]
 
 # %% ../../nbs/report/guide_table.ipynb #05f45a22
 GUIDE_TITLES = dict(

@@ -50,12 +50,13 @@ from cxr_synth.protocol.plan import (
     STRENGTH_ARMS,
     TIERS,
     Cell,
-    Contrast,
     Plan,
     PlannedGenerator,
     gate_contrast,
+    guide_arms,
     load_plan,
     margin,
+    primary_contrast,
     primary_size,
     scope_of,
     secondary_contrasts,
@@ -68,10 +69,12 @@ from ..stats.power import Pilot, pilot_spread
 def pool_sizes(
     study: Study,  # data is done
     pool: int,  # most synthetic images in `mixed`
+    whole: bool = False,  # so many, even where there are fewer real ones (the guide's 1,200 of each class)
 ) -> dict:  # mixed, full: images, both classes together
     "Sizes of the two pools; raises `CxrError` for a pool too small."
     counts = training_rows(study, 1.0, 0).label.value_counts()
-    each = int(min(pool // 2, counts.get(0, 0), counts.get(1, 0)))
+    each = int(min(counts.get(0, 0), counts.get(1, 0)))
+    each = pool // 2 if whole and each else min(pool // 2, each)
     if each < 2:
         raise CxrError(
             f"a pool of {pool} synthetic images leaves {each} per class.\n"
@@ -319,6 +322,26 @@ def _questions(
     return {name: ARMS[parse_arm(name).base].question for name in arms}
 
 
+_NO_WORD = (
+    "This study cannot say whether the method helps. One generator per class, trained on all the children, "
+    "makes one synthetic set: how much the next one would differ is not known, so what is found is an "
+    "estimate for these children and this set, on the official test. The margin, what could be detected, and "
+    "what the synthetic films are worth in real ones cannot be said: no child of the same years is left to "
+    "read them on. The question itself is asked by --plan.tier fair, which takes the card more than a night."
+)
+
+
+def _unweighed() -> dict:
+    "The fields of a `Plan` that say what the tier `guide` cannot answer."
+    return dict(
+        margin_pp=0.0,
+        margin_why='none: nobody is left to read it on, so "no meaningful difference" cannot be said',
+        headroom=(),
+        answer=dict(can=False, sentence=_NO_WORD, detectable_pp=None, headroom_pp=None),
+        assumed={},
+    )
+
+
 def _weighed(
     study: Study,  # data is done
     cfg: PlanConfig,  # tier, primary, pilot, network, size, seed
@@ -326,6 +349,8 @@ def _weighed(
 ) -> tuple[float, dict]:  # primary fraction; the fields of a `Plan` that say what can be answered
     "What the learning curve of `real` says: primary fraction, margin, power."
     tier = TIERS[cfg.tier]
+    if cfg.tier == "guide":
+        return tier["primary"][0], _unweighed()
     candidates = tier["primary"] if cfg.primary == "auto" else [float(cfg.primary)]
     pilot = read_pilot(cfg, runs.method)
     sizes = {fraction: primary_size(cfg.tier, fraction) for fraction in candidates}
@@ -349,8 +374,13 @@ def _contrasts(
 ) -> dict:  # primary, gate, secondary: fields of a `Plan`
     "What gets a word."
     has_test = len(split_rows(study, "test")) > 0
+    if primary == 1 and not has_test:
+        raise CxrError(
+            "the tier guide trains on all patients but those of the official test, and this data set has "
+            "none.\nTake --plan.tier pilot or fair, which keep patients apart."
+        )
     return dict(
-        primary=Contrast("mixed", "real", primary, "internal"),
+        primary=primary_contrast(primary),
         gate=gate_contrast(cells, primary),
         secondary=tuple(secondary_contrasts(cells, primary, has_test)),
     )
@@ -364,8 +394,10 @@ def make_plan(
     "Everything that must be decided before a result exists."
     runs = runs or resolve("experiments", study.info()["preset"])
     extra = parse_arms(cfg.arms)
+    if cfg.tier == "guide":
+        extra += [a for f, a in guide_arms(cfg.pool).values() if f == 1 and a not in extra]
     guess, guess_pp = guess_text(cfg)
-    sizes = pool_sizes(study, cfg.pool)
+    sizes = pool_sizes(study, cfg.pool, cfg.tier == "guide")
     primary, weighed = _weighed(study, cfg, runs)
     without = _impossible_arms(study, cfg)
     cells = tier_cells(cfg.tier, primary, extra, without, cfg.finetune_seeds)
@@ -434,10 +466,9 @@ def _cell_text(
     cell: Cell,  # of a plan
 ) -> str:
     "A cell in words."
-    return (
-        f"{cell.fraction:.0%}: {len(cell.arms)} arm{'s' * (len(cell.arms) > 1)} x "
-        f"{cell.replicates} replicates x {cell.seeds} seed{'s' * (cell.seeds > 1)}"
-    )
+    counts = dict(arm=len(cell.arms), replicate=cell.replicates, seed=cell.seeds)
+    said = " x ".join(f"{n} {what}{'s' * (n > 1)}" for what, n in counts.items())
+    return f"{cell.fraction:.0%}: {said}"
 
 
 def scope_text(
@@ -445,6 +476,8 @@ def scope_text(
 ) -> str:
     "What the replicates share, and so what they can speak of."
     cells = {cell.fraction: cell for cell in sorted(plan.cells, key=lambda c: c.replicates)}
+    if all(cell.replicates == 1 for cell in plan.cells):
+        return "One replicate: its seeds share the children and the synthetic set, and speak of these alone."
     said = []
     for fraction, cell in sorted(cells.items()):
         scope, shared = scope_of(fraction, cell.replicates), plan.overlap.get(f"{fraction:g}", 1)
@@ -473,7 +506,7 @@ def plan_text(
         plan.answer["sentence"],
         f"Spread between generators: {plan.assumed.get('source', 'not weighed')}.",
         scope_text(plan),
-        f"{cost['generators']} generators, {cost['images']:,} images; about "
+        f"{cost['generators']} generator{'s' * (cost['generators'] != 1)}, {cost['images']:,} images; about "
         f"{cost['gpu_hours']:g} GPU hours, {cost['pc_hours']:g} PC hours, {cost['gigabytes']:g} GB.",
         f"Guess: {plan.guess or 'none'}.",
         f"Sealed: {plan.sha256[:12]}. Write this down, or post it, before you go on.",

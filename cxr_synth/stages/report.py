@@ -22,7 +22,7 @@ from ..report.compare import compare_studies
 from ..report.contrasts import analyse
 from ..report.evidence import Evidence
 from ..report.figures import draw_figures
-from ..report.page import report_page, unfinished_stages
+from ..report.page import guide_table, report_page, unfinished_stages
 from ..protocol.seal import seal_state
 from ..ship.set_card import card_text
 from .validation import validate_settings
@@ -76,6 +76,8 @@ def write_texts(
         "results-table.txt": results_table(rows, note=note) + "\n",
         "results-table.md": results_table(rows, True, note) + "\n",
     }
+    if table := guide_table(study, plan):
+        texts["guide-table.txt"] = table + "\n"
     name = generator_name(plan.primary.fraction, 0)
     if (study / f"synthetic/{name}/metadata.jsonl").is_file():
         texts["data-card.md"] = card_text(study, name)
