@@ -14,7 +14,7 @@ from cxr_synth.images.known_generators import stage_known_generator
 from cxr_synth.protocol.plan import Run, load_plan
 from cxr_synth.stages.classify import stage_experiments
 from cxr_synth.stages.data import stage_data
-from cxr_synth.stages.plan import stage_plan
+from cxr_synth.stages.plan import COSTS, stage_plan
 from cxr_synth.stages.report import stage_report
 
 CLASSIFY = ExperimentsConfig(size=32, views=2, C=0.1, steps=6, batch_size=8, device="cpu")
@@ -130,3 +130,8 @@ def test_a_network_that_cannot_learn(studies, tmp_path):
     later = dict(experiments=ExperimentsConfig(size=32, finetune_network="rad_dino"))
     with pytest.raises(CxrError, match="finetune-network"):
         stage_plan(study, PlanConfig(finetune_seeds=1, **PLAN), later=later)
+
+
+def test_the_plan_prices_them(studies):
+    without, with_them = (load_plan(s).cost["pc_hours"] for s in studies)
+    assert np.isclose(with_them - without, 6 * COSTS["finetune"], atol=0.02)

@@ -208,7 +208,8 @@ def plan_cost(
     making = _making_hours(models, whole + steps, preset)
     copies = [cell.replicates for cell in plan.cells if "copy" in cell.arms]
     seen = images * experiments.views + drawn + sum(copies) * plan.pools.get("mixed", 0)
-    judging = _judging_hours(runs, seen, experiments.method)
+    tuned = sum(run.finetuned for run in plan.runs())
+    judging = _judging_hours(runs - tuned, seen, experiments.method) + tuned * COSTS["finetune"]
     on_pc = is_scratch(train.base)
     disk = models * _model_gigabytes(train) + drawn * resolution**2 * 0.6e-9 + runs * images * 1e-7
     return {
