@@ -23,6 +23,7 @@ from pkgutil import resolve_name
 from typing import Annotated
 
 # %% ../nbs/09_app.ipynb #e0abacbf
+from .base.compute import out_of_memory
 from .base.files import CxrError, PartlyFailed, one_of
 from .base.messages import system_error_text, use_plain_characters
 from .base.readers import read_csv, read_json
@@ -40,7 +41,14 @@ from cxr_synth.base.settings import (
 from .protocol.schema import Analysis, Audit, ManifestRow
 from .protocol.seal import SEALED_STAGES
 from .stages.validation import validate_settings
-from .stages.run import has_test, in_turn, is_test_open, run_stage, stages_until
+from cxr_synth.stages.run import (
+    has_test,
+    in_turn,
+    is_test_open,
+    refuse_unshared,
+    run_stage,
+    stages_until,
+)
 
 # %% ../nbs/09_app.ipynb #892c7d78
 COMMAND_HELP = {name: entry.help for name, entry in STAGES.items()} | {
@@ -502,6 +510,7 @@ def command(
     "Do what the line asks for."
     _check_working_folder()
     name = one_of(argv[0], _ALL_HELP, "command")
+    refuse_unshared(name)
     rest = argv[1:]
     folders = leading_studies(rest)
     if name == "report" and len(folders) > 1:
@@ -547,8 +556,7 @@ def _is_for_users(
     error: Exception,  # any
 ) -> bool:
     "Whether an error is something to mend, not a fault of this program."
-    out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return isinstance(error, (CxrError, OSError)) or out_of_memory
+    return isinstance(error, (CxrError, OSError)) or out_of_memory(error)
 
 
 def _leave_quietly() -> int:  # as a program that the system stops for this ends

@@ -14,7 +14,7 @@ import numpy as np
 
 # %% ../../nbs/diffusion/command.ipynb #35feb6b6
 from ..base.arguments import check_folder, check_kind, check_number, check_path, check_whole
-from ..base.compute import pick_device
+from ..base.compute import pick_device, refuse_processes
 from ..base.files import CxrError, check_apart, lies_in, one_of, remove_files
 from ..base.readers import read_json
 from ..base.loop import Mirror, checkpoint_files
@@ -260,6 +260,7 @@ def train_dreambooth(
     **flags,  # fields of `GuideFlags`, and any other of `TrainConfig`: snr_gamma, mirror, device, ...
 ) -> Path:  # the output folder
     "Fine-tune a Stable Diffusion on a folder of images; takes each flag of the guide's commands (section 7)."
+    refuse_processes("train_dreambooth", "It trains one model: start it with python alone.")
     run = guide_flags(flags)
     _, cfg = resolve_precision(run.config())  # once, for images, training and record
     out = Path(run.output_dir)

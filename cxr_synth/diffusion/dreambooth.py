@@ -6,10 +6,11 @@
 __all__ = ['TRAINING', 'read_prompts', 'TrainingTask', 'class_task', 'model_key', 'check_class_images', 'make_class_images',
            'generate_class_images', 'resolve_precision', 'choose_weights', 'make_trainer', 'choose_saved_weights',
            'load_trained_weights', 'generator_facts', 'generator_card', 'save_model', 'print_preflight',
-           'check_model_folder', 'claim_model', 'fine_tune', 'train_base']
+           'naming_memory', 'check_model_folder', 'claim_model', 'fine_tune', 'train_base']
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #79521d8f
 import dataclasses, hashlib, json, os, shutil
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +22,15 @@ from safetensors.torch import load_file, save_file
 # %% ../../nbs/diffusion/dreambooth.ipynb #12f11962
 from ..base.arguments import check_number, check_path, check_whole
 from ..base.cache import weights_key
-from ..base.compute import freeing_memory, pick_device, pick_precision, progress
+from cxr_synth.base.compute import (
+    freeing_memory,
+    out_of_memory,
+    own_process,
+    pick_device,
+    pick_precision,
+    progress,
+    refuse_processes,
+)
 from cxr_synth.base.files import (
     CxrError,
     atomic_path,
@@ -48,7 +57,13 @@ from .hub import check_source
 from .lora import add_lora, save_lora
 from .pipelines import load_pipeline, write_pipeline
 from .prompts import check_prompt, check_prompts, check_table_prompts
-from .preflight import device_memory, preflight, preflight_text
+from cxr_synth.diffusion.preflight import (
+    check_memory,
+    device_memory,
+    memory_advice,
+    preflight,
+    preflight_text,
+)
 from cxr_synth.diffusion.small_pipeline import (
     tiny_pipeline,
     tiny_vae,
@@ -207,6 +222,7 @@ def generate_class_images(
     mixed_precision: str = None,  # no, bf16 or fp16; None: fp16 on a GPU, as in the guide
 ) -> str:  # `output_dir`
     "Draw class images for prior preservation (guide, section 6); image k has seed k, what exists is kept."
+    refuse_processes("generate_class_images", "Start it with python alone.")
     check_whole(num_images, "num_images")
     check_path(output_dir, "output_dir")
     check_prompt(prompt)
@@ -581,17 +597,32 @@ def print_preflight(
     resolution: int,  # px
     out,  # where the model goes
 ):
-    "Print what training will take, unless CXR_QUIET is set or the base is trained from nothing."
-    if is_scratch(cfg.base) or os.environ.get("CXR_QUIET"):
+    "Print what training will take, unless CXR_QUIET is set; raises `CxrError` if the memory is too small."
+    if is_scratch(cfg.base):
         return
+    device = pick_device(cfg.device)
+    need, have = preflight(cfg, resolution), device_memory(device)
     folder = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if p.exists())
-    say(
-        preflight_text(
-            preflight(cfg, resolution),
-            device_memory(pick_device(cfg.device)),
-            shutil.disk_usage(folder).free / 2**30,
-        )
-    )
+    if not os.environ.get("CXR_QUIET") and own_process()[0] == 0:
+        say(preflight_text(need, have, shutil.disk_usage(folder).free / 2**30))
+    check_memory(need, cfg, device, have)
+
+
+@contextmanager
+def naming_memory(
+    cfg: TrainConfig,  # settings
+    desc: str,  # what is trained
+):
+    "Turn an error of the device that memory ran out into a `CxrError` that names what helps."
+    try:
+        yield
+    except (RuntimeError, MemoryError) as e:
+        if not out_of_memory(e):
+            raise
+        raise CxrError(
+            f"{desc}: out of memory in training ({(str(e).splitlines() or ['no details'])[0][:100]}).\n"
+            f"Checkpoints are kept; close other programs on this device.\n{memory_advice(cfg)}"
+        ) from e
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #3b2582cc
 TRAINING = ".training.json"  # in a model folder, as long as it is in the making: the folder is ours
@@ -648,10 +679,11 @@ def fine_tune(
     if callable(task):
         task = task(pipe)
     task.check(pipe.tokenizer)
-    trainer = make_trainer(pipe, task, path, cfg, seed, **how)
-    if watch:
-        trainer.loop.hooks.append(TrainingMonitor(how.get("previews")))
-    log = trainer.run(desc)
+    with naming_memory(cfg, desc):
+        trainer = make_trainer(pipe, task, path, cfg, seed, **how)
+        if watch:
+            trainer.loop.hooks.append(TrainingMonitor(how.get("previews")))
+        log = trainer.run(desc)
     save_model(
         trainer, out, generator_facts(trainer, task, cfg, seed, base, source, card), cfg, base
     )
@@ -693,30 +725,31 @@ def train_base(
     "Train a small pipeline from nothing on images of both classes."
     device, cfg = resolve_precision(cfg)
     work = Path(work)
-    loop = dict(config=cfg.settings() | dict(data=task.key(), seed=seed), mirror=mirror)
-    prompts = [*PROMPTS.values(), cfg.class_prompt, *task.prompts]
-    task.check(write_tokenizer(work / "tokenizer", prompts))
-    vae = _scratch_vae(task.images, work, cfg, device, seed, f"{desc}, autoencoder", **loop)
-    pipe = tiny_pipeline(work / "tokenizer", prompts, task.images.shape[-1], seed, vae)
-    data, _, heldout = _latent_task(pipe, task, cfg, device)
-    batch = fit_batch(cfg.base_batch_size, len(task.images))
-    total = steps_for(len(data), batch, cfg.base_steps, cfg.base_views)
-    where = dict(seed=seed, device=device, precision=cfg.mixed_precision)
-    trainer = Trainer(
-        pipe,
-        data,
-        work / "base.pt",
-        total,
-        batch,
-        cfg.base_learning_rate,
-        drop=0.1,
-        snr_gamma=cfg.snr_gamma,
-        warmup=50,
-        ema_decay=cfg.ema_decay,
-        every=cfg.checkpoint_steps,
-        setting="--train.base-learning-rate",
-        **where,
-        **loop,
-    )
-    _add_hooks(trainer, cfg, heldout, previews, task.previews, seed).run(desc)
+    with naming_memory(cfg, desc):
+        loop = dict(config=cfg.settings() | dict(data=task.key(), seed=seed), mirror=mirror)
+        prompts = [*PROMPTS.values(), cfg.class_prompt, *task.prompts]
+        task.check(write_tokenizer(work / "tokenizer", prompts))
+        vae = _scratch_vae(task.images, work, cfg, device, seed, f"{desc}, autoencoder", **loop)
+        pipe = tiny_pipeline(work / "tokenizer", prompts, task.images.shape[-1], seed, vae)
+        data, _, heldout = _latent_task(pipe, task, cfg, device)
+        batch = fit_batch(cfg.base_batch_size, len(task.images))
+        total = steps_for(len(data), batch, cfg.base_steps, cfg.base_views)
+        where = dict(seed=seed, device=device, precision=cfg.mixed_precision)
+        trainer = Trainer(
+            pipe,
+            data,
+            work / "base.pt",
+            total,
+            batch,
+            cfg.base_learning_rate,
+            drop=0.1,
+            snr_gamma=cfg.snr_gamma,
+            warmup=50,
+            ema_decay=cfg.ema_decay,
+            every=cfg.checkpoint_steps,
+            setting="--train.base-learning-rate",
+            **where,
+            **loop,
+        )
+        _add_hooks(trainer, cfg, heldout, previews, task.previews, seed).run(desc)
     return pipe

@@ -15,7 +15,7 @@ import pandas as pd, torch
 from PIL import Image
 
 # %% ../../nbs/diffusion/image_set.ipynb #0f4d3c74
-from ..base.compute import pick_device, pick_precision
+from ..base.compute import out_of_memory, pick_device, pick_precision
 from ..base.files import CxrError, first_file, write_text
 from ..base.messages import say
 from ..base.readers import read_json
@@ -51,7 +51,6 @@ from cxr_synth.diffusion.sampling import (
     find_batch_size,
     image_seed,
     load_finetuned_model,
-    out_of_memory,
     set_scheduler,
     set_slicing,
     to_image,
@@ -283,16 +282,6 @@ def metadata_line(
     )
 
 # %% ../../nbs/diffusion/image_set.ipynb #b1a98939
-def _start_device(
-    cfg: GenerateConfig,  # settings
-) -> str:
-    "The device to draw on; of several GPUs, the one that torchrun gives to this process."
-    device = pick_device(cfg.device)
-    if device == "cuda" and "LOCAL_RANK" in os.environ:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    return device
-
-
 def load_model(
     model: tuple,  # from `model_of`
     device: str,  # to draw on
@@ -353,7 +342,7 @@ def draw_set(
     job: SetJob,  # of the set
 ):
     "Make this process's missing images, class by class."
-    device = _start_device(job.cfg)
+    device = pick_device(job.cfg.device)
     missing = {c: job.writer.lacking(job.own(c)) for c in CLASSES}
     total = sum(len(names) for names in missing.values())
     if not total:

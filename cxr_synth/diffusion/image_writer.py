@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 # %% ../../nbs/diffusion/image_writer.ipynb #ccae9e18
+from ..base.compute import own_process
 from cxr_synth.base.files import (
     CxrError,
     digest_file,
@@ -81,7 +82,7 @@ def process_share(
 ) -> tuple[int, int]:  # number of this process, from 0, and of all
     "Which part of the work is this process's."
     if not shard:
-        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        return own_process()
     return parse_shard(shard)
 
 

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEDULERS', 'set_scheduler', 'load_finetuned_model', 'image_seed', 'start_noise', 'choose_memory_layout', 'Sampler',
            'to_image', 'sample', 'sampler_table', 'show_table', 'slerp', 'latent_walk', 'AsyncWriter', 'draw_all',
-           'out_of_memory', 'largest_batch_size', 'find_batch_size', 'set_slicing', 'even_batch_size',
-           'generate_synthetic_dataset']
+           'largest_batch_size', 'find_batch_size', 'set_slicing', 'even_batch_size', 'generate_synthetic_dataset']
 
 # %% ../../nbs/diffusion/sampling.ipynb #f574a764
 import logging, math
@@ -29,7 +28,15 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 # %% ../../nbs/diffusion/sampling.ipynb #7c761212
 from ..base.arguments import check_number, check_path, check_whole
-from ..base.compute import autocast, pick_device, pick_precision, progress, seed_for
+from cxr_synth.base.compute import (
+    autocast,
+    out_of_memory,
+    pick_device,
+    pick_precision,
+    progress,
+    refuse_processes,
+    seed_for,
+)
 from ..base.files import CxrError, atomic_path, one_of, write_json
 from ..base.readers import read_json
 from ..base.records import differences
@@ -380,15 +387,6 @@ def draw_all(
             bar.update(len(part))
 
 # %% ../../nbs/diffusion/sampling.ipynb #4ba6b2c5
-def out_of_memory(
-    error: Exception,  # any
-) -> bool:
-    "Does an error mean that memory ran out, on a GPU or a CPU?"
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "memory" in str(error)
-
-
 def largest_batch_size(
     works,  # called with (batch size, slicing); raises when memory runs out
     most: int,  # where to start
@@ -480,6 +478,9 @@ def generate_synthetic_dataset(
     guidance_scale: float = 7.5,  # classifier-free guidance; 1 for none
 ) -> str:  # `output_dir`; raises `CxrError` if that holds images of other settings
     "Generate `num_images` images (guide, section 8); image k has seed k. Images that exist are kept."
+    refuse_processes(
+        "generate_synthetic_dataset", "Start it with python alone, or use cxr-synth generate."
+    )
     family_of(pipe)
     pipe.vae.to(torch.float32)  # as it decodes, and as its key is taken
     check_prompt(prompt)

@@ -6,14 +6,37 @@
 __all__ = ['stage_train']
 
 # %% ../../nbs/03_train.ipynb #92660d86
+from ..base.compute import own_process
+from ..base.messages import say
 from ..base.records import Study, as_study
 from ..base.settings import TrainConfig
 from ..diffusion.dreambooth import print_preflight
-from ..diffusion.generator import is_used_up, train_generator
+from cxr_synth.diffusion.generator import (
+    is_used_up,
+    train_generator,
+    train_part,
+    trained_parts,
+)
 from ..protocol.plan import Plan, load_plan
 from .validation import validate_settings
 
 # %% ../../nbs/03_train.ipynb #536a2c4d
+def _train_own(
+    study: Study,  # with data
+    names: list[str],  # of generators
+    cfg: TrainConfig,  # settings
+    seed: int,  # study seed
+    redo: bool,  # move generators with other settings aside
+):
+    "Train generators; of several processes, this one's share of their models."
+    rank, n = own_process()
+    for name, model in trained_parts(names, cfg)[rank::n]:
+        if n == 1 or model is None:
+            train_generator(study, name, cfg, seed, redo)
+        elif not train_part(study, name, model, cfg, seed, redo):
+            say(f"{name} {model} is trained by process {rank + 1} of {n}; others train the rest.")
+
+
 def stage_train(
     study: Study,  # with data and plan
     cfg: TrainConfig,  # settings
@@ -27,8 +50,10 @@ def stage_train(
     if plan.builtin:
         return
     print_preflight(cfg, study.records()["data"]["settings"]["resolution"], study.root)
+    wanted = []
     for generator in plan.generators:
         if not redo and is_used_up(study, generator.name):
             print(f"models/{generator.name} is not here, and its images are complete: not trained.")
-            continue
-        train_generator(study, generator.name, cfg, plan.seed, redo)
+        else:
+            wanted.append(generator.name)
+    _train_own(study, wanted, cfg, plan.seed, redo)
