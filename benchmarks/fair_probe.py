@@ -1,35 +1,19 @@
 """All arms of a tier with the probe on a folder of real images: seconds for the features, and for the runs.
 
-Stand-ins for synthetic images: training images, encoded again.
+In the place of synthetic images: training films, encoded again (the known generator `copy`).
 """
 
-import argparse, json, tempfile, time
+import argparse, tempfile, time
 import pandas as pd
-from cxr_synth.base.files import write_csv, write_text
 from cxr_synth.base.records import Study
 from cxr_synth.base.settings import DataConfig, ExperimentsConfig, PlanConfig
 from cxr_synth.stages.data import stage_data
 from cxr_synth.classify.recipes import RunContext
 from cxr_synth.classify.executors import precompute_shared
 from cxr_synth.stages.classify import open_test, stage_experiments
-from cxr_synth.images.known_generators import known_images, write_class_images
+from cxr_synth.images.known_generators import stage_known_generator
 from cxr_synth.protocol.plan import load_plan
 from cxr_synth.stages.plan import plan_text, stage_plan
-
-
-def stand_ins(study, plan):
-    "A synthetic set for every generator of the plan."
-    for g in plan.generators:
-        folder = study / "synthetic" / g.name
-        lines = [
-            line
-            for label in (0, 1)
-            for line in write_class_images(
-                folder, g.name, label, "copy", known_images(study, "copy", g, label)
-            )
-        ]
-        write_text(folder / "metadata.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-        write_csv(study / f"quality/{g.name}-copies.csv", ["file_name", "reason", "by"], [])
 
 
 def timed(what, call):
@@ -37,9 +21,6 @@ def timed(what, call):
     start = time.perf_counter()
     call()
     print(f"{what}: {time.perf_counter() - start:.0f} s", flush=True)
-
-
-OF_MODELS = ("roundtrip", "img2img")  # arms whose images only a trained autoencoder makes
 
 
 def main():
@@ -54,16 +35,15 @@ def main():
     a = p.parse_args()
     study = Study(a.study or tempfile.mkdtemp())
     timed("data", lambda: stage_data(study, DataConfig(source=a.source, resolution=64)))
-    timed("plan", lambda: stage_plan(study, PlanConfig(tier=a.tier, size=a.size)))
+    timed("plan", lambda: stage_plan(study, PlanConfig(tier=a.tier, size=a.size, builtin="copy")))
     plan = load_plan(study)
     print(plan_text(plan))
-    if not all((study / f"synthetic/{g.name}/metadata.jsonl").exists() for g in plan.generators):
-        timed("stand-ins", lambda: stand_ins(study, plan))
-    arms = " ".join(x for x in plan.arms if x.split("-")[0] not in OF_MODELS)
+    timed("copies", lambda: stage_known_generator(study, plan))
+    arms = " ".join(x for x in plan.arms if x != "filtered")  # nobody has looked for copies here
     cfg = ExperimentsConfig(
         size=a.size, views=a.views, executor=a.executor, workers=a.workers, only=arms
     )
-    todo = [r for r in plan.runs() if r.base not in OF_MODELS]
+    todo = [r for r in plan.runs() if r.base != "filtered"]
     timed(
         (
             f"features of {a.views} views and "

@@ -28,8 +28,6 @@ from cxr_synth.images.known_generators import KNOWN_GENERATORS, stage_known_gene
 from cxr_synth.protocol.plan import TIERS, load_plan
 from cxr_synth.stages.plan import stage_plan
 
-from fair_probe import stand_ins
-
 ARMS = ["real", "duplicate", "mixed", "copy", "more_real", "oracle", "permuted"]
 TIERS["known"] = dict(primary=[0.1], cells=[(0.1, 5, 6, ARMS)], oracles=5)
 FILMS = ["real", "mixed", "copy", "more_real"]
@@ -90,10 +88,8 @@ def copies_of_films(source, root):
     "A study of real films whose generator copies them: is there no gain, and none of the arm `copy`?"
     study = Study(root / "films")
     stage_data(study, DataConfig(source=source, resolution=64))
-    stage_plan(study, PlanConfig(tier="films"))
-    plan = load_plan(study)
-    if not all((study / f"synthetic/{g.name}/metadata.jsonl").exists() for g in plan.generators):
-        stand_ins(study, plan)
+    stage_plan(study, PlanConfig(tier="films", builtin="copy"))
+    stage_known_generator(study, load_plan(study))
     stage_experiments(study, ExperimentsConfig(executor="processes", workers=2))
     open_test(study)
     stage_report(study, ReportConfig(poster=800))
