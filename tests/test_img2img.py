@@ -206,6 +206,24 @@ def test_neighbours_in_a_call_do_not_matter(study, pipe):
     assert np.array_equal(whole[::-1], draw(study, pipe, items[::-1], 3))
 
 
+def test_narrower_numbers_draw_nearly_the_same(study):
+    "By autocast, and with U-Net and text encoder stored in bf16 beside a float32 decoder, as on a GPU."
+    film = training_rows(study, 0.5, 0).image_id[5]
+    found = {}
+    for kind in ("no", "bf16", "stored"):
+        cfg = Img2ImgConfig(**CFG | dict(mixed_precision="no"))
+        pipe = load_model((study / f"models/{NAME}/normal", None), "cpu", cfg)
+        if kind == "stored":
+            pipe.unet.to(torch.bfloat16)
+            pipe.text_encoder.to(torch.bfloat16)
+        precision = "bf16" if kind == "bf16" else "no"
+        found[kind] = draw(study, pipe, [(7, film)], 2, mixed_precision=precision)[0]
+    assert pipe.vae.dtype == torch.float32
+    for kind in ("bf16", "stored"):
+        apart = np.abs(found[kind] - found["no"])
+        assert 0 < apart.max() < 0.1 and apart.mean() < 0.02, kind
+
+
 def test_the_film_goes_under_as_the_strength_grows(study, pipe):
     "At 10 % an image is nearest to its own film's round trip; at 95 % hardly any is."
     films = training_rows(study, 0.5, 0).image_id.tolist()[:24]
