@@ -90,7 +90,7 @@ def planned_img2img(
     found = [
         (run.subset, parse_arm(run.arm).strength) for run in plan.runs() if run.base == "img2img"
     ]
-    each = dict.fromkeys(CLASSES, plan.pools["mixed"] // 2) if found else {}
+    each = dict.fromkeys(CLASSES, plan.pools.get("mixed", 0) // 2)
     return [(*key, each) for key in dict.fromkeys(found)]
 
 # %% ../../nbs/protocol/round_trips.ipynb #5a0c1b1e
