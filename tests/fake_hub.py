@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import threading
 import time
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ BAD = {  # how the server answers -> status, body, headers
     "cut": (200, b'{"id": "me', {"Content-Type": "application/json", "Content-Length": "900"}),
 }
 SPECIAL = ("silent", "drip", "hang up")  # no answer, one letter at a time, a closed line
+STALLED = ("half", "nothing more")  # of a file half comes, or its headers; then silence
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -60,7 +62,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def badly(self, how):
-        if how == "silent":
+        if how in STALLED:
+            self.stall(how)
+        elif how == "silent":
             self.server.stop.wait(60)
         elif how == "drip":
             self.send_response(200)
@@ -106,7 +110,26 @@ class _Handler(BaseHTTPRequestHandler):
             return 404, b"", {"X-Error-Code": "EntryNotFound"}
         data = files[name]
         about = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
+        start = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if start and self.server.resumes:
+            first = int(start[1])
+            about["Content-Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
+            return 206, data[first:], about
         return 200, self.server.damage(data), about
+
+    def stall(self, how):
+        "The headers of a file and half of it, or nothing more; then silence."
+        path = self.path.split("?")[0]
+        status, body, headers = self.well(path)
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(body))} | headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body[: len(body) // 2] if how == "half" else b"")
+            self.wfile.flush()
+            self.server.stop.wait(60)
+        self.close_connection = True
 
 
 def _listing(files, path, flat):
@@ -141,6 +164,7 @@ def fake_hub(folder=None, how="", when=""):
         server.files = {p.relative_to(root).as_posix(): p.read_bytes() for p in paths}
     server.how, server.when, server.seen = how, when, []
     server.damage = lambda data: data
+    server.resumes = False  # whether a download can go on in the middle of a file
     server.stop = threading.Event()
     server.url = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()

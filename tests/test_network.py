@@ -20,7 +20,7 @@ from cxr_synth.diffusion.hub import check_source, hub_configs
 from cxr_synth.diffusion.pipelines import load_pipeline, save_pipeline
 from cxr_synth.diffusion.small_pipeline import tiny_pipeline
 from cxr_synth.images.networks import find_weights
-from fake_hub import BAD, COMMIT, PAGE, SPECIAL, fake_hub, soon
+from fake_hub import BAD, COMMIT, PAGE, SPECIAL, STALLED, fake_hub, soon
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
 
@@ -137,6 +137,26 @@ def test_a_hub_that_fails_later(online, model, how, when):
         at(online, hub.url)
         text = refusal(check_source, "me/mini")
     assert "me/mini" in text
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+@pytest.mark.parametrize("how", STALLED)
+@pytest.mark.parametrize("when", ["unet/config", "tokenizer.json", "unet/diffusion"])
+def test_a_server_that_stalls_in_the_middle_of_a_file(online, model, how, when, resumes):
+    "A clear error, and the second run goes on: what came whole is not asked for again."
+    with fake_hub(model[0], how, when) as hub:
+        hub.resumes = resumes
+        at(online, hub.url)
+        text = refusal(load_pipeline, "me/mini")
+        assert "me/mini" in text and "HTTPS_PROXY" in text, text
+        assert re.search("does not answer|cut short", text), text
+        stalled, hub.how = set(hub.seen), ""
+        hub.seen.clear()
+        pipe = load_pipeline("me/mini")
+        whole = [line for line in stalled if line.startswith("GET") and "model_index" in line]
+        assert not set(whole) & set(hub.seen)
+    for a, b in zip(pipe.unet.parameters(), model[1].unet.parameters()):
+        assert torch.equal(a, b)
 
 
 def unreachable(kind):

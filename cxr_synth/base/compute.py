@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['seed_for', 'pick_device', 'autocast', 'own_process', 'refuse_processes', 'pick_precision', 'freeing_memory',
-           'out_of_memory', 'progress']
+           'out_of_memory', 'eager', 'progress']
 
 # %% ../../nbs/base/compute.ipynb #f2b35cdd
-import gc, hashlib, os, traceback
+import gc, hashlib, os, sys, traceback
 from contextlib import contextmanager
 
 # %% ../../nbs/base/compute.ipynb #4e677b79
@@ -130,6 +130,18 @@ def out_of_memory(
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
+
+# %% ../../nbs/base/compute.ipynb #aa6a0aff
+@contextmanager
+def eager():
+    "Inside, nothing is compiled, and what was compiled is called as it is written."
+    if "torch._dynamo" not in sys.modules:  # nothing was
+        yield
+        return
+    import torch
+
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 # %% ../../nbs/base/compute.ipynb #3860b98b
 def progress(

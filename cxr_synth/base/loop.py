@@ -15,7 +15,7 @@ import numpy as np, torch
 from safetensors.torch import save_file
 
 # %% ../../nbs/base/loop.ipynb #40f453af
-from .compute import progress, seed_for
+from .compute import eager, progress, seed_for
 from .files import CxrError, atomic_path, one_of, write_csv, write_json
 from .readers import read_json
 from .records import differences
@@ -564,5 +564,6 @@ class Loop(TrainingState):
         bar.update(self.items)
 
     def _call_hooks(self):
-        for hook in self.hooks:
-            hook(self)
+        with eager():
+            for hook in self.hooks:
+                hook(self)

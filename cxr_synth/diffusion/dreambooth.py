@@ -282,7 +282,7 @@ def _save_memory(
     if cfg.channels_last:
         pipe.unet.to(memory_format=torch.channels_last)
     if cfg.compile:
-        pipe.unet.compile_repeated_blocks()
+        pipe.unet.compile_repeated_blocks(dynamic=False)
 
 
 def choose_weights(

@@ -291,7 +291,7 @@ def load_model(
     pipe = load_finetuned_model(model[0], device, cfg.mixed_precision, model[1])
     set_scheduler(pipe, cfg.scheduler)
     if cfg.compile:
-        pipe.unet.compile_repeated_blocks()
+        pipe.unet.compile_repeated_blocks(dynamic=False)
     return pipe
 
 # %% ../../nbs/diffusion/image_set.ipynb #33638a94

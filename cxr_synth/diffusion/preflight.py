@@ -268,7 +268,7 @@ def preset_for(
     fitting = {n: size for n, size in fitting.items() if made[n] == half or half == "bf16"}
     return max(fitting, key=lambda n: (fitting[n], made[n] == half))
 
-
+# %% ../../nbs/diffusion/preflight.ipynb #5a8f8a7a
 def check_memory(
     need: dict,  # from `preflight`
     cfg: TrainConfig,  # settings

@@ -30,6 +30,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from ..base.arguments import check_number, check_path, check_whole
 from cxr_synth.base.compute import (
     autocast,
+    eager,
     out_of_memory,
     pick_device,
     pick_precision,
@@ -419,7 +420,7 @@ def find_batch_size(
 
     def works(size, slicing):
         set_slicing(pipe, slicing)
-        with suppress(NotFinite):  # said when the images are drawn
+        with suppress(NotFinite), eager():  # NaN is said when the images are drawn
             Sampler(pipe, "", resolution, short, size)([0])
 
     if not cfg.batch_size:

@@ -22,7 +22,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 # %% ../../nbs/diffusion/small_pipeline.ipynb #24ef7462
-from ..base.compute import autocast
+from ..base.compute import autocast, progress
 from ..base.files import CxrError, write_text
 from ..base.loop import Loop, batch_at, generator_for
 
@@ -308,15 +308,19 @@ def encode_latents(
     vae,  # the frozen network
     images: np.ndarray,  # (N, S, S) uint8
     device: str = "cpu",  # where
+    precision: str = "no",  # of the pass: no, bf16 or fp16
+    desc: str = "encode",  # for the progress bar
 ) -> tuple[torch.Tensor, torch.Tensor]:  # mean and spread, each (N, 4, s, s), float32 on the CPU
     "Posterior mean and standard deviation of every image's latent; a pass takes about a million pixels."
     batch = max(1, min(64, 2**20 // images[0].size))
     means, stds = [], []
-    for i in range(0, len(images), batch):
-        pixels = to_pixels(images[i : i + batch]).to(device, vae.dtype)
-        mean, std = latent_posterior(vae, pixels)
-        means.append(mean.float().cpu())
-        stds.append(std.float().cpu())
+    for i in progress(range(0, len(images), batch), desc, unit="batch"):
+        part = images[i : i + batch]
+        whole = np.concatenate([part, np.repeat(part[:1], batch - len(part), 0)])  # of one shape
+        with autocast(device, precision):
+            mean, std = latent_posterior(vae, to_pixels(whole).to(device, vae.dtype))
+        means.append(mean[: len(part)].float().cpu())
+        stds.append(std[: len(part)].float().cpu())
     return torch.cat(means), torch.cat(stds)
 
 

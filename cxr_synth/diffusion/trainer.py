@@ -9,14 +9,15 @@ __all__ = ['LATENTS_VERSION', 'diffusion_target', 'training_noise', 'snr_weights
 
 # %% ../../nbs/diffusion/trainer.ipynb #e45abdc4
 import weakref
+from functools import partial
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from PIL import Image
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 
 # %% ../../nbs/diffusion/trainer.ipynb #204418e0
-from ..base.cache import cached, digest_array, weights_key
-from ..base.compute import autocast
+from ..base.cache import cache_path, cached, digest_array, weights_key
+from ..base.compute import autocast, pick_precision
 from ..base.files import CxrError, atomic_path
 from ..base.readers import read_csv
 from ..base.loop import Loop, TrainedPart, batch_at, generator_for
@@ -101,19 +102,21 @@ def snr_weights(
     return snr.clamp(max=gamma) / snr
 
 # %% ../../nbs/diffusion/trainer.ipynb #df0a7017
-LATENTS_VERSION = 1  # of `encode_latents`: raise it when it gives other numbers
+LATENTS_VERSION = 2  # of `encode_latents`: raise it when it gives other numbers
 
 
 def latents_key(
     vae,  # autoencoder
-    images: np.ndarray,  # (N, S, S) uint8
-) -> dict:  # a part of the key of a cache, see `cached`
-    "All but the device on which the latents of these images under this autoencoder depend."
+    device: str = "cpu",  # for encoding
+    precision: str = "no",  # of it
+) -> dict:  # the key of a cache without the image, see `cached`
+    "All that the latent of an image depends on, beside the image."
     config = {k: str(v) for k, v in vae.config.items() if not k.startswith("_")}
     return dict(
         config=config,
         weights=weights_key(vae),
-        images=digest_array(images),
+        device=torch.device(device).type,
+        precision=precision,
         torch=torch.__version__,
         version=LATENTS_VERSION,
     )
@@ -125,10 +128,13 @@ def cached_latents(
     device: str = "cpu",  # for encoding
     folder=None,  # the cache; None for none
 ) -> tuple[torch.Tensor, torch.Tensor]:  # mean and spread, each (N, 4, s, s), float32 on the CPU
-    "Posterior of every image's latent, from the cache if it is there."
+    "Posterior of every image's latent, from the cache, where each image has a file of its own."
+    kind = torch.device(device).type
+    precision = "bf16" if kind == "cuda" and pick_precision(kind) == "bf16" else "no"
 
-    def compute():
-        latents = np.stack([part.numpy() for part in encode_latents(vae, images, device)])
+    def encode(some):  # -> (n, 2, 4, s, s)
+        parts = encode_latents(vae, some, device, precision)
+        latents = np.stack([part.numpy() for part in parts], 1)
         if not np.isfinite(latents).all():
             raise CxrError(
                 "the autoencoder's latents are not finite numbers: its weights are damaged.\n"
@@ -137,11 +143,31 @@ def cached_latents(
         return latents
 
     if folder is None:
-        mean, std = compute()
+        latents = encode(images)
     else:
-        key = latents_key(vae, images) | dict(device=torch.device(device).type)
-        mean, std = cached(folder, "latents", key, compute)
-    return torch.tensor(mean), torch.tensor(std)
+        about = latents_key(vae, device, precision)
+        keys = [about | dict(image=digest_array(image)) for image in images]
+        latents = _from_cache(folder, keys, images, encode)
+    mean, std = torch.from_numpy(latents).unbind(1)
+    return mean.contiguous(), std.contiguous()
+
+# %% ../../nbs/diffusion/trainer.ipynb #616cd7f7
+def _from_cache(
+    folder,  # the cache
+    keys: list[dict],  # of the images
+    images: np.ndarray,  # (N, S, S) uint8
+    encode,  # images -> latents (n, 2, 4, s, s)
+) -> np.ndarray:  # (N, 2, 4, s, s)
+    "Latents of images; those that are not in the cache are encoded together."
+    absent = [k for k, key in enumerate(keys) if not cache_path(folder, "latents", key).exists()]
+    made = dict(zip(absent, encode(images[absent]))) if absent else {}
+
+    def latent(k):  # a file that is damaged is made anew
+        return made[k] if k in made else encode(images[k : k + 1])[0]
+
+    return np.stack(
+        [cached(folder, "latents", key, partial(latent, k)) for k, key in enumerate(keys)]
+    )
 
 # %% ../../nbs/diffusion/trainer.ipynb #6ff926a6
 class LatentSet:
