@@ -13,7 +13,14 @@ from cxr_synth.images.study_images import training_rows
 from cxr_synth.protocol.plan import Plan, Run, guide_arms, load_plan, tier_cells
 from cxr_synth.protocol.seal import SEALED_STAGES
 from cxr_synth.stages.data import stage_data
-from cxr_synth.stages.plan import make_plan, plan_cost, plan_text, planned_generators, pool_sizes
+from cxr_synth.stages.plan import (
+    make_plan,
+    plan_cost,
+    plan_text,
+    planned_generators,
+    pool_sizes,
+    read_pilot,
+)
 from cxr_synth.stages.run import run, run_stage
 
 from conftest import SMALL
@@ -138,6 +145,12 @@ def test_the_opening_is_logged_once_and_not_exploratory(finished):
     log = read_json(finished / "opened.json")
     assert [x["exploratory"] for x in log["opened"]] == [False]
     assert read_json(finished / "analysis.json")["seal"]["exploratory"] == []
+
+
+def test_it_is_no_pilot_of_another_study(finished):
+    "One replicate measures no spread between generators."
+    with pytest.raises(CxrError, match="tier guide. weighed nothing at its primary fraction"):
+        read_pilot(PlanConfig(pilot=str(finished.root)), "probe")
 
 
 def test_the_plan_prints_an_evening_and_what_it_cannot_say(tmp_path):

@@ -268,8 +268,11 @@ def read_pilot(
     _check_same_classifier(study, cfg, method)
     found = read_json(study / "analysis.json")
     row = next((r for r in plan.headroom if r["fraction"] == plan.primary.fraction), None)
-    if found.get("plan_sha256") != plan.sha256 or row is None:
+    if found.get("plan_sha256") != plan.sha256:
         raise _no_pilot(cfg.pilot, "its report was made under another plan")
+    if row is None:
+        why = f"its plan (tier {plan.tier}) weighed nothing at its primary fraction"
+        raise _no_pilot(cfg.pilot, why)
     c = next(c for c in found["contrasts"] if c["role"] == "primary")
     if c["state"] != "measured" or c["replicates"] < 3:
         raise _no_pilot(cfg.pilot, f"its primary contrast has {c.get('replicates', 0)} replicates")
