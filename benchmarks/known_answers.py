@@ -24,7 +24,11 @@ from cxr_synth.base.settings import (
 )
 from cxr_synth.stages.data import stage_data
 from cxr_synth.stages.classify import open_test, stage_experiments
-from cxr_synth.images.known_generators import KNOWN_GENERATORS, stage_known_generator
+from cxr_synth.images.known_generators import (
+    KNOWN_GENERATORS,
+    stage_known_generator,
+    write_known_set,
+)
 from cxr_synth.protocol.plan import TIERS, load_plan
 from cxr_synth.stages.plan import stage_plan
 
@@ -88,8 +92,9 @@ def copies_of_films(source, root):
     "A study of real films whose generator copies them: is there no gain, and none of the arm `copy`?"
     study = Study(root / "films")
     stage_data(study, DataConfig(source=source, resolution=64))
-    stage_plan(study, PlanConfig(tier="films", builtin="copy"))
-    stage_known_generator(study, load_plan(study))
+    stage_plan(study, PlanConfig(tier="films"))
+    for entry in load_plan(study).generators:
+        write_known_set(study, "copy", entry, redo=False)
     stage_experiments(study, ExperimentsConfig(executor="processes", workers=2))
     open_test(study)
     stage_report(study, ReportConfig(poster=800))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KNOWN_GENERATORS', 'phantom_arguments', 'phantom_origins', 'draw_film', 'reencoded', 'known_images',
-           'write_class_images', 'stage_known_generator']
+           'write_class_images', 'write_known_set', 'stage_known_generator']
 
 # %% ../../nbs/images/known_generators.ipynb #dbb59c66
 import io, json
@@ -150,7 +150,7 @@ def write_class_images(
     return lines
 
 # %% ../../nbs/images/known_generators.ipynb #978e5538
-def _write_set(
+def write_known_set(
     study: Study,  # of drawn patients
     kind: str,  # one of `KNOWN_GENERATORS`
     entry: PlannedGenerator,  # the set to make
@@ -184,4 +184,4 @@ def stage_known_generator(
             "Plan without --plan.builtin, or start a study with --data phantom."
         )
     for entry in progress(plan.generators, f"generator {plan.builtin}", unit="set"):
-        _write_set(study, plan.builtin, entry, redo)
+        write_known_set(study, plan.builtin, entry, redo)

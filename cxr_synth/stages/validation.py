@@ -177,11 +177,11 @@ def _check_source(study: Study, cfg: Config):
 
 def _check_plan(study: Study, cfg: Config, source: str):
     "Raise `CxrError` for a known generator that can't draw from this source."
-    if cfg.builtin not in ("", "copy") and source not in ("", "phantom"):
+    if cfg.builtin and source not in ("", "phantom"):
         raise CxrError(
-            f"--plan.builtin {cfg.builtin} draws new patients, and the source of {study.root} is "
+            f"--plan.builtin {cfg.builtin} is for drawn patients, and the source of {study.root} is "
             f"{source}.\n"
-            "Allowed with real images: copy, or none (leave it away)."
+            "Leave it away, or use another study folder with --data phantom."
         )
 
 
