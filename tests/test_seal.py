@@ -70,6 +70,7 @@ def other_value(config, field):
     if get_origin(kind) is Literal:
         return next(v for v in get_args(kind) if v != value)
     names = {"base": "sd15", "network": "resnet50", "extractor": "mobilenet-v2"}
+    names |= {"finetune_network": "densenet121"}
     names |= {"scheduler": "ddim", "revision": "other", "prompts": ""}
     if isinstance(value, str):
         return names.get(field.name, "other words")
