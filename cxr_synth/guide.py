@@ -50,6 +50,7 @@ from .images.folders import image_files, read_image
 from .images.networks import torchvision_net
 from .images.study_images import load_manifest
 from .protocol.dataset import parse_name
+from .protocol.plan import load_plan
 from .protocol.schema import result_row
 from .protocol.sets import load_metadata
 from .stages.validation import validate_settings

@@ -3,6 +3,8 @@ modules in step.
 """
 
 import ast
+import builtins
+import dis
 import json
 import re
 import subprocess
@@ -123,6 +125,35 @@ def test_every_notebook_has_its_module():
     found = {p for p in (ROOT / "nbs").rglob("*.ipynb") if not p.name.startswith("_")}
     expected = {notebook_of(name_of(p)) for p in MODULES}
     assert found - expected == {ROOT / "nbs/index.ipynb"}
+
+
+def code_objects(code):
+    "A code object and all that lie within it."
+    yield code
+    for inner in code.co_consts:
+        if hasattr(inner, "co_code"):
+            yield from code_objects(inner)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_module_defines_or_imports_every_name_it_uses(path):
+    "A notebook knows the imports of all its cells, the module those of its exported ones alone."
+    code = compile(path.read_text(encoding="utf-8"), str(path), "exec")
+    made = {i.argval for i in dis.get_instructions(code) if i.opname == "STORE_NAME"}
+    known = made | set(dir(builtins)) | {"__annotations__", "__doc__", "__file__", "__name__"}
+    used = {
+        i.argval
+        for part in code_objects(code)
+        for i in dis.get_instructions(part)
+        if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+    }
+    classes = {  # names of a class body are its own
+        i.argval
+        for part in code_objects(code)
+        for i in dis.get_instructions(part)
+        if i.opname == "STORE_NAME"
+    }
+    assert used - known - classes == set()
 
 
 HEAVY = [

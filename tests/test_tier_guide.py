@@ -2,13 +2,16 @@
 table, and no word about the method.
 """
 
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
 from cxr_synth.base.files import CxrError
 from cxr_synth.base.readers import read_json
 from cxr_synth.base.records import Study
-from cxr_synth.base.settings import PRESETS, DataConfig, PlanConfig, resolve
+from cxr_synth.base.settings import PRESETS, DataConfig, GuideConfig, PlanConfig, resolve
+from cxr_synth.guide import GUIDE_EXPERIMENTS, stage_guide
 from cxr_synth.images.study_images import training_rows
 from cxr_synth.protocol.plan import Plan, Run, guide_arms, load_plan, tier_cells
 from cxr_synth.protocol.seal import SEALED_STAGES
@@ -145,6 +148,19 @@ def test_the_opening_is_logged_once_and_not_exploratory(finished):
     log = read_json(finished / "opened.json")
     assert [x["exploratory"] for x in log["opened"]] == [False]
     assert read_json(finished / "analysis.json")["seal"]["exploratory"] == []
+
+
+def test_the_guides_own_protocol_runs_on_its_generator(finished, tmp_path):
+    "`cxr-synth guide` after the opening: seven arms by three seeds, and its section in the report."
+    study = Study(shutil.copytree(finished.root, tmp_path / "s"))
+    cfg = GuideConfig(network="small_cnn", size=32, epochs=1, pretrained=False, device="cpu")
+    stage_guide(study, cfg)
+    rows = pd.read_csv(study / "guide/results.csv")
+    assert sorted(rows.arm.unique()) == sorted(f"guide-{name}" for name in GUIDE_EXPERIMENTS)
+    assert rows.groupby("arm").seed.nunique().eq(3).all()
+    assert study.record("guide")["generator"] == "real100-rep0"
+    counts = rows.groupby("arm").n_synthetic.first()
+    assert counts["guide-baseline"] == 0 and counts["guide-synth_100"] == POOL
 
 
 def test_it_is_no_pilot_of_another_study(finished):
