@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from cxr_synth.base import files
 from cxr_synth.base.files import atomic_folder, atomic_path, final_name, temporary_for
 from cxr_synth.base.files import is_left_behind, remove_leftovers, write_csv, write_json, write_text
-from cxr_synth.base.loop import Checkpoint
+from cxr_synth.base.checkpoints import Checkpoint
 from cxr_synth.base.messages import system_error_text
 
 LARGE = torch.zeros(500_000)  # 2 MB

@@ -14,7 +14,7 @@ from cxr_synth.base.records import Study, open_stage
 from cxr_synth.base.settings import DataConfig, PROMPTS, PlanConfig, ReportConfig
 from cxr_synth.base.files import write_text
 from cxr_synth.stages.data import prepare_training_data, stage_data
-from cxr_synth.base.loop import Mirror
+from cxr_synth.base.mirror import Mirror
 from cxr_synth.images.phantom import write_phantoms
 
 
@@ -356,8 +356,8 @@ REVIEWED = {  # file:function -> why nothing of a user's is lost
     "classify/executors:do_run": "the checkpoint of this run, under the record of runs/",
     "stages/classify:_forget_failures": "run.json that says of itself that it failed, on demand",
     "guide:_guide_rows": "weights that the line before has written, under the record of guide/",
-    "base/loop:Mirror.copy": "under a temporary name; the target is new or named in .mirrored.json",
-    "base/loop:Mirror.fetch": "under a temporary name, and only where no file is",
+    "base/mirror:Mirror._claim": "to a name that is free: nothing is lost",
+    "base/mirror:Mirror.drop": "copies that .mirrored.json names as ours",
     "base/network:remove_damaged": "a file just downloaded whose bytes differ from its name, a hash",
     "diffusion/pipelines:_write_text_encoder": "in the temporary folder of `write_pipeline`",
     "diffusion/pipelines:write_pipeline": "in the temporary folder of `save_pipeline` or `save_model`",

@@ -1,10 +1,12 @@
 "Options that save time or memory change the loss by rounding alone; previews and other looks change nothing."
 
 import dataclasses
+import os
 from importlib.util import find_spec
 
 import numpy as np, pytest, torch
 from cxr_synth.base.files import CxrError
+from cxr_synth.diffusion import dreambooth
 from cxr_synth.base.settings import PROMPTS, TrainConfig
 from cxr_synth.diffusion.command import train_dreambooth
 from cxr_synth.diffusion.dreambooth import TrainingTask, make_trainer
@@ -94,14 +96,13 @@ def test_eight_bits_need_bitsandbytes(base, task, tmp_path):
         losses(base, task, tmp_path, use_8bit_adam=True)
 
 
-def test_tensorboard_and_mirror(base, task, tmp_path):
-    pytest.importorskip("tensorboard")
+def _command(base, task, tmp_path):
     from PIL import Image
 
     (tmp_path / "images").mkdir()
     for k, im in enumerate(task.images):
         Image.fromarray(im).save(tmp_path / f"images/{k}.png")
-    args = dict(
+    return dict(
         pretrained_model_name_or_path=str(base),
         instance_data_dir=str(tmp_path / "images"),
         instance_prompt=PROMPTS["normal"],
@@ -112,29 +113,75 @@ def test_tensorboard_and_mirror(base, task, tmp_path):
         device="cpu",
         checkpoint_steps=1,
     )
+
+
+def test_tensorboard(base, task, tmp_path):
+    pytest.importorskip("tensorboard")
     out = train_dreambooth(
-        **args, output_dir=str(tmp_path / "out"), tensorboard=True, mirror=str(tmp_path / "drive")
+        **_command(base, task, tmp_path), output_dir=str(tmp_path / "out"), tensorboard=True
     )
     assert list(out.rglob("events.out.tfevents*"))
-    drive = tmp_path / "drive"
-    assert {p.relative_to(drive).as_posix() for p in drive.rglob("*.*")} == {
-        ".mirrored.json",
-        "checkpoints/last.pt",
-        "checkpoints/last.csv",
-        "previews/000000.png",
-        "previews/000002.png",
-    }
+
+
+def names(folder):
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*.*") if p.is_file()}
+
+
+def test_mirror(base, task, tmp_path, monkeypatch, capsys):
+    "The finished model takes the place of the checkpoints; another machine takes it up from there."
+    args, drive = _command(base, task, tmp_path), tmp_path / "drive/out"
+    args["mirror"] = str(drive.parent)
+    seen = []
+    monkeypatch.setattr(dreambooth, "save_model", watched(dreambooth.save_model, seen, drive))
+    out = train_dreambooth(**args, output_dir=str(tmp_path / "out"))
+    assert {"checkpoints/last.pt", "checkpoints/last.pt.json"} <= seen[0]
+    model = names(out) - {"train.csv"}
+    kept = {".mirrored.json", "checkpoints/last.csv"} | {f"previews/00000{k}.png" for k in (0, 2)}
+    saved = {n for n in model if not n.startswith("previews/")}
+    assert names(drive) == kept | saved | {f"{n}.json" for n in saved}
     assert (out / "train.csv").exists() and not (out / "checkpoints").exists()
-    again = train_dreambooth(
-        **args, output_dir=str(tmp_path / "new"), mirror=str(tmp_path / "drive")
-    )  # another machine, the same drive
+    capsys.readouterr()
+    monkeypatch.setattr(dreambooth, "make_trainer", None)  # nothing is trained again
+    again = train_dreambooth(**args, output_dir=str(tmp_path / "new/out"))
+    assert "brought back" in capsys.readouterr().out
+    assert {n: (again / n).read_bytes() for n in saved} == {
+        n: (out / n).read_bytes() for n in saved
+    }
+    assert (again / "train.csv").read_bytes() == (out / "train.csv").read_bytes()
+    assert not (again / "checkpoints").exists()
+
+
+def watched(save, seen, drive):
+    def saving(*args, **kw):
+        seen.append(names(drive))
+        return save(*args, **kw)
+
+    return saving
+
+
+@pytest.mark.parametrize("damage", ["cut weights", "cut facts", "cut provenance", "other settings"])
+def test_a_mirrored_model_that_does_not_fit(base, task, tmp_path, damage):
+    "It is not taken up; the model is trained again."
+    args, drive = _command(base, task, tmp_path), tmp_path / "drive/out"
+    args["mirror"] = str(drive.parent)
+    out = train_dreambooth(**args, output_dir=str(tmp_path / "out"))
     weights = "unet/diffusion_pytorch_model.safetensors"
-    assert (again / weights).read_bytes() == (out / weights).read_bytes()
+    good = (out / weights).read_bytes()
+    cut = {
+        "cut weights": weights,
+        "cut facts": f"{weights}.json",
+        "cut provenance": "provenance.json",
+    }
+    if damage in cut:
+        os.truncate(drive / cut[damage], (drive / cut[damage]).stat().st_size // 2)
+    more = dict(learning_rate=1e-3) if damage == "other settings" else {}
+    again = train_dreambooth(**args, **more, output_dir=str(tmp_path / "new/out"))
+    assert ((again / weights).read_bytes() == good) == (damage in cut)
+
+
+def test_a_mirror_that_cannot_be(base, task, tmp_path):
+    args = _command(base, task, tmp_path)
     with pytest.raises(CxrError, match="cannot write to the mirror"):
         train_dreambooth(
             **args, output_dir=str(tmp_path / "x"), mirror=str(tmp_path / "images/0.png")
-        )
-    with pytest.raises(CxrError, match="other settings"):
-        train_dreambooth(
-            **args, output_dir=str(tmp_path / "y"), mirror=str(tmp_path / "drive"), snr_gamma=5.0
         )

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['seed_for', 'pick_device', 'autocast', 'own_process', 'refuse_processes', 'pick_precision', 'freeing_memory',
-           'out_of_memory', 'eager', 'progress']
+           'out_of_memory', 'eager', 'deterministic', 'device_name', 'progress']
 
 # %% ../../nbs/base/compute.ipynb #f2b35cdd
 import gc, hashlib, os, sys, traceback
@@ -142,6 +142,40 @@ def eager():
 
     with torch.compiler.set_stance("force_eager"):
         yield
+
+# %% ../../nbs/base/compute.ipynb #6b9ee0cd
+@contextmanager
+def deterministic(
+    wanted: bool = True,  # False changes nothing
+):
+    "Inside, PyTorch uses operations alone that give the same bits each time; afterwards it is as before."
+    if not wanted:
+        yield
+        return
+    import torch
+
+    cudnn, before = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()
+    flags = cudnn.deterministic, cudnn.benchmark
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace or ":4096:8"  # which PyTorch asks for
+    try:
+        torch.use_deterministic_algorithms(True)
+        cudnn.deterministic, cudnn.benchmark = True, False
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        cudnn.deterministic, cudnn.benchmark = flags
+        if workspace is None:
+            del os.environ["CUBLAS_WORKSPACE_CONFIG"]
+
+
+def device_name(
+    device: str,  # cuda, mps or cpu
+) -> str:  # such as "cuda NVIDIA A100-SXM4-80GB"
+    "What computes."
+    import torch
+
+    return f"cuda {torch.cuda.get_device_name()}" if device == "cuda" else device
 
 # %% ../../nbs/base/compute.ipynb #3860b98b
 def progress(

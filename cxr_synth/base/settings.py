@@ -496,18 +496,22 @@ class TrainConfig(ScratchConfig):
     preview_images: int = runtime(ranged(4, 1, 64, "images"))  # images per prompt in a preview
     # classifier-free guidance of the previews
     preview_guidance: float = runtime(ranged(3.0, 1, 100))
-    # optimizer steps between two checkpoints
-    checkpoint_steps: int = runtime(ranged(100, 1, STEPS, "steps"))
+    # minutes between two checkpoints; none: by steps alone
+    checkpoint_minutes: float | None = runtime(ranged(10.0, 0, 1440, "minutes", above=True))
+    # optimizer steps between two checkpoints; none: by time alone
+    checkpoint_steps: int | None = runtime(ranged(None, 1, STEPS, "steps"))
     # recompute activations: less memory, about a third slower
     gradient_checkpointing: bool = runtime(False)
     # memory layout that half-precision convolutions on a GPU prefer
     channels_last: bool = runtime(False)
     compile: bool = runtime(False)  # torch.compile for the U-Net's blocks
+    # on a GPU the same bits each time, by slower forms of some operations; a CPU needs no such thing
+    deterministic: bool = runtime(False)
     tensorboard: bool = runtime(False)  # event files beside the CSV
-    # folder, on a mounted Drive for one, that gets log, previews and small checkpoints
+    # folder, on a mounted Drive for one, that gets log, previews and checkpoints
     mirror: str = runtime(text("", "a folder"))
-    # largest checkpoint that is mirrored, GB
-    mirror_gb: float = runtime(ranged(2.0, 0, 1000, "GB", above=True))
+    # largest file that is mirrored, GB; none: what fits there
+    mirror_gb: float | None = runtime(ranged(None, 0, 1000, "GB", above=True))
     device: Device = runtime("auto")  # auto, cuda, mps or cpu
 
     def _check_together(self):

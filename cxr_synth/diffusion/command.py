@@ -17,8 +17,9 @@ from ..base.arguments import check_folder, check_kind, check_number, check_path,
 from ..base.compute import pick_device, refuse_processes
 from ..base.files import CxrError, check_apart, lies_in, one_of, remove_files
 from ..base.readers import read_json
-from ..base.loop import Mirror, checkpoint_files
+from ..base.checkpoints import checkpoint_files
 from ..base.messages import say
+from ..base.mirror import Mirror
 from ..base.records import differences
 from ..base.settings import DataConfig, TrainConfig
 from cxr_synth.diffusion.dreambooth import (
@@ -280,10 +281,15 @@ def train_dreambooth(
         run.watch,
         previews=out / "previews",
         cache=out / "checkpoints/cache",
-        mirror=Mirror(cfg.mirror, out, cfg.mirror_gb) if cfg.mirror else None,
+        mirror=_mirror(cfg, out),
         card=find_card("folder", stems=_stems(run.instance_data_dir)),
     )
     return _remove_checkpoints(out)
+
+
+def _mirror(cfg: TrainConfig, out: Path) -> Mirror | None:
+    "A folder of the mirror for this model: two models of one mirror do not meet."
+    return Mirror(Path(cfg.mirror) / out.name, out, cfg.mirror_gb) if cfg.mirror else None
 
 
 def _stems(folder) -> list[str]:

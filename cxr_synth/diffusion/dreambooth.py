@@ -6,7 +6,8 @@
 __all__ = ['TRAINING', 'read_prompts', 'TrainingTask', 'class_task', 'model_key', 'check_class_images', 'make_class_images',
            'generate_class_images', 'resolve_precision', 'choose_weights', 'make_trainer', 'choose_saved_weights',
            'load_trained_weights', 'generator_facts', 'generator_card', 'save_model', 'print_preflight',
-           'naming_memory', 'check_model_folder', 'claim_model', 'fine_tune', 'train_base']
+           'naming_memory', 'check_model_folder', 'claim_model', 'mirror_model', 'fetch_model', 'fine_tune',
+           'train_base']
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #79521d8f
 import dataclasses, hashlib, json, os, shutil
@@ -22,7 +23,9 @@ from safetensors.torch import load_file, save_file
 # %% ../../nbs/diffusion/dreambooth.ipynb #12f11962
 from ..base.arguments import check_number, check_path, check_whole
 from ..base.cache import weights_key
+from ..base.checkpoints import generations
 from cxr_synth.base.compute import (
+    deterministic,
     freeing_memory,
     out_of_memory,
     own_process,
@@ -51,6 +54,7 @@ from cxr_synth.base.files import (
 from ..base.readers import Row, read_csv, read_json
 from ..base.loop import Loop, TrainedPart, fit_batch, steps_for
 from ..base.messages import say
+from ..base.mirror import Mirror
 from ..base.records import differences
 from ..base.settings import PROMPTS, TrainConfig, is_scratch, known_base
 from .hub import check_source
@@ -60,6 +64,7 @@ from .prompts import check_prompt, check_prompts, check_table_prompts
 from cxr_synth.diffusion.preflight import (
     check_memory,
     device_memory,
+    disconnect_text,
     memory_advice,
     preflight,
     preflight_text,
@@ -83,6 +88,7 @@ from cxr_synth.diffusion.trainer import (
     training_noise,
 )
 from ..protocol.dataset import DatasetCard, hub_licence, lineage
+from ..protocol.schema import LogRow
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #101ce389
 class _PromptRow(Row):
@@ -363,6 +369,7 @@ _FINE_TUNING = {  # argument of `Trainer` or `Loop` -> the setting
     "clip": "max_grad_norm",
     "eight_bit": "use_8bit_adam",
     "every": "checkpoint_steps",
+    "minutes": "checkpoint_minutes",
 }
 
 
@@ -398,7 +405,7 @@ def make_trainer(
     total, batch = _steps_and_batch(cfg, len(data), len(prior or ()), views)
     choose_weights(pipe, cfg, seed)
     settings = {argument: getattr(cfg, name) for argument, name in _FINE_TUNING.items()}
-    where = dict(seed=seed, device=device, config=config, mirror=mirror)
+    where = dict(seed=seed, device=device, config=config, mirror=mirror, keep_last=False)
     where["setting"] = "--train.learning-rate"
     trainer = Trainer(pipe, data, path, total, batch, prior=prior, **settings, **where)
     prompts = task.previews or task.prompts[:4]
@@ -471,6 +478,8 @@ def generator_facts(
         heldout={str(r["step"]): r["heldout"] for r in rows if "heldout" in r},
         best=loop.best,
         device=trainer.device,
+        devices=loop.devices,
+        deterministic=cfg.deterministic,
         threads=torch.get_num_threads(),
         versions=library_versions(),
     )
@@ -592,6 +601,15 @@ def save_model(
     write_json(out / "provenance.json", facts | dict(weights=weights))
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #638629ee
+def _free_gib(
+    folder,  # that will be written to; it may be missing
+) -> float:
+    "Room on the disk of a folder."
+    folder = Path(folder).absolute()
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    return shutil.disk_usage(there).free / 2**30
+
+
 def print_preflight(
     cfg: TrainConfig,  # settings
     resolution: int,  # px
@@ -602,9 +620,10 @@ def print_preflight(
         return
     device = pick_device(cfg.device)
     need, have = preflight(cfg, resolution), device_memory(device)
-    folder = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if p.exists())
     if not os.environ.get("CXR_QUIET") and own_process()[0] == 0:
-        say(preflight_text(need, have, shutil.disk_usage(folder).free / 2**30))
+        say(preflight_text(need, have, _free_gib(out)))
+        room = _free_gib(cfg.mirror) if cfg.mirror else None
+        say(disconnect_text(cfg, need["disk"]["checkpoints"] / 2, room))
     check_memory(need, cfg, device, have)
 
 
@@ -655,6 +674,64 @@ def claim_model(
     check_model_folder(out, base, source)
     claim(out, TRAINING, dict(base=str(base), versions=library_versions()), beside=["class_images"])
 
+# %% ../../nbs/diffusion/dreambooth.ipynb #76a9173d
+_NOT_THE_MODEL = ("checkpoints", "previews", "class_images", "tensorboard")  # folders beside it
+
+
+def _is_of_model(file: Path, out: Path) -> bool:
+    "Whether a file of a model folder belongs to the model."
+    parts = file.relative_to(out).parts
+    return parts[0] not in _NOT_THE_MODEL and not any(part.startswith(".") for part in parts)
+
+
+def mirror_model(
+    mirror: Mirror,  # gets the model
+    out: Path,  # its folder, complete
+    path,  # checkpoint file of its training
+):
+    "Copy a finished model to the mirror, in place of its checkpoints there."
+    files = [p for p in sorted(out.rglob("*")) if p.is_file() and _is_of_model(p, out)]
+    files.sort(
+        key=lambda p: p.name == "provenance.json"
+    )  # the last one says that the rest is whole
+    size, going = sum(p.stat().st_size for p in files), generations(path)
+    try:
+        if not mirror.fits(size) and mirror.fits(size, going):
+            mirror.drop(going)
+        if all(mirror.copy(p, checked=True) for p in files):
+            mirror.drop(going)
+    except OSError as e:
+        say(f"the mirror cannot be reached: {e.strerror or e}. The model is in {out}.")
+
+
+def fetch_model(
+    mirror: Mirror,  # may hold the model
+    out: Path,  # its folder
+    made_from: dict,  # what its provenance must say
+) -> bool:  # whether it is here
+    "Bring a finished model back."
+    files = [p for p in mirror.below(out) if _is_of_model(p, out)]
+    files.sort(key=lambda p: p.name == "provenance.json")
+    if not files or files[-1].name != "provenance.json":
+        return False
+    there = mirror.folder / files[-1].relative_to(mirror.root)
+    try:
+        facts = read_json(there, dict)
+    except CxrError:  # cut
+        return False
+    if any(facts.get(name) != value for name, value in made_from.items()):
+        return False
+    if not all(mirror.fetch(p, checked=True) for p in files):
+        return False
+    say(f"{out}: the finished model was brought back from {mirror.folder}.")
+    return True
+
+
+def _made_from(pipe, task: TrainingTask, cfg: TrainConfig, seed: int) -> dict:
+    "What tells a model from others, as its provenance has it."
+    about = dict(settings=cfg.settings(), seed=seed, data=task.key(), model=model_key(pipe))
+    return json.loads(json.dumps(about))
+
 # %% ../../nbs/diffusion/dreambooth.ipynb #16357898
 @freeing_memory()
 def fine_tune(
@@ -679,15 +756,20 @@ def fine_tune(
     if callable(task):
         task = task(pipe)
     task.check(pipe.tokenizer)
-    with naming_memory(cfg, desc):
+    mirror, log = how.get("mirror"), Path(path).with_suffix(".csv")
+    if mirror and fetch_model(mirror, Path(out), _made_from(pipe, task, cfg, seed)):
+        return read_csv(log, LogRow) if mirror.fetch(log) else []
+    with naming_memory(cfg, desc), deterministic(cfg.deterministic):
         trainer = make_trainer(pipe, task, path, cfg, seed, **how)
         if watch:
             trainer.loop.hooks.append(TrainingMonitor(how.get("previews")))
-        log = trainer.run(desc)
+        rows = trainer.run(desc)
     save_model(
         trainer, out, generator_facts(trainer, task, cfg, seed, base, source, card), cfg, base
     )
-    return log
+    if mirror:
+        mirror_model(mirror, Path(out), path)
+    return rows
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #73023305
 def _scratch_vae(
@@ -707,8 +789,10 @@ def _scratch_vae(
     total = steps_for(len(images), batch, cfg.vae_steps, cfg.vae_views)
     parts = dict(vae=TrainedPart(vae, cfg.vae_learning_rate))
     path, how = Path(work) / "vae.pt", dict(setting="--train.vae-learning-rate") | loop
-    loop = Loop(parts, path, total, every=cfg.checkpoint_steps, items=batch, **how)
-    train_vae(vae, images, loop, batch, seed, device, cfg.mixed_precision, desc)
+    how |= dict(every=cfg.checkpoint_steps, minutes=cfg.checkpoint_minutes)
+    loop = Loop(parts, path, total, items=batch, **how)
+    with deterministic(cfg.deterministic):
+        train_vae(vae, images, loop, batch, seed, device, cfg.mixed_precision, desc)
     return vae
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #de0e6cd0
@@ -747,9 +831,12 @@ def train_base(
             warmup=50,
             ema_decay=cfg.ema_decay,
             every=cfg.checkpoint_steps,
+            minutes=cfg.checkpoint_minutes,
             setting="--train.base-learning-rate",
             **where,
             **loop,
         )
-        _add_hooks(trainer, cfg, heldout, previews, task.previews, seed).run(desc)
+        _add_hooks(trainer, cfg, heldout, previews, task.previews, seed)
+        with deterministic(cfg.deterministic):
+            trainer.run(desc)
     return pipe

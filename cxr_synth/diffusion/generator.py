@@ -15,7 +15,8 @@ import numpy as np
 from ..base.compute import pick_device, seed_for
 from ..base.files import CxrError, digest_json, one_of, remove_files, write_csv
 from ..base.readers import read_csv, read_json
-from ..base.loop import Mirror, checkpoint_files
+from ..base.checkpoints import checkpoint_files
+from ..base.mirror import Mirror
 from ..base.locks import alone, hold
 from ..base.records import Stage, Study, check_files, open_stage, parse_generator
 from ..base.settings import CLASSES, PROMPTS, TrainConfig, is_scratch
@@ -243,6 +244,8 @@ def _train_model(
         views=job.cfg.max_views,
         card=dataset_card(job.study),
     )
+    going_on = [name for name in checkpoint_files(model) if not name.endswith(".csv")]
+    remove_files(job.work, going_on)  # for Stable Diffusion 29 GB
 
 # %% ../../nbs/diffusion/generator.ipynb #536a2c4c
 def _collect_logs(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['empty_weights', 'kept_bytes', 'base_parts', 'activation_bytes', 'preflight', 'preflight_text', 'device_memory',
-           'memory_advice', 'preset_for', 'check_memory']
+           'memory_advice', 'preset_for', 'check_memory', 'disconnect_text']
 
 # %% ../../nbs/diffusion/preflight.ipynb #e73e7f9f
 import re, tempfile
@@ -287,3 +287,38 @@ def check_memory(
         f"Nothing was downloaded. The preset for this computer: --preset {preset_for(device, have)}, in a "
         f"new study.\n{memory_advice(cfg)}"
     )
+
+# %% ../../nbs/diffusion/preflight.ipynb #ce70dc4c
+def _cadence(cfg: TrainConfig) -> str:
+    "How often a checkpoint is written, in words; empty if never."
+    steps = f"{cfg.checkpoint_steps} steps" if cfg.checkpoint_steps else ""
+    minutes = f"{cfg.checkpoint_minutes:g} minutes" if cfg.checkpoint_minutes else ""
+    return " or ".join(filter(None, (minutes, steps)))
+
+
+def disconnect_text(
+    cfg: TrainConfig,  # settings
+    gib: float,  # of one checkpoint
+    room: float | None = None,  # GiB that are free in the mirror; None: there is no mirror
+) -> str:
+    "What training would be lost with this machine."
+    often, start = _cadence(cfg), "if this machine vanishes, training loses"
+    if not often:
+        return (
+            f"{start} everything: no checkpoints (checkpoint_minutes none, checkpoint_steps none)"
+        )
+    if room is None:
+        return (
+            f"{start} everything: no mirror (mirror FOLDER, on a mounted Drive for one, would make it "
+            f"at most {often} and the copying of {gib:.1f} GiB)"
+        )
+    if cfg.mirror_gb is not None and gib * 2**30 > cfg.mirror_gb * 1e9:
+        return f"{start} everything: a checkpoint has {gib:.1f} GiB, mirror_gb is {cfg.mirror_gb:g}"
+    if room < gib:
+        return f"{start} everything: a checkpoint has {gib:.1f} GiB, the mirror has room for {room:.1f}"
+    text = f"{start} at most {often} and the copying of {gib:.1f} GiB"
+    if room < 2 * gib:
+        text += (
+            "; everything while that is copied: the mirror has room for one checkpoint, not for two"
+        )
+    return text

@@ -347,7 +347,7 @@ class Denoiser:
 
 # %% ../../nbs/diffusion/trainer.ipynb #8fa3cabd
 class Trainer(Denoiser):
-    "Train the parts of a pipeline that require gradients; resumable and exact."
+    "Train the parts of a pipeline that require gradients; resumable, on a CPU to the last bit."
 
     def __init__(
         self,
@@ -367,7 +367,7 @@ class Trainer(Denoiser):
         seed: int = 0,  # of order, noise, times
         device: str = "cpu",  # where
         precision: str = "no",  # no, bf16 or fp16
-        **loop,  # for `Loop`: warmup, shape, ema_decay, clip, every, config, mirror, eight_bit
+        **loop,  # for `Loop`: warmup, ema_decay, every, minutes, keep_last, config, mirror
     ):
         super().__init__(pipe, device, precision)
         self.batch = batch

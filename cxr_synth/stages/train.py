@@ -8,6 +8,7 @@ __all__ = ['stage_train']
 # %% ../../nbs/03_train.ipynb #92660d86
 from ..base.compute import own_process
 from ..base.messages import say
+from ..base.mirror import flush_drive
 from ..base.records import Study, as_study
 from ..base.settings import TrainConfig
 from ..diffusion.dreambooth import print_preflight
@@ -57,3 +58,4 @@ def stage_train(
         else:
             wanted.append(generator.name)
     _train_own(study, wanted, cfg, plan.seed, redo)
+    flush_drive(cfg.mirror, study.root)
