@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 import cxr_synth
+from cxr_synth.base.files import CxrError
 from cxr_synth.base.settings import PROMPTS, TrainConfig
 from cxr_synth.diffusion import dreambooth
 from cxr_synth.diffusion.dreambooth import TrainingTask, make_trainer, train_base
@@ -81,15 +82,21 @@ def test_two_in_a_row(root, tmp_path, loaded, method):
     _gone(loaded, 2)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_second_after_an_error(root, tmp_path, loaded, method, monkeypatch):
+@pytest.mark.parametrize(
+    "method, text, kind",
+    [
+        ("full", "an illegal memory access", RuntimeError),
+        ("lora", "out of memory", CxrError),  # which names what helps
+    ],
+)
+def test_the_second_after_an_error(root, tmp_path, loaded, method, text, kind, monkeypatch):
     "A notebook keeps the error; what was at work when it came is free all the same."
 
     def run_out(self, k, learning):
-        raise RuntimeError("out of memory")
+        raise RuntimeError(text)
 
     monkeypatch.setattr(Trainer, "one_pass", run_out)
-    with pytest.raises(RuntimeError) as kept:
+    with pytest.raises(kind) as kept:
         train(root, tmp_path / "0", method)
     assert kept.value.__traceback__ is not None
     _gone(loaded, 1)
