@@ -282,7 +282,7 @@ class PromptEmbeddings:
 
     def encode(self, ids: torch.Tensor) -> torch.Tensor:  # (B, L) on the CPU -> (B, L, width)
         "Vectors of tokens, by the encoder as it is now."
-        return self.family.encode(self.pipe, ids.to(self.device))
+        return self.family.encode(self.pipe, _to_device_async(ids, self.device))
 
     @torch.no_grad()
     def all(self) -> torch.Tensor:  # (P, L, width); on the CPU if there are very many
@@ -324,6 +324,7 @@ class Denoiser:
         pipe.text_encoder.to(device).train()
         pipe.vae.to(device).requires_grad_(False)
         self.noise_levels = training_noise(pipe.scheduler)
+        self.noise_levels.alphas_cumprod = self.noise_levels.alphas_cumprod.to(device)
         self.times = self.noise_levels.config.num_train_timesteps
         self.no_prompt = self.prompts.add([""])
 
