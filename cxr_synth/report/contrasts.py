@@ -546,7 +546,8 @@ def _add_word(r, gate, margin):
     if r["scope"] == "overlapping":
         r["remarks"].append("its replicates share patients: no word about the method")
         return
-    if r["role"] == "primary" and r["scope"] == "these children":
+    alone = r["role"] == "primary" and r["replicates"] == 1
+    if alone and r["scope"] == "these children":
         r["remarks"].append("for these training children: no word about the method")
         return
     r["word"] = interval_word(r, margin, r.get("p_holm"), gate)
