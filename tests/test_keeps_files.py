@@ -353,7 +353,6 @@ REVIEWED = {  # file:function -> why nothing of a user's is lost
     "diffusion/dreambooth:_move_files": "from our temporary folder into one that `claim_model` found ours",
     "diffusion/command:_remove_checkpoints": "our log, in a folder that .training.json says is ours",
     "classify/runs:make_run": "our log, in a run folder under the record of runs/",
-    "classify/executors:do_run": "the checkpoint of this run, under the record of runs/",
     "stages/classify:_forget_failures": "run.json that says of itself that it failed, on demand",
     "guide:_guide_rows": "weights that the line before has written, under the record of guide/",
     "base/mirror:Mirror._claim": "to a name that is free: nothing is lost",

@@ -18,8 +18,9 @@ import torch
 from threadpoolctl import threadpool_limits
 
 # %% ../../nbs/classify/executors.ipynb #91d85128
+from ..base.checkpoints import checkpoint_files
 from ..base.compute import progress
-from ..base.files import CxrError, one_of, write_csv, write_json
+from ..base.files import CxrError, one_of, remove_files, write_csv, write_json
 from ..base.locks import InUse, hold
 from ..base.messages import use_plain_characters
 from ..base.readers import read_csv
@@ -94,7 +95,8 @@ def do_run(
             return record
         record = _record_of(run, _context_of(job))
         write_json(path, record)
-        (path.parent / "checkpoint.pt").unlink(missing_ok=True)
+        served = [n for n in checkpoint_files("checkpoint") if not n.endswith(".csv")]
+        remove_files(path.parent, served)
     return record
 
 # %% ../../nbs/classify/executors.ipynb #539c3fa2
