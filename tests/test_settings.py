@@ -102,6 +102,8 @@ COMPANIONS = {  # what a value needs beside it
     "weights": dict(heldout_images=8),
     "heldout_images": dict(weights="last"),
     "guidance_scale": dict(negative_prompt=""),
+    "decoder_batch_size": dict(tune_decoder=1),  # without it, the other two are no settings
+    "decoder_learning_rate": dict(tune_decoder=1),
 }
 
 

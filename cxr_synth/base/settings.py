@@ -471,6 +471,10 @@ class TrainConfig(ScratchConfig):
     text_encoder_lr: float | None = ranged(None, 0, 1, above=True)
     # it stands still after so many steps; none: never
     text_encoder_steps: int | None = ranged(None, 1, STEPS, "steps")
+    # steps of the autoencoder's decoder on the generator's own patients, before the U-Net's; 0: untouched
+    tune_decoder: int = ranged(0, 0, STEPS, "steps")
+    decoder_batch_size: int = ranged(16, 1, BATCH, "images")  # tuned decoder: images, in float32
+    decoder_learning_rate: float = ranged(3e-4, 0, 1, above=True)  # tuned decoder: peak
     # prior images: other (real ones of the other class) or generated (by the base)
     prior: Literal["other", "generated"] = "other"
     # weight of their loss; none switches them off (guide: 1.0)
@@ -519,10 +523,10 @@ class TrainConfig(ScratchConfig):
 
     def settings(self):
         base = Path(self.base).name if Path(self.base).is_dir() else self.base
-        return super().settings() | {
-            "base": base,
-            "prompts": digest_file(self.prompts) if self.prompts else "",
-        }
+        prompts = digest_file(self.prompts) if self.prompts else ""
+        found = super().settings() | dict(base=base, prompts=prompts)
+        decoder = ("tune_decoder", "decoder_batch_size", "decoder_learning_rate")
+        return {k: v for k, v in found.items() if self.tune_decoder or k not in decoder}
 
     def runtimes(self):
         return super().runtimes() | {"base": self.base, "prompts": self.prompts}
@@ -602,6 +606,9 @@ class QualityConfig(Config):
     halvings: int = ranged(20, 2, 1000, "halvings")
     # pairs of images whose likeness is measured (MS-SSIM), a class
     pairs: int = ranged(1000, 2, 1_000_000, "pairs")
+    # what `filtered` leaves out beside the gate's and a person's marks: suspected copies, or also images
+    # whose class a head trained on the generator's own films (classifier) does not see
+    filter: Literal["copies", "classifier"] = "copies"
     # file or folder of the extractor's weights (rad-dino: Hub id or folder); their hash is recorded
     weights: str = runtime(text("", "a file or folder"))
     device: Device = runtime("auto")  # auto, cuda, mps or cpu

@@ -231,7 +231,11 @@ def guide_flags(
     named = {k: v for k, v in flags.items() if k in guide}
     run = GuideFlags(**named, more={k: v for k, v in flags.items() if k not in guide})
     _check_flags(run)
-    run.config()  # refuses what is out of range
+    if run.config().tune_decoder:  # which also refuses what is out of range
+        raise CxrError(
+            "tune_decoder is for a study: a decoder for one class alone would tell the classes apart.\n"
+            "Train both from one decoder with: cxr-synth train STUDY --train.tune-decoder STEPS"
+        )
     return run
 
 # %% ../../nbs/diffusion/command.ipynb #98022655

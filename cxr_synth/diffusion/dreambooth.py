@@ -57,6 +57,7 @@ from ..base.messages import say
 from ..base.mirror import Mirror
 from ..base.records import differences
 from ..base.settings import PROMPTS, TrainConfig, is_scratch, known_base
+from .decoder import DECODER_FILE, decoder_facts, load_decoder
 from .hub import check_source
 from .lora import add_lora, save_lora
 from .pipelines import load_pipeline, write_pipeline
@@ -454,6 +455,7 @@ def generator_facts(
     base: str,  # as the user named it
     source=None,  # `Source` of the base
     card=DatasetCard(),  # of the images
+    decoder=None,  # file of the tuned decoder
 ) -> dict:
     "What a model was made from and with."
     loop = trainer.loop
@@ -481,8 +483,14 @@ def generator_facts(
         devices=loop.devices,
         deterministic=cfg.deterministic,
         threads=torch.get_num_threads(),
+        decoder=_about_decoder(decoder),
         versions=library_versions(),
     )
+
+
+def _about_decoder(file) -> dict | None:  # file: of a tuned decoder, or None
+    "What a tuned decoder was made from, and the digest of its file; None: the base's own."
+    return decoder_facts(file) | dict(sha256=digest_file(file)) if file else None
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #421111c0
 _MODEL_CARD = """---
@@ -522,6 +530,9 @@ _LOAD = {  # method -> how the model is loaded
         'pipe = DiffusionPipeline.from_pretrained(BASE)\npipe.load_lora_weights("THIS_FOLDER")'
     ),
 }
+_LOAD_DECODER = """
+from safetensors.torch import load_file
+pipe.vae.decoder.load_state_dict(load_file("THIS_FOLDER/decoder.safetensors"))"""
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #9e6881a4
 def _card_header(
@@ -544,16 +555,17 @@ def generator_card(
 ) -> str:
     "README.md of a model folder, with the front matter of the Hub."
     settings, card = facts["settings"], DatasetCard(**facts["dataset"])
+    lora = settings["method"] == "lora"
     return _MODEL_CARD.format(
         header=_card_header(facts, card),
-        tag="lora" if settings["method"] == "lora" else "dreambooth",
+        tag="lora" if lora else "dreambooth",
         method=settings["method"],
         base=facts["base"],
         images=facts["images"],
         steps=facts["steps"],
         warning=_WARNING,
         prompt=facts["prompts"][0],
-        load=_LOAD[settings["method"]],
+        load=_LOAD[settings["method"]] + _LOAD_DECODER * bool(lora and facts.get("decoder")),
         source=lineage(card, settings["base"]),
         copies=_COPIES,
     )
@@ -572,12 +584,25 @@ def _move_files(
         os.replace(p, out / p.relative_to(source))
 
 
+def _save_adapted(pipe, out: Path, facts: dict, cfg: TrainConfig, base: str, decoder):
+    "Write a LoRA, and beside it the tuned decoder that its base does not have."
+    more = {}
+    if decoder:
+        more["decoder"] = facts["decoder"]["sha256"]
+        with atomic_path(out / DECODER_FILE) as tmp:
+            shutil.copyfile(decoder, tmp)
+    text = pipe.text_encoder if cfg.train_text_encoder else None
+    how = (cfg.rank, cfg.lora_alpha, facts["revision"])
+    save_lora(out, pipe.unet, text, base, *how, **more)
+
+
 def save_model(
     trainer: Trainer,  # after its run
     out,  # model folder
     facts: dict,  # from `generator_facts`
     cfg: TrainConfig,  # settings
     base: str,  # folder, name or Hub id
+    decoder=None,  # file of the tuned decoder, which the pipeline has
 ):
     "Write pipeline or LoRA, card and provenance; provenance.json comes last and says that the rest is whole."
     out, pipe, tmp = Path(out), trainer.pipe, temporary_for(Path(out) / "model")
@@ -588,8 +613,7 @@ def save_model(
             if cfg.method != "lora":
                 write_pipeline(pipe, tmp)
         if cfg.method == "lora":
-            text = pipe.text_encoder if cfg.train_text_encoder else None
-            save_lora(out, pipe.unet, text, base, cfg.rank, cfg.lora_alpha, facts["revision"])
+            _save_adapted(pipe, out, facts, cfg, base, decoder)
         _move_files(tmp, out)
     finally:
         remove_temporary(tmp)
@@ -744,6 +768,7 @@ def fine_tune(
     desc: str = "DreamBooth",  # for the progress bar
     watch: bool = False,  # redraw a figure in the notebook
     card: DatasetCard = DatasetCard(),  # of the images
+    decoder=None,  # file of a tuned decoder, see `tune_decoder`; None: the base's own
     **how,  # for `make_trainer`: previews, cache, mirror, views
 ) -> list[dict]:  # the log; raises `CxrError` if the folder holds other files
     "Fine-tune a base on a task and save the model (Ruiz et al. 2023; guide, section 7)."
@@ -756,6 +781,8 @@ def fine_tune(
     if callable(task):
         task = task(pipe)
     task.check(pipe.tokenizer)
+    if decoder:
+        load_decoder(pipe.vae, decoder)
     mirror, log = how.get("mirror"), Path(path).with_suffix(".csv")
     if mirror and fetch_model(mirror, Path(out), _made_from(pipe, task, cfg, seed)):
         return read_csv(log, LogRow) if mirror.fetch(log) else []
@@ -764,9 +791,8 @@ def fine_tune(
         if watch:
             trainer.loop.hooks.append(TrainingMonitor(how.get("previews")))
         rows = trainer.run(desc)
-    save_model(
-        trainer, out, generator_facts(trainer, task, cfg, seed, base, source, card), cfg, base
-    )
+    facts = generator_facts(trainer, task, cfg, seed, base, source, card, decoder)
+    save_model(trainer, out, facts, cfg, base, decoder)
     if mirror:
         mirror_model(mirror, Path(out), path)
     return rows

@@ -30,8 +30,10 @@ from cxr_synth.diffusion.dreambooth import (
     resolve_precision,
     train_base,
 )
-from .pipelines import save_pipeline
+from .decoder import DECODER_FILE
+from .pipelines import load_pipeline, save_pipeline
 from .prompts import check_prompt, check_table_prompts
+from .tuned_decoder import tune_decoder
 from ..images.study_images import load_images, training_rows, val_rows
 from ..protocol.dataset import dataset_card
 from ..protocol.schema import LogRow, Provenance
@@ -215,6 +217,31 @@ def _ready_base(
     return str(folder)
 
 # %% ../../nbs/diffusion/generator.ipynb #7b2e4a1a
+def _tuned_decoder(
+    job: _GeneratorJob,  # of a generator
+    base: str,  # from `_ready_base`
+) -> Path | None:  # the file; None: the base's own decoder
+    "The decoder that all models of the generator share; of several processes one trains it."
+    if not job.cfg.tune_decoder:
+        return None
+    file, tasks = job.stage.path / DECODER_FILE, job.tasks
+    with hold(job.study.root, f"tune the decoder of {job.name}", wait=True):
+        if not file.exists():
+            tune_decoder(
+                load_pipeline(base, revision=job.cfg.revision).vae,
+                tasks.images,
+                file,
+                job.work / "decoder.pt",
+                job.cfg,
+                seed_for(job.seed, job.name, "decoder"),
+                tasks.val and tasks.val[0],
+                job.study / "cache/latents",
+                job.mirror(),
+                f"{job.name} decoder",
+            )
+    return file
+
+# %% ../../nbs/diffusion/generator.ipynb #e2321dc7
 def _is_trained(job: _GeneratorJob, model: str) -> bool:
     "Whether a model is whole."
     return (job.stage.path / model / "provenance.json").exists()
@@ -243,6 +270,7 @@ def _train_model(
         mirror=job.mirror(),
         views=job.cfg.max_views,
         card=dataset_card(job.study),
+        decoder=_tuned_decoder(job, base),
     )
     going_on = [name for name in checkpoint_files(model) if not name.endswith(".csv")]
     remove_files(job.work, going_on)  # for Stable Diffusion 29 GB
@@ -268,10 +296,12 @@ def _finish_generator(
     if not (folder / "train.csv").exists():
         _collect_logs(folder)
     tokenizer = ("vocab.json", "merges.txt", "tokenizer_config.json")
-    checkpoints = [f for part in ("vae", "base", *models) for f in checkpoint_files(part)]
+    parts = ("vae", "base", "decoder", *models)
+    checkpoints = [f for part in parts for f in checkpoint_files(part)]
     remove_files(job.work, checkpoints + [f"tokenizer/{name}" for name in tokenizer])
     for model in models:
         remove_files(folder / model, [TRAINING])
+    remove_files(folder, [DECODER_FILE])  # each model has it
     job.stage.finish(**job.tasks.facts)
 
 # %% ../../nbs/diffusion/generator.ipynb #0ba440da

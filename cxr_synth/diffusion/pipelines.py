@@ -16,12 +16,13 @@ from safetensors.torch import save_file
 
 # %% ../../nbs/diffusion/pipelines.ipynb #c7c5654d
 from ..base.compute import progress
-from ..base.files import CxrError, atomic_folder
+from ..base.files import CxrError, atomic_folder, digest_file
 from ..base.network import naming_network, patient_hub, without_secrets
 from ..base.weights import check_finite, refuse_stand_ins
+from .decoder import DECODER_FILE, load_decoder
 from .families import Family, allowed_sources, family_of
 from .hub import PipelineSource, check_source, remove_damaged
-from .lora import load_lora, lora_layers
+from .lora import load_lora, lora_facts, lora_layers
 from cxr_synth.diffusion.small_pipeline import (
     decode_latents,
     latent_posterior,
@@ -182,6 +183,20 @@ def _damaged_file(folder: Path, family: Family) -> str:
     return ""
 
 # %% ../../nbs/diffusion/pipelines.ipynb #a11bf61f
+def _load_with_lora(pipe, folder: Path):
+    "Apply a LoRA, and the tuned decoder beside it if it has one; raises `CxrError` for another file."
+    load_lora(pipe, folder)
+    digest = lora_facts(folder).get("decoder")
+    if not digest:
+        return
+    file = folder / DECODER_FILE
+    if not file.is_file() or digest_file(file) != digest:
+        raise CxrError(
+            f"{file} is not the decoder that {folder / 'lora.json'} names.\nCopy it again."
+        )
+    load_decoder(pipe.vae, file)
+
+
 def load_pipeline(
     source,  # folder, Hub id, name in `BASES`, or LoRA folder (its base is loaded and the LoRA applied)
     dtype=None,  # torch dtype of the weights; None for float32
@@ -198,7 +213,7 @@ def load_pipeline(
         check_network(getattr(pipe, part), folder / part)
     check_text_encoder(pipe, folder)
     if checked.lora:
-        load_lora(pipe, checked.lora)
+        _load_with_lora(pipe, Path(checked.lora))
     check_dtype(pipe, dtype)
     pipe.set_progress_bar_config(disable=True)
     if device:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['byte_letters', 'spell', 'word_vocabulary', 'write_tokenizer', 'tiny_text_encoder', 'vae_channels', 'vae_shrink',
-           'tiny_vae', 'tiny_unet', 'to_device', 'stable_diffusion_noise', 'tiny_pipeline', 'to_pixels', 'vae_loss',
-           'train_vae', 'latent_posterior', 'encode_latents', 'to_bytes', 'decode_latents', 'denoise_steps']
+           'tiny_vae', 'tiny_unet', 'to_device', 'stable_diffusion_noise', 'tiny_pipeline', 'to_pixels', 'pixel_loss',
+           'vae_loss', 'train_vae', 'latent_posterior', 'encode_latents', 'to_bytes', 'decode_latents', 'denoise_steps']
 
 # %% ../../nbs/diffusion/small_pipeline.ipynb #603375be
 import json
@@ -248,6 +248,15 @@ def to_pixels(
     return grey[:, None].expand(-1, 3, -1, -1)
 
 # %% ../../nbs/diffusion/small_pipeline.ipynb #35fb58cd
+def pixel_loss(
+    x: torch.Tensor,  # (B, 3, S, S) images
+    y: torch.Tensor,  # the same after the autoencoder
+) -> dict:  # l1, edges
+    "Brightness and edges: L1, and L1 between the differences of neighbouring pixels."
+    edges = sum((x.diff(dim=d) - y.diff(dim=d)).abs().mean() for d in (-1, -2))
+    return dict(l1=(x - y).abs().mean(), edges=edges)
+
+
 def vae_loss(
     vae: AutoencoderKL,  # the network
     x: torch.Tensor,  # (B, 3, S, S) in [-1, 1]
@@ -256,10 +265,9 @@ def vae_loss(
     "L1 + gradient L1 + 0.001 KL."
     q = vae.encode(x).latent_dist
     y = vae.decode(q.mean + q.std * noise).sample.float()
-    l1 = (x - y).abs().mean()
-    edges = sum((x.diff(dim=d) - y.diff(dim=d)).abs().mean() for d in (-1, -2))
+    parts = pixel_loss(x, y)
     kl = q.kl().mean() / q.mean[0].numel()
-    return dict(l1=l1, edges=edges, kl=kl, loss=l1 + edges + 1e-3 * kl)
+    return parts | dict(kl=kl, loss=parts["l1"] + parts["edges"] + 1e-3 * kl)
 
 # %% ../../nbs/diffusion/small_pipeline.ipynb #e7f78c2b
 def train_vae(

@@ -102,7 +102,13 @@ def snr_weights(
     return snr.clamp(max=gamma) / snr
 
 # %% ../../nbs/diffusion/trainer.ipynb #df0a7017
-LATENTS_VERSION = 2  # of `encode_latents`: raise it when it gives other numbers
+LATENTS_VERSION = 3  # of `encode_latents`: raise it when it gives other numbers
+
+
+def _encoder_parts(vae) -> list:
+    "The networks that a latent depends on: not the decoder, which may be tuned."
+    parts = [getattr(vae, name, None) for name in ("encoder", "quant_conv")]
+    return [part for part in parts if part is not None]
 
 
 def latents_key(
@@ -114,7 +120,7 @@ def latents_key(
     config = {k: str(v) for k, v in vae.config.items() if not k.startswith("_")}
     return dict(
         config=config,
-        weights=weights_key(vae),
+        weights=weights_key(*_encoder_parts(vae)),
         device=torch.device(device).type,
         precision=precision,
         torch=torch.__version__,
