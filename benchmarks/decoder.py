@@ -35,7 +35,7 @@ def autoencoder(a):
     return AutoencoderTiny.from_pretrained(a.vae).eval()
 
 
-def tuned(study, train, val, a):
+def tuned(study, train, a):
     "The autoencoder with its decoder tuned, and what the file says; seconds are those of this call."
     vae, start = autoencoder(a), time.perf_counter()
     cfg = TrainConfig(
@@ -46,9 +46,8 @@ def tuned(study, train, val, a):
         device="cpu",
     )
     file = study / f"decoder-{a.steps}x{a.batch}.safetensors"
-    facts = tune_decoder(
-        vae, train, file, file.with_suffix(".pt"), cfg, 0, val, study / "cache/latents"
-    )
+    where = file, file.with_suffix(".pt"), cfg
+    facts = tune_decoder(vae, train[:: a.every], *where, cache=study / "cache/latents")
     return vae.eval(), facts | dict(seconds=round(time.perf_counter() - start))
 
 
@@ -93,6 +92,7 @@ def main():
     p.add_argument("--study", default="decoder-study", help="kept there, and continued")
     p.add_argument("--steps", type=int, default=400)
     p.add_argument("--batch", type=int, default=16)
+    p.add_argument("--every", type=int, default=1, help="train on every n-th of the films")
     p.add_argument("--rate", type=float, default=3e-4)
     p.add_argument("--val", type=int, default=200, help="val patients of a class, at most")
     p.add_argument("--size", type=int, default=224, help="side for MobileNetV2, px")
@@ -102,7 +102,7 @@ def main():
     train, (rows, val) = films(study, a)
     labels, judge = rows.label.to_numpy(), Judge(study, train, a)
     trips = dict(film=val, before=sent_through(study, autoencoder(a), val))
-    vae, facts = tuned(study, train[1], val, a)
+    vae, facts = tuned(study, train[1], a)
     trips["tuned"] = sent_through(study, vae, val)
     table = [dict(what=what) | row for what, x in trips.items() for row in judge(val, x, labels)]
     for row in table:

@@ -311,7 +311,7 @@ def filtered(run: Run, context: RunContext) -> TrainingSet:
     if len(set(y[left])) < 2:
         raise CxrError(
             f"filtered leaves {len(left)} of {len(y)} images: the others are marked in "
-            f"flags.csv, quality/{generator}-copies.csv or curation/{generator}.csv.\n"
+            f"flags.csv, quality/{generator}-*.csv or curation/{generator}.csv.\n"
             "Both classes are needed. Look at the reasons there; a generator whose images "
             "are all marked has not learned."
         )

@@ -59,6 +59,7 @@ def load_metadata(
 MARK_FILES = {  # who marks -> where
     "quality gate": "synthetic/{}/flags.csv",
     "copy report": "quality/{}-copies.csv",
+    "classifier": "quality/{}-disagreements.csv",
     "person": "curation/{}.csv",
 }
 
@@ -67,7 +68,7 @@ def set_marks(
     study: Study,  # with a synthetic set
     generator: str,  # name of the set
 ) -> list[dict]:  # file_name, reason, by
-    "Everything that was noted about a set's images: by the gate, by the copy report, by a person."
+    "Everything that was noted about a set's images: by the gate, the stage quality, or a person."
     names, marks = {line["file_name"] for line in load_metadata(study, generator)}, []
     for by, pattern in MARK_FILES.items():
         path = study / pattern.format(generator)

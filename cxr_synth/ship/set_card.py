@@ -141,7 +141,9 @@ def filter_words(
     "Which checks have marked how many images, as a list in Markdown."
     lines = []
     for by, where in MARK_FILES.items():
-        lines.append(f"- {by}: {_marks_text(study / where.format(generator))}")
+        path = study / where.format(generator)
+        if by != "classifier" or path.is_file():  # that one is made only if asked for
+            lines.append(f"- {by}: {_marks_text(path)}")
     return "\n".join(lines)
 
 # %% ../../nbs/ship/set_card.ipynb #00df3bdb

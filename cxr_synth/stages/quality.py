@@ -17,10 +17,12 @@ from ..base.readers import read_json
 from ..base.locks import alone
 from ..base.records import Study, open_stage
 from ..base.settings import CLASSES, QualityConfig, is_scratch
+from ..classify.probe import balanced_weights, choose_C, fit_probe, predict_probe
 from ..images.networks import find_network
 from ..protocol.round_trips import film_words, is_round_trip_set
 from ..protocol.schema import MARK_COLUMNS, QualityRow
 from ..protocol.sets import MARK_FILES, refuse_empty_set
+from ..quality.disagreement import find_disagreement, save_disagreement
 from ..quality.copies import adjust_copy_tests, plot_copies, plot_pairs
 from ..quality.figures import comparison_grid, plot_bars, plot_map, save_quality_figure
 from cxr_synth.quality.measure import (
@@ -114,6 +116,28 @@ def save_copies(
     path = MARK_FILES["copy report"].format(synthetic.name)
     write_csv(real.study / path, MARK_COLUMNS, marks)
 
+# %% ../../nbs/05_quality.ipynb #1cc88d07
+def _probe_fitter(real: RealReference, own):
+    "How a head is fitted, with the C that patients of a generator's films choose; own: of these (N,) bool."
+    C = choose_C(real.features[own], real.labels[own], real.patients[own], seed=0)
+
+    def fit(features, labels):
+        weight = balanced_weights(labels, len(labels))
+        head = fit_probe(features, labels, weight, C)
+        return lambda x: predict_probe(head, x)
+
+    return fit
+
+
+def _filter_facts(real: RealReference, synthetic: SyntheticSet) -> dict:
+    "With the filter on: write GENERATOR-disagreements.csv, and say what was found."
+    if real.cfg.filter != "classifier" or synthetic.name.endswith("-base"):
+        return {}
+    fit = _probe_fitter(real, ~real.unseen(synthetic.name))
+    found = find_disagreement(real, synthetic, fit)
+    save_disagreement(real, synthetic, found)
+    return dict(disagreement=found.facts)
+
 # %% ../../nbs/05_quality.ipynb #39892785
 @dataclass
 class MeasuredSet:
@@ -140,7 +164,7 @@ def measure_generator(
     save_copies(real, synthetic, reports)
     n = min(row["n_real"] for row in rows if row["metric"] in FRECHET)
     warning = low_n_warning(n, find_network(real.cfg.extractor).width)
-    facts = dict(other_class=other, warning=warning)
+    facts = dict(other_class=other, warning=warning) | _filter_facts(real, synthetic)
     return MeasuredSet(rows, reports, synthetic.counts, facts)
 
 # %% ../../nbs/05_quality.ipynb #3416c964
@@ -191,7 +215,7 @@ def stage_quality(
     cfg: QualityConfig | None = None,  # settings; None: the defaults
     redo: bool = False,  # move an old output with other settings aside
 ):
-    "Measure every synthetic set of the study: quality/GENERATOR.json, GENERATOR-copies.csv and figures."
+    "Measure every synthetic set of the study: quality/GENERATOR.json, marks of images, and figures."
     cfg = cfg or QualityConfig()
     validate_settings(study, redo, quality=cfg)
     names = synthetic_sets(study)
