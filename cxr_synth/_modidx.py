@@ -552,6 +552,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'cxr_synth/base/settings.py'),
                                          'cxr_synth.base.settings.QualityConfig': ( 'base/settings.html#qualityconfig',
                                                                                     'cxr_synth/base/settings.py'),
+                                         'cxr_synth.base.settings.QualityConfig.settings': ( 'base/settings.html#qualityconfig.settings',
+                                                                                             'cxr_synth/base/settings.py'),
                                          'cxr_synth.base.settings.ReportConfig': ( 'base/settings.html#reportconfig',
                                                                                    'cxr_synth/base/settings.py'),
                                          'cxr_synth.base.settings.ScratchConfig': ( 'base/settings.html#scratchconfig',

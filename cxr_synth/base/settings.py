@@ -526,6 +526,7 @@ class TrainConfig(ScratchConfig):
         prompts = digest_file(self.prompts) if self.prompts else ""
         found = super().settings() | dict(base=base, prompts=prompts)
         decoder = ("tune_decoder", "decoder_batch_size", "decoder_learning_rate")
+        # what is off is not recorded: older records know nothing of it
         return {k: v for k, v in found.items() if self.tune_decoder or k not in decoder}
 
     def runtimes(self):
@@ -612,6 +613,10 @@ class QualityConfig(Config):
     # file or folder of the extractor's weights (rad-dino: Hub id or folder); their hash is recorded
     weights: str = runtime(text("", "a file or folder"))
     device: Device = runtime("auto")  # auto, cuda, mps or cpu
+
+    def settings(self):  # what is off is not recorded: older records know nothing of it
+        off = {"filter"} if self.filter == "copies" else set()
+        return {k: v for k, v in super().settings().items() if k not in off}
 
 # %% ../../nbs/base/settings.ipynb #b812b42c
 @checked
