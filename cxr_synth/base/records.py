@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from .arguments import check_kind
 from .checksums import Checksums
 from .compute import pick_device
+from .cores import pick_threads
 from cxr_synth.base.files import (
     CxrError,
     code_digest,
@@ -460,7 +461,7 @@ class Stage:
         "Pick device and number of torch threads (another number changes low bits); note both."
         import torch
 
-        torch.set_num_threads(self.record.setdefault("threads", torch.get_num_threads()))
+        torch.set_num_threads(self.record.setdefault("threads", pick_threads()))
         self.record["device"] = pick_device(device)
         self.save()
         return self.record["device"]

@@ -16,6 +16,7 @@ from PIL import Image
 
 # %% ../../nbs/diffusion/image_set.ipynb #0f4d3c74
 from ..base.compute import out_of_memory, pick_device, pick_precision
+from ..base.cores import pick_threads
 from ..base.files import CxrError, first_file, write_text
 from ..base.messages import say
 from ..base.readers import read_json
@@ -235,7 +236,7 @@ def _choose(
     return dict(
         batch_size=cfg.batch_size or even_batch_size(max(cfg.images.values()), most),
         slicing=slicing,
-        threads=cfg.threads or torch.get_num_threads(),
+        threads=cfg.threads or pick_threads(),
         precision=cfg.mixed_precision,
         device=pipe.device.type,
     )

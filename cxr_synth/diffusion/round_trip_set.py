@@ -12,6 +12,7 @@ from PIL import Image
 
 # %% ../../nbs/diffusion/round_trip_set.ipynb #6c3d9e14
 from ..base.compute import pick_device
+from ..base.cores import pick_threads
 from ..base.files import write_text
 from ..base.records import Study, parse_generator
 from ..base.settings import CLASSES, Config, GenerateConfig, runtime
@@ -85,7 +86,7 @@ def _send_through(
 ):
     "Make the images of some batches."
     model, revision, _ = model_of(study, lines[batches[0][0]]["autoencoder"], CLASSES[0])
-    choices = dict(threads=cfg.threads or torch.get_num_threads(), device=pick_device(cfg.device))
+    choices = dict(threads=cfg.threads or pick_threads(), device=pick_device(cfg.device))
     settled = agree_on_settings(stage.path, choices)
     torch.set_num_threads(settled["threads"])
     stage.record |= settled
