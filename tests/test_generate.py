@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest, torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from PIL import Image
 from cxr_synth.diffusion import image_set, image_writer
-from cxr_synth.base.files import CxrError, write_json
+from cxr_synth.base.files import CxrError, digest_file, write_json
 from cxr_synth.base.readers import read_json
 from cxr_synth.base.records import Stage, Study, stale_stages
 from cxr_synth.base.settings import DataConfig, GenerateConfig, resolve
@@ -18,7 +20,8 @@ from cxr_synth.stages.generate import stage_generate
 from cxr_synth.diffusion.lora import add_lora, save_lora
 from cxr_synth.diffusion.pipelines import fuse, load_pipeline
 from cxr_synth.protocol.plan import Plan, PlannedGenerator
-from cxr_synth.protocol.sets import load_metadata
+from cxr_synth.protocol.sets import load_metadata, read_redrawn, set_digests
+from cxr_synth.ship.set_card import assert_same_images, read_set
 from cxr_synth.ship.pack import pack, unpack
 from test_generate_shards import CFG, NAME, bytes_of, clear, untrained_study
 
@@ -225,7 +228,7 @@ def test_killed_between_the_last_image_and_the_metadata(study, monkeypatch):
     clear(study)
     with monkeypatch.context() as m:
 
-        def killed(writer):
+        def killed(*args):
             raise KeyboardInterrupt
 
         m.setattr(image_set, "complete_set", killed)
@@ -326,3 +329,80 @@ def test_a_whole_set_needs_no_model_and_a_lost_image_does(study, tmp_path):
         shutil.move(away, model)
     stage_generate(study, GenerateConfig(**CFG), plan=FEW, card=None)
     assert np.array_equal(load_synthetic(study, NAME)[0], images)
+
+
+def lose(study, monkeypatch, device, change):
+    "A lost image, made again on a device of that name, whose bits are others by `change`."
+    path = study / "synthetic" / NAME / "normal/000001.png"
+    path.unlink()
+    draw = image_set.Sampler.__call__
+    with monkeypatch.context() as m:
+        m.setattr(image_set, "device_name", lambda kind: device)
+        m.setattr(image_set.Sampler, "__call__", lambda self, seeds: draw(self, seeds) + change)
+        stage_generate(study, GenerateConfig(**CFG), plan=FEW, card=None)
+    return path
+
+
+def test_a_lost_image_from_a_gpu_is_written_down(study, monkeypatch, capsys):
+    "The new bytes are taken, metadata.jsonl stays, readers know, and what was made from the set is stale."
+    run(study)
+    folder = study / "synthetic" / NAME
+    before, old = (folder / "metadata.jsonl").read_bytes(), load_metadata(study, NAME)
+    digest, kept = study.digest(f"synthetic/{NAME}"), set_digests(folder)
+    path = lose(study, monkeypatch, "cuda NVIDIA A100", 0.1)
+    (line,) = read_redrawn(folder)
+    assert line["device"] == "cuda NVIDIA A100" and "cuda NVIDIA A100" in capsys.readouterr().out
+    assert (folder / "metadata.jsonl").read_bytes() == before
+    assert (line["before"], line["sha256"]) == (old[1]["sha256"], digest_file(path))
+    now = load_metadata(study, NAME)
+    assert [m for m in now if m not in old] == [old[1] | dict(sha256=digest_file(path))]
+    assert np.array_equal(load_synthetic(study, NAME)[0][1], np.asarray(Image.open(path)))
+    assert_same_images(study, NAME, read_set(study, NAME))
+    assert study.records()[f"synthetic/{NAME}"]["devices"] == ["cpu", "cuda NVIDIA A100"]
+    assert study.digest(f"synthetic/{NAME}") != digest and set_digests(folder)[0] == kept[0]
+    assert len(set_digests(folder)) == 2 and not (folder / ".parts").exists()
+    assert stale_stages(study) == []
+    stage_generate(study, GenerateConfig(**CFG), plan=FEW, card=None)  # nothing left to do
+    assert len(read_redrawn(folder)) == 1
+    lose(study, monkeypatch, "cpu", 0.2)  # of a set that a GPU had a part in
+    assert [m["device"] for m in read_redrawn(folder)] == ["cuda NVIDIA A100", "cpu"]
+    assert len(load_synthetic(study, NAME)[0]) == 6
+
+
+def test_a_lost_image_of_a_cpu_must_have_its_bytes(study, monkeypatch):
+    run(study)
+    with pytest.raises(CxrError, match="normal/000001.png came out with other bytes"):
+        lose(study, monkeypatch, "cpu", 0.1)
+    assert read_redrawn(study / "synthetic" / NAME) == []
+    assert stale_stages(study) != []
+
+
+def test_a_lost_image_from_a_gpu_with_the_same_bytes(study, monkeypatch):
+    run(study)
+    lose(study, monkeypatch, "cuda NVIDIA A100", 0)
+    assert read_redrawn(study / "synthetic" / NAME) == []
+    assert len(load_synthetic(study, NAME)[0]) == 6
+
+
+def test_tf32_for_the_steps_and_not_for_the_pixels(study, monkeypatch):
+    "The switches stand as they were before; without a GPU nothing looks at them."
+
+    def switches():
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    seen, before = {"unet": set(), "vae": set()}, switches()
+    forward, decode = UNet2DConditionModel.forward, AutoencoderKL.decode
+
+    def unet(self, *args, **kw):
+        seen["unet"].add(switches())
+        return forward(self, *args, **kw)
+
+    def vae(self, *args, **kw):
+        seen["vae"].add(switches())
+        return decode(self, *args, **kw)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", unet)
+    monkeypatch.setattr(AutoencoderKL, "decode", vae)
+    run(study)
+    assert seen == {"unet": {(True, True)}, "vae": {(False, False)}} and switches() == before
+    assert study.records()[f"synthetic/{NAME}"]["tf32"] is False

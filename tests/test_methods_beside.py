@@ -125,6 +125,20 @@ def test_a_study_that_fine_tunes_already(studies, tmp_path):
     assert not (study / "plan.json").exists()
 
 
+def test_an_arm_that_would_be_trained_twice(studies, tmp_path):
+    "`mixed-finetune` where every arm is fine-tuned is `mixed` under another name."
+    study = Study(shutil.copytree(studies[0].root.parent / "data", tmp_path / "s"))
+    later = dict(experiments=ExperimentsConfig(method="finetune", network="small_cnn", size=32))
+    cfg = PlanConfig(arms="mixed-finetune", **PLAN)
+    with pytest.raises(
+        CxrError, match="(?s)--plan.arms mixed-finetune.*trained twice.*method probe"
+    ):
+        stage_plan(study, cfg, later=later)
+    assert not (study / "plan.json").exists()
+    stage_plan(study, cfg, later=dict(experiments=CLASSIFY))
+    assert "mixed-finetune" in load_plan(study).arms
+
+
 def test_a_network_that_cannot_learn(studies, tmp_path):
     study = Study(shutil.copytree(studies[0].root.parent / "data", tmp_path / "s"))
     later = dict(experiments=ExperimentsConfig(size=32, finetune_network="rad_dino"))

@@ -2,6 +2,7 @@
 helps where it cannot; other errors of a GPU stay what they are. The GPUs here are stand-ins.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import psutil, pytest, torch
@@ -75,6 +76,19 @@ def test_the_large_preset_stops_before_any_download(computer, monkeypatch, tmp_p
         assert part in text
     for flag in ("gradient-checkpointing", "train-batch-size 4", "method lora"):
         assert f"--train.{flag}" in text
+
+
+def test_a_user_who_knows_better(computer, tmp_path, capsys, monkeypatch):
+    "The refusal names the flag, and with it training begins; what the estimate says is still printed."
+    computer("NVIDIA A100-SXM4-40GB")
+    monkeypatch.delenv("CXR_QUIET", raising=False)
+    cfg = resolve("train", "a100-80gb")
+    with pytest.raises(CxrError, match="--train.trust-memory"):
+        dreambooth.print_preflight(cfg, 512, tmp_path)
+    capsys.readouterr()
+    dreambooth.print_preflight(replace(cfg, trust_memory=True), 512, tmp_path)
+    assert "It will not fit." in capsys.readouterr().out
+    assert replace(cfg, trust_memory=True).settings() == cfg.settings()  # the same result
 
 
 def test_the_settings_that_are_named_exist():

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['seed_for', 'pick_device', 'autocast', 'own_process', 'refuse_processes', 'pick_precision', 'freeing_memory',
-           'out_of_memory', 'eager', 'deterministic', 'device_name', 'progress']
+           'out_of_memory', 'eager', 'deterministic', 'device_name', 'computes_in_tf32', 'tf32', 'gpu_arithmetic',
+           'progress']
 
 # %% ../../nbs/base/compute.ipynb #f2b35cdd
 import gc, hashlib, os, sys, traceback
@@ -176,6 +177,43 @@ def device_name(
     import torch
 
     return f"cuda {torch.cuda.get_device_name()}" if device == "cuda" else device
+
+# %% ../../nbs/base/compute.ipynb #5cdffe2c
+def computes_in_tf32(
+    device: str,  # cuda, mps or cpu
+    exact: bool = False,  # from `gpu_arithmetic`
+) -> bool:
+    "Whether products of float32 numbers are computed in TF32 there, for the record."
+    import torch
+
+    return device == "cuda" and not exact and torch.cuda.get_device_capability() >= (8, 0)
+
+
+@contextmanager
+def tf32(
+    wanted: bool = True,  # False: all digits of float32
+):
+    "Inside, an NVIDIA GPU takes TF32 for matrix products and convolutions, or not; afterwards as before."
+    import torch
+
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = wanted
+        yield
+    finally:
+        for switch, value in zip(switches, before):
+            switch.allow_tf32 = value
+
+
+@contextmanager
+def gpu_arithmetic(
+    exact: bool = False,  # the same bits each time, and all digits of float32
+):
+    "Inside, a GPU computes as training wants it: in TF32, or exactly."
+    with tf32(not exact), deterministic(exact):
+        yield
 
 # %% ../../nbs/base/compute.ipynb #3860b98b
 def progress(

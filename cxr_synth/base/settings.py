@@ -511,6 +511,8 @@ class TrainConfig(ScratchConfig):
     compile: bool = runtime(False)  # torch.compile for the U-Net's blocks
     # on a GPU the same bits each time, by slower forms of some operations; a CPU needs no such thing
     deterministic: bool = runtime(False)
+    # begin although the estimate says that the memory is too small
+    trust_memory: bool = runtime(False)
     tensorboard: bool = runtime(False)  # event files beside the CSV
     # folder, on a mounted Drive for one, that gets log, previews and checkpoints
     mirror: str = runtime(text("", "a folder"))

@@ -13,7 +13,7 @@ from PIL import Image
 # %% ../../nbs/classify/feature_store.ipynb #20c11f40
 from ..base.cache import cached, digest_array
 from ..base.compute import seed_for
-from ..base.files import digest_file, digest_json, one_of
+from ..base.files import digest_json, one_of
 from ..base.records import Study, generator_name
 from ..base.settings import ExperimentsConfig
 from cxr_synth.classify.augment import (
@@ -34,7 +34,7 @@ from cxr_synth.images.study_images import (
     training_rows,
 )
 from ..protocol.round_trips import read_round_trips, round_trip_set
-from ..protocol.sets import load_metadata
+from ..protocol.sets import load_metadata, set_digests
 
 # %% ../../nbs/classify/feature_store.ipynb #55dc8a9f
 def _store_key(
@@ -173,7 +173,7 @@ class FeatureStore:
             refuse_empty_images(self.study, generator, pixels, labels)
             return self.represent(pixels, f"features, {generator}")
 
-        x = self.cached(generator, [digest_file(folder / "metadata.jsonl")], make)
+        x = self.cached(generator, set_digests(folder), make)
         return x, labels, names
 
     def roundtrip(self, fraction: float, replicate: int):  # in the order of `training_rows`
@@ -189,7 +189,7 @@ class FeatureStore:
             pixels = pixel_cache(self.study / "cache" / "pixels", names, paths, size)
             return self.represent(pixels[names], f"features, round trip {generator}")
 
-        about = [digest_file(paths[0].parent / "metadata.jsonl"), ids]
+        about = [*set_digests(paths[0].parent), ids]
         return self.cached(name, about, make)
 
 # %% ../../nbs/classify/feature_store.ipynb #4bf06aa7

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 # %% ../../nbs/diffusion/decoder.ipynb #28a4cd3f
+from ..base.compute import tf32
 from ..base.files import CxrError, atomic_path
 from ..base.weights import check_finite, read_weights
 
@@ -64,7 +65,7 @@ def decode_drawn(
     drawing.check(latents, seeds)
     if vae.dtype != torch.float32:
         vae.to(torch.float32)
-    with torch.autocast(latents.device.type, enabled=False):
+    with torch.autocast(latents.device.type, enabled=False), tf32(False):
         pixels = vae.decode(latents.float() / vae.config.scaling_factor, return_dict=False)[0]
     drawing.check(pixels, seeds, "decoder")
     return pixels

@@ -25,8 +25,9 @@ from ..base.arguments import check_number, check_path, check_whole
 from ..base.cache import weights_key
 from ..base.checkpoints import generations
 from cxr_synth.base.compute import (
-    deterministic,
+    computes_in_tf32,
     freeing_memory,
+    gpu_arithmetic,
     out_of_memory,
     own_process,
     pick_device,
@@ -482,6 +483,7 @@ def generator_facts(
         device=trainer.device,
         devices=loop.devices,
         deterministic=cfg.deterministic,
+        tf32=computes_in_tf32(trainer.device, cfg.deterministic),
         threads=torch.get_num_threads(),
         decoder=_about_decoder(decoder),
         versions=library_versions(),
@@ -786,7 +788,7 @@ def fine_tune(
     mirror, log = how.get("mirror"), Path(path).with_suffix(".csv")
     if mirror and fetch_model(mirror, Path(out), _made_from(pipe, task, cfg, seed)):
         return read_csv(log, LogRow) if mirror.fetch(log) else []
-    with naming_memory(cfg, desc), deterministic(cfg.deterministic):
+    with naming_memory(cfg, desc), gpu_arithmetic(cfg.deterministic):
         trainer = make_trainer(pipe, task, path, cfg, seed, **how)
         if watch:
             trainer.loop.hooks.append(TrainingMonitor(how.get("previews")))
@@ -817,7 +819,7 @@ def _scratch_vae(
     path, how = Path(work) / "vae.pt", dict(setting="--train.vae-learning-rate") | loop
     how |= dict(every=cfg.checkpoint_steps, minutes=cfg.checkpoint_minutes)
     loop = Loop(parts, path, total, items=batch, **how)
-    with deterministic(cfg.deterministic):
+    with gpu_arithmetic(cfg.deterministic):
         train_vae(vae, images, loop, batch, seed, device, cfg.mixed_precision, desc)
     return vae
 
@@ -863,6 +865,6 @@ def train_base(
             **loop,
         )
         _add_hooks(trainer, cfg, heldout, previews, task.previews, seed)
-        with deterministic(cfg.deterministic):
+        with gpu_arithmetic(cfg.deterministic):
             trainer.run(desc)
     return pipe

@@ -15,7 +15,13 @@ import pandas as pd, torch
 from PIL import Image
 
 # %% ../../nbs/diffusion/image_set.ipynb #0f4d3c74
-from ..base.compute import out_of_memory, pick_device, pick_precision
+from cxr_synth.base.compute import (
+    computes_in_tf32,
+    device_name,
+    out_of_memory,
+    pick_device,
+    pick_precision,
+)
 from ..base.cores import pick_threads
 from ..base.files import CxrError, first_file, write_text
 from ..base.messages import say
@@ -213,7 +219,7 @@ class SetJob:
         return line["seed"]
 
 # %% ../../nbs/diffusion/image_set.ipynb #d363d435
-RECORDED_CHOICES = ("batch_size", "slicing", "threads", "precision", "device")
+RECORDED_CHOICES = ("batch_size", "slicing", "threads", "precision", "device", "tf32")
 
 
 def recorded_choices(
@@ -223,7 +229,8 @@ def recorded_choices(
     path = stage.path / ".parts/settled.json"  # by a process at work
     if path.exists():
         return read_json(path)
-    return {k: stage.record[k] for k in RECORDED_CHOICES if "precision" in stage.record}
+    known = "precision" in stage.record
+    return {k: stage.record[k] for k in RECORDED_CHOICES if known and k in stage.record}
 
 
 def _choose(
@@ -239,6 +246,7 @@ def _choose(
         threads=cfg.threads or pick_threads(),
         precision=cfg.mixed_precision,
         device=pipe.device.type,
+        tf32=computes_in_tf32(pipe.device.type),
     )
 
 # %% ../../nbs/diffusion/image_set.ipynb #8a818ce9
@@ -312,12 +320,12 @@ def _draw_class(
     numbers = [int(PurePosixPath(name).stem) for name in missing]
     lines = job.lines(cls, numbers, cfg, pipe)
 
-    reasons = []
+    reasons, made_on = [], device_name(pipe.device.type)
 
     def put(k, pixels):
         image = to_image(pixels, job.resolution)
         reasons.append(quality_gate(pixels, image, limits))
-        job.writer.put(image, lines[k] | dict(reason=reasons[-1]))
+        job.writer.put(image, lines[k] | dict(reason=reasons[-1], device=made_on))
         if len(reasons) == _SOON and not job.name.endswith("-base"):  # do not draw 1000 of them
             found = {cls: sum(reason in EMPTY for reason in reasons)}
             refuse_empty(job.stage.path, found, {cls: _SOON}, job.study.root)
@@ -357,6 +365,14 @@ def draw_set(
             _draw_class(job, cls, names, load_model(job.models[cls], device, cfg), cfg, limits)
 
 # %% ../../nbs/diffusion/image_set.ipynb #a48f2a58
+def _devices(stage: Stage) -> list[str]:
+    "What has drawn images of a set that was finished, as far as its record says; else nothing."
+    record = stage.study.record(stage.out) or {}
+    if record.get("status") != "complete":
+        return []
+    return record.get("devices") or [record.get("device", "cpu")]
+
+
 def finish_set(
     stage: Stage,  # from `open_set`
     writer: ImageSetWriter,  # of this process
@@ -364,11 +380,13 @@ def finish_set(
     **facts,  # for the record
 ) -> bool:  # is the set complete?
     "Complete a set if every image is there, and its record; otherwise say what is missing."
-    choices, absent = recorded_choices(stage), complete_set(writer)
+    choices, before, now = recorded_choices(stage), _devices(stage), writer.devices()
+    absent = complete_set(writer, before)
     if not absent:
         refuse_empty_set(stage.study, stage.path.name)
         there = stage.study.record(stage.out)  # another may have noted more
         stage.record = there | stage.record | choices
+        stage.record["devices"] = sorted({*before, *now, *there.get("devices", [])})
         stage.finish(**facts)
         return True
     if share[1] == 1:

@@ -25,10 +25,12 @@ from cxr_synth.base.files import (
     write_json,
     write_text,
 )
+from ..base.messages import say
 from ..base.readers import Row, read_json, read_lines
 from ..base.settings import parse_shard
 from ..images.study_images import shows_nothing
 from ..protocol.schema import MARK_COLUMNS
+from ..protocol.sets import REDRAWN, read_redrawn, with_redrawn
 
 # %% ../../nbs/diffusion/image_writer.ipynb #50f2662a
 def grey_quantiles(
@@ -123,6 +125,12 @@ class _NotedLine(Row):
     sha256: str
 
 
+def _finished_lines(folder: Path) -> list[dict]:
+    "Lines of metadata.jsonl as they hold now; none before the set is finished."
+    lines = read_lines(folder / "metadata.jsonl", _NotedLine, growing=True)
+    return with_redrawn(folder, lines)
+
+
 class ImageSetWriter:
     "A set in the making: which of its images are there, and how one gets its final name."
 
@@ -135,10 +143,18 @@ class ImageSetWriter:
     def noted(self) -> dict[str, dict]:
         "Lines by name and by SHA-256; metadata.jsonl comes last: notes go only after it is there."
         found = {}
-        for p in [*sorted(self.parts.glob("*.jsonl")), self.folder / "metadata.jsonl"]:
-            for line in read_lines(p, _NotedLine, growing=True):
-                found.setdefault(line["file_name"], {})[line["sha256"]] = line
+        for line in [*self.notes(), *_finished_lines(self.folder)]:
+            found.setdefault(line["file_name"], {})[line["sha256"]] = line
         return found
+
+    def notes(self) -> list[dict]:
+        "What was noted of images by this process and others, and is not in metadata.jsonl yet."
+        paths = sorted(self.parts.glob("*.jsonl"))
+        return [m for p in paths for m in read_lines(p, _NotedLine, growing=True)]
+
+    def devices(self) -> list[str]:
+        "What drew the images that were noted."
+        return sorted({m["device"] for m in self.notes() if "device" in m})
 
     def line(self, name: str, noted: dict) -> dict | None:
         "The line of an image whose bytes are what it says, or None."
@@ -190,20 +206,40 @@ def clear_unfinished(
     remove_leftovers(folder)
 
 # %% ../../nbs/diffusion/image_writer.ipynb #bfb7f4a4
+def _note_redrawn(folder: Path, other: list[dict], old: dict[str, str]):
+    "Write down which images have other bytes now; metadata.jsonl stays as it is."
+    made = [
+        dict(file_name=n, sha256=m["sha256"], before=old[n], device=m["device"])
+        for m in other
+        for n in [m["file_name"]]
+    ]
+    lines = [*read_redrawn(folder), *made]
+    write_text(folder / REDRAWN, "".join(json.dumps(m) + "\n" for m in lines))
+    say(
+        f"{folder.name}: {len(made)} lost images, such as {made[0]['file_name']}, were made again on "
+        f"{made[0]['device']}: the same noise, but not the same last bits ({REDRAWN})."
+    )
+
+
 def _check_unchanged(
-    path,  # metadata.jsonl
+    folder: Path,  # of the set
     lines: list[dict],  # what the images that are there now say
+    made_on: tuple,  # devices that made the set, as far as it is known
 ):
-    "Raise `CxrError` if an image that was made again has other bytes than its line says."
-    old = {m["file_name"]: m["sha256"] for m in read_lines(path, _NotedLine, growing=True)}
-    other = [m["file_name"] for m in lines if old.get(m["file_name"]) != m["sha256"]]
-    if other:
+    "An image that was made again has the bytes that its line says, or a GPU was at work; else `CxrError`."
+    old = {m["file_name"]: m["sha256"] for m in _finished_lines(folder)}
+    other = [m for m in lines if old[m["file_name"]] != m["sha256"]]
+    on_cpu = all(device == "cpu" for device in made_on)
+    same = [m["file_name"] for m in other if on_cpu and m.get("device", "cpu") == "cpu"]
+    if same:
         raise CxrError(
-            f"{path.parent}: {', '.join(other[:3])} came out with other bytes than metadata.jsonl "
+            f"{folder}: {', '.join(same[:3])} came out with other bytes than metadata.jsonl "
             "says.\n"
             "This machine or its libraries are not those that made the set.\n"
             "Bring the lost files from a copy, or make the set anew with --redo."
         )
+    if other:
+        _note_redrawn(folder, other, old)
 
 
 def _write_lines(
@@ -215,12 +251,13 @@ def _write_lines(
     if checked:
         flags = [m | dict(by="gate") for m in checked if m["reason"]]
         write_csv(folder / "flags.csv", MARK_COLUMNS, flags)
-    kept = [{k: v for k, v in m.items() if k != "reason"} for m in lines]
+    kept = [{k: v for k, v in m.items() if k not in ("reason", "device")} for m in lines]
     write_text(folder / "metadata.jsonl", "".join(json.dumps(m) + "\n" for m in kept))
 
 # %% ../../nbs/diffusion/image_writer.ipynb #8ad5246a
 def complete_set(
     writer: ImageSetWriter,  # of any process of the set
+    made_on: tuple = (),  # devices that made the set, if it was finished before
 ) -> int:  # how many images are not there yet
     "If every image is there: write flags.csv and metadata.jsonl, and clear up."
     noted = writer.noted()
@@ -230,7 +267,7 @@ def complete_set(
         return absent
     path = writer.folder / "metadata.jsonl"
     if path.exists():
-        _check_unchanged(path, lines)
+        _check_unchanged(writer.folder, lines, made_on)
     else:
         _write_lines(writer.folder, lines)
     clear_unfinished(writer.folder)

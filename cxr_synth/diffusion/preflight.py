@@ -275,9 +275,9 @@ def check_memory(
     device: str,  # cuda, mps or cpu
     have: float,  # GiB of it, from `device_memory`
 ):
-    "Raise `CxrError` if training needs more memory than there is."
+    "Raise `CxrError` if training needs more memory than there is, unless the user knows better."
     wanted = sum(need["memory"].values())
-    if wanted <= have:
+    if wanted <= have or cfg.trust_memory:
         return
     where = "no GPU, but"
     if device != "cpu":
@@ -285,7 +285,8 @@ def check_memory(
     raise CxrError(
         f"training needs about {wanted:.1f} GiB of memory, and here is {where} {have:.1f} GiB.\n"
         f"Nothing was downloaded. The preset for this computer: --preset {preset_for(device, have)}, in a "
-        f"new study.\n{memory_advice(cfg)}"
+        f"new study.\n{memory_advice(cfg)}\n"
+        "This is an estimate. If you know that it is wrong: --train.trust-memory"
     )
 
 # %% ../../nbs/diffusion/preflight.ipynb #ce70dc4c

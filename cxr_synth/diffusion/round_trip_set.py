@@ -11,7 +11,7 @@ import numpy as np, pandas as pd, torch
 from PIL import Image
 
 # %% ../../nbs/diffusion/round_trip_set.ipynb #6c3d9e14
-from ..base.compute import pick_device
+from ..base.compute import device_name, pick_device
 from ..base.cores import pick_threads
 from ..base.files import write_text
 from ..base.records import Study, parse_generator
@@ -93,14 +93,14 @@ def _send_through(
     names = [name for batch in batches for name in batch]
     images = load_images(study, [lines[name]["image_id"] for name in names])
     check_disk_space(stage.path, len(names), images.shape[-1])
-    absent = set(writer.lacking(names))
+    absent, made_on = set(writer.lacking(names)), dict(device=device_name(choices["device"]))
     vae = load_pipeline(model, device=choices["device"], revision=revision).vae
     for batch, decoded in zip(batches, round_trip_batches(vae, images, stage.path.name)):
         empty = sum(bool(shows_nothing(pixels)) for pixels in decoded)
         refuse_empty(stage.path, {"both": empty}, {"both": len(batch)}, study.root, 1)
         for name, pixels in zip(batch, decoded):
             if name in absent:
-                writer.put(Image.fromarray(pixels), lines[name])
+                writer.put(Image.fromarray(pixels), lines[name] | made_on)
 
 # %% ../../nbs/diffusion/round_trip_set.ipynb #6c3d9e1d
 def generate_round_trips(

@@ -37,6 +37,7 @@ from cxr_synth.base.compute import (
     progress,
     refuse_processes,
     seed_for,
+    tf32,
 )
 from ..base.files import CxrError, atomic_path, one_of, write_json
 from ..base.readers import read_json
@@ -231,7 +232,7 @@ class Sampler:
         "From any start to images: guidance takes both halves of a step in one pass."
         cfg, n = self.cfg, len(seeds)
         prompt, negative = (e if e is None else e.expand(n, -1, -1) for e in self.embeddings)
-        with autocast(pipe.device.type, self.precision):
+        with autocast(pipe.device.type, self.precision), tf32():
             latents = pipe(
                 prompt_embeds=prompt,
                 negative_prompt_embeds=negative,

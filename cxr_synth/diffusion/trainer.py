@@ -17,7 +17,7 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 
 # %% ../../nbs/diffusion/trainer.ipynb #204418e0
 from ..base.cache import cache_path, cached, digest_array, weights_key
-from ..base.compute import autocast, pick_precision
+from ..base.compute import autocast, pick_precision, tf32
 from ..base.files import CxrError, atomic_path
 from ..base.readers import read_csv
 from ..base.loop import Loop, TrainedPart, batch_at, generator_for
@@ -504,7 +504,7 @@ def sample_images(
     side = side or pipe.unet.config.sample_size
     device = pipe.unet.device
     noise = _starting_noise(pipe, seeds, side)
-    with autocast(device.type, precision):
+    with autocast(device.type, precision), tf32():
         latents = view(
             list(prompts),
             height=side * view.vae_scale_factor,

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MANIFEST_SPLITS', 'SPLITS', 'MANIFEST_COLUMNS', 'FRACTION_COLUMNS', 'METADATA_FIELDS', 'MARK_COLUMNS',
            'QUALITY_COLUMNS', 'PREDICTION_COLUMNS', 'SEALED_COLUMNS', 'HEAT_COLUMNS', 'RUN_COLUMNS', 'ManifestRow',
-           'FractionRow', 'SyntheticLine', 'Img2ImgLine', 'RoundTripLine', 'MarkRow', 'QualityRow', 'PredictionRow',
-           'SealedRow', 'HeatRow', 'RunRow', 'score_columns', 'result_columns', 'result_row', 'run_record_schema',
-           'LogRow', 'Provenance', 'Audit', 'OpenedLog', 'Analysis', 'GuideRow', 'GuideRecord']
+           'FractionRow', 'SyntheticLine', 'Img2ImgLine', 'RoundTripLine', 'RedrawnLine', 'MarkRow', 'QualityRow',
+           'PredictionRow', 'SealedRow', 'HeatRow', 'RunRow', 'score_columns', 'result_columns', 'result_row',
+           'run_record_schema', 'LogRow', 'Provenance', 'Audit', 'OpenedLog', 'Analysis', 'GuideRow', 'GuideRecord']
 
 # %% ../../nbs/protocol/schema.ipynb #14c6286f
 from functools import cache
@@ -123,6 +123,15 @@ class RoundTripLine(Row):
     file_name: Annotated[str, Field(pattern=r"^[^/\\]+\.png$", description="NAME.png")]
     image_id: _Name
     sha256: _Sha256
+
+
+class RedrawnLine(Row):
+    "redrawn.jsonl: an image that was lost and made again with other bytes; of several lines the last counts."
+
+    file_name: _Name
+    sha256: _Sha256  # now
+    before: _Sha256
+    device: _Name  # that made it again
 
 
 class MarkRow(Row):

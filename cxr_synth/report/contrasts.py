@@ -452,10 +452,11 @@ def _why_no_word(c) -> str:
     "Why a measured contrast has no word."
     if c["scope"] == "overlapping":
         return "the replicates share patients"
-    sets = {1: "one synthetic set was"}.get(
-        c["replicates"], f"{c['replicates']} synthetic sets were"
+    share = "all" if c["fraction"] == 1 else f"{100 * c['fraction']:g} % of"
+    return (
+        f"one synthetic set was made from {share} the training children; this is an estimate for these "
+        "alone"
     )
-    return f"{sets} made from all the training children; this is an estimate for these alone"
 
 
 def _what_is_missing(c, where) -> str:

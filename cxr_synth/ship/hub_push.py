@@ -25,6 +25,7 @@ from cxr_synth.base.network import (
 )
 from ..base.records import Study
 from ..protocol.dataset import CARDS, dataset_card, stated
+from ..protocol.sets import REDRAWN
 from .pack import OLD_CLAIM
 from .set_card import assert_same_images, card_path, current_card, read_set
 
@@ -100,7 +101,7 @@ def shipment(
     assert_same_images(study, generator, lines)
     card = current_card(study, generator, licence)
     _check_claim(study, generator, card)
-    tables = ("metadata.jsonl", "flags.csv", "stage.json")
+    tables = ("metadata.jsonl", REDRAWN, "flags.csv", "stage.json")
     names = [name for name in tables if (folder / name).is_file()]
     names += [m["file_name"] for m in lines]
     files = {"README.md": len(card.encode())}

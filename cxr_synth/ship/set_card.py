@@ -16,7 +16,7 @@ from huggingface_hub import DatasetCardData
 
 # %% ../../nbs/ship/set_card.ipynb #36e2b206
 from ..protocol.schema import MarkRow, RoundTripLine, SyntheticLine
-from ..protocol.sets import MARK_FILES
+from ..protocol.sets import MARK_FILES, with_redrawn
 from ..base.files import CxrError, digest_file, digest_json, write_text
 from ..base.readers import read_csv, read_lines
 from ..base.records import Study, parse_generator
@@ -52,7 +52,8 @@ def _read_lines(
         raise CxrError(
             f"{folder} holds no finished synthetic set: it has no metadata.jsonl.\n{again}"
         )
-    return read_lines(path, RoundTripLine if is_round_trip_set(folder.name) else SyntheticLine)
+    kind = RoundTripLine if is_round_trip_set(folder.name) else SyntheticLine
+    return with_redrawn(folder, read_lines(path, kind))
 
 
 def read_set(

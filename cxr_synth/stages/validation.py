@@ -15,7 +15,16 @@ from ..base.arguments import check_kind
 from ..base.compute import pick_device
 from ..base.files import CxrError, one_of
 from ..base.records import Study
-from ..base.settings import BASES, CONFIGS, Config, TrainConfig, flag, known_base
+from cxr_synth.base.settings import (
+    BASES,
+    CONFIGS,
+    Config,
+    TrainConfig,
+    flag,
+    known_base,
+    parse_arms,
+)
+from ..protocol.arms import FINETUNED
 from ..protocol.seal import check_sealed
 
 # %% ../../nbs/stages/validation.ipynb #d001000a
@@ -191,6 +200,13 @@ def _check_methods(plan: Config, experiments: Config):
         raise CxrError(
             f"--plan.finetune-seeds {plan.finetune_seeds} has fine-tuning beside the probe, and "
             "--experiments.method finetune\nhas it already.\nLeave one of them away."
+        )
+    twice = [arm for arm in parse_arms(plan.arms) if arm.endswith(FINETUNED)]
+    if twice and experiments.method == "finetune":
+        raise CxrError(
+            f"--plan.arms {twice[0]} fine-tunes beside the probe, and --experiments.method finetune "
+            f"fine-tunes every arm:\nthe same runs would be trained twice, as {twice[0]} and as "
+            f"{twice[0].removesuffix(FINETUNED)}.\nLeave {twice[0]} away, or take --experiments.method probe."
         )
 
 
