@@ -45,7 +45,6 @@ from cxr_synth.diffusion.image_writer import (
     check_disk_space,
     clear_unfinished,
     complete_set,
-    grey_limits,
     image_names,
     own_share,
     process_share,
@@ -62,7 +61,8 @@ from cxr_synth.diffusion.sampling import (
     set_slicing,
     to_image,
 )
-from ..images.study_images import load_images, training_rows
+from ..images.chest_gate import ChestGate, LEAST_FILMS, learn_chest
+from ..images.study_images import load_images, split_rows, training_rows
 from ..protocol.plan import PlannedGenerator
 from ..protocol.round_trips import img2img_source
 from cxr_synth.protocol.sets import (
@@ -199,10 +199,14 @@ class SetJob:
         "File names of this process's images of one class."
         return own_share(image_names({cls: self.cfg.images[cls]}), self.share)
 
-    def limits(self) -> dict:
-        "Greys of the real images, for the quality gate: those of about 500 of them."
-        ids = self.rows.image_id.sort_values()
-        return grey_limits(load_images(self.study, ids.iloc[:: max(1, len(ids) // 500)]))
+    def chest(self) -> ChestGate | None:
+        "What a chest is, by some 500 training films and as many of val; None where there are too few."
+        found = [rows.image_id.sort_values() for rows in (self.rows, split_rows(self.study, "val"))]
+        if min(map(len, found)) < LEAST_FILMS:
+            say(f"{self.name}: too few films to learn what a chest is; only emptiness is checked.")
+            return None
+        chosen = [ids.iloc[:: max(1, len(ids) // 500)] for ids in found]
+        return learn_chest(*(load_images(self.study, ids) for ids in chosen))
 
     def lines(self, cls: str, numbers: list[int], cfg: SetConfig, pipe) -> dict:
         "Number of an image -> its line of metadata, all but the SHA-256."
@@ -313,7 +317,7 @@ def _draw_class(
     missing: list[str],  # file names
     pipe,  # from `load_model`
     cfg: SetConfig,  # settings, with the precision chosen
-    limits: dict,  # from `SetJob.limits`
+    chest: ChestGate | None,  # from `SetJob.chest`
 ):
     "Make the missing images of one class."
     settled = prepare_process(job, pipe, cfg)
@@ -324,7 +328,7 @@ def _draw_class(
 
     def put(k, pixels):
         image = to_image(pixels, job.resolution)
-        reasons.append(quality_gate(pixels, image, limits))
+        reasons.append(quality_gate(pixels, image, chest))
         job.writer.put(image, lines[k] | dict(reason=reasons[-1], device=made_on))
         if len(reasons) == _SOON and not job.name.endswith("-base"):  # do not draw 1000 of them
             found = {cls: sum(reason in EMPTY for reason in reasons)}
@@ -357,12 +361,12 @@ def draw_set(
     if not total:
         return
     check_disk_space(job.stage.path, total, job.resolution)
-    limits = job.limits()
+    chest = job.chest()
     known = recorded_choices(job.stage).get("precision")
     cfg = replace(job.cfg, mixed_precision=known or pick_precision(device, job.cfg.mixed_precision))
     for cls, names in missing.items():
         if names:
-            _draw_class(job, cls, names, load_model(job.models[cls], device, cfg), cfg, limits)
+            _draw_class(job, cls, names, load_model(job.models[cls], device, cfg), cfg, chest)
 
 # %% ../../nbs/diffusion/image_set.ipynb #a48f2a58
 def _devices(stage: Stage) -> list[str]:
