@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #12f11962
 from ..base.arguments import check_number, check_path, check_whole
-from ..base.cache import weights_key
+from ..base.cache import hashing_once, weights_key
 from ..base.checkpoints import generations
 from cxr_synth.base.compute import (
     computes_in_tf32,
@@ -758,6 +758,21 @@ def _made_from(pipe, task: TrainingTask, cfg: TrainConfig, seed: int) -> dict:
     about = dict(settings=cfg.settings(), seed=seed, data=task.key(), model=model_key(pipe))
     return json.loads(json.dumps(about))
 
+# %% ../../nbs/diffusion/dreambooth.ipynb #95b9fd2a
+@hashing_once()
+def _ready_trainer(pipe, task, out, path, cfg, seed, desc, decoder, how) -> tuple:
+    "The task and its trainer; None for the trainer if the mirror had the finished model."
+    if callable(task):
+        task = task(pipe)
+    task.check(pipe.tokenizer)
+    if decoder:
+        load_decoder(pipe.vae, decoder)
+    mirror = how.get("mirror")
+    if mirror and fetch_model(mirror, Path(out), _made_from(pipe, task, cfg, seed)):
+        return task, None
+    with naming_memory(cfg, desc), gpu_arithmetic(cfg.deterministic):
+        return task, make_trainer(pipe, task, path, cfg, seed, **how)
+
 # %% ../../nbs/diffusion/dreambooth.ipynb #16357898
 @freeing_memory()
 def fine_tune(
@@ -780,16 +795,11 @@ def fine_tune(
     pipe = load_pipeline(base, revision=cfg.revision)
     training_noise(pipe.scheduler)  # refused before anything is written
     claim_model(out, base, source)
-    if callable(task):
-        task = task(pipe)
-    task.check(pipe.tokenizer)
-    if decoder:
-        load_decoder(pipe.vae, decoder)
+    task, trainer = _ready_trainer(pipe, task, out, path, cfg, seed, desc, decoder, how)
     mirror, log = how.get("mirror"), Path(path).with_suffix(".csv")
-    if mirror and fetch_model(mirror, Path(out), _made_from(pipe, task, cfg, seed)):
+    if trainer is None:
         return read_csv(log, LogRow) if mirror.fetch(log) else []
     with naming_memory(cfg, desc), gpu_arithmetic(cfg.deterministic):
-        trainer = make_trainer(pipe, task, path, cfg, seed, **how)
         if watch:
             trainer.loop.hooks.append(TrainingMonitor(how.get("previews")))
         rows = trainer.run(desc)

@@ -106,9 +106,9 @@ LATENTS_VERSION = 3  # of `encode_latents`: raise it when it gives other numbers
 
 
 def _encoder_parts(vae) -> list:
-    "The networks that a latent depends on: not the decoder, which may be tuned."
+    "What a latent depends on: not the decoder, which may be tuned; all where no encoder is named."
     parts = [getattr(vae, name, None) for name in ("encoder", "quant_conv")]
-    return [part for part in parts if part is not None]
+    return [part for part in parts if part is not None] or [vae]
 
 
 def latents_key(
