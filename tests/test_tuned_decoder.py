@@ -119,6 +119,13 @@ def test_bad_input(tmp_path):
     assert not file.exists()
 
 
+def test_the_same_decoder_is_the_same_file(tmp_path):
+    vae, files = kl(), [tmp_path / f"{k}.safetensors" for k in range(8)]
+    for file in files:
+        save_decoder(vae, file, dict(steps=1, films=2))
+    assert len({file.read_bytes() for file in files}) == 1
+
+
 def test_damaged_files_are_refused_and_change_nothing(tmp_path):
     vae, file = kl(), tmp_path / DECODER_FILE
     save_decoder(vae, file, dict(steps=1))

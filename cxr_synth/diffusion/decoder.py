@@ -81,7 +81,7 @@ def save_decoder(
 ):
     "Write the decoder's weights in float32, as safetensors."
     state = {n: w.detach().float().cpu().contiguous() for n, w in vae.decoder.state_dict().items()}
-    header = dict(format="pt", facts=json.dumps(facts, sort_keys=True))
+    header = dict(facts=json.dumps(facts, sort_keys=True))  # more would have a random order
     with atomic_path(file) as tmp:
         save_file(state, tmp, metadata=header)
 
