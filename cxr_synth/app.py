@@ -23,9 +23,10 @@ from pkgutil import resolve_name
 from typing import Annotated
 
 # %% ../nbs/09_app.ipynb #e0abacbf
+from .base.beat import beat_text
 from .base.compute import out_of_memory
 from .base.files import CxrError, PartlyFailed, one_of
-from .base.messages import system_error_text, use_plain_characters
+from .base.messages import say, system_error_text, use_plain_characters
 from .base.readers import read_csv, read_json
 from .base.records import STAGES, Study, not_here, stale_stages
 from cxr_synth.base.settings import (
@@ -42,6 +43,7 @@ from .protocol.schema import Analysis, Audit, ManifestRow
 from .protocol.seal import SEALED_STAGES
 from .stages.validation import validate_settings
 from cxr_synth.stages.run import (
+    followed,
     has_test,
     in_turn,
     is_test_open,
@@ -338,15 +340,17 @@ def run_all(
 ) -> PartlyFailed | None:  # what failed on the way
     "All stages in the design's order, up to `last`, each announced in a line."
     stages = [s for s in stages_until(last) if s in CONFIGS]
-    validate_settings(study, args.redo, last, **{stage: getattr(args, stage) for stage in stages})
+    configs = {stage: getattr(args, stage) for stage in stages}
+    validate_settings(study, args.redo, last, **configs)
 
     def do(stage):
         if stage == "open-test" and (is_test_open(study) or not has_test(study)):
             return
-        print(f"{stage}: {COMMAND_HELP[stage]}", flush=True)
+        say(f"{stage}: {COMMAND_HELP[stage]}")
         _do_stage(study, stage, args, preset)
 
-    return in_turn(stages_until(last), do)
+    with followed(study, stages_until(last), configs, args.redo):
+        return in_turn(stages_until(last), do)
 
 # %% ../nbs/09_app.ipynb #d52525fc
 def _state(
@@ -365,11 +369,11 @@ def _state(
 def status(
     study: Study,  # the study
 ) -> str:
-    "One line per stage output: complete (and which of its inputs are not here), running or stale."
+    "How far a run is, then a line per output: complete (which inputs are not here), running or stale."
     study.info()
     stale = dict(line.split(": ", 1) for line in stale_stages(study))
     missing = not_here(study)
-    lines = []
+    lines = [text] if (text := beat_text(study.root)) else []
     for out, record in study.records().items():
         state = _state(record, stale.get(out, ""), missing.get(out, []))
         lines.append(f"{out:28} {record['stage']:12} {state}")

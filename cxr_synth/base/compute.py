@@ -12,6 +12,7 @@ import gc, hashlib, os, sys, traceback
 from contextlib import contextmanager
 
 # %% ../../nbs/base/compute.ipynb #4e677b79
+from .bars import Bar
 from .files import CxrError, one_of
 
 # %% ../../nbs/base/compute.ipynb #346c9b49
@@ -219,11 +220,7 @@ def gpu_arithmetic(
 def progress(
     items=None,  # what to iterate over; None for a bar that is advanced by hand
     desc: str = "",  # what is being done
-    **kw,  # passed to tqdm, such as total, unit and initial
-):
-    "A tqdm bar, silent when the environment variable CXR_QUIET is set."
-    from tqdm.auto import tqdm
-
-    return tqdm(
-        items, desc=desc, dynamic_ncols=True, disable=bool(os.environ.get("CXR_QUIET")), **kw
-    )
+    **kw,  # of `Bar`, such as total, unit, initial and main
+) -> Bar:
+    "A bar on a terminal or in a notebook, lines in a file; silent when CXR_QUIET is set."
+    return Bar(items, desc, **kw)

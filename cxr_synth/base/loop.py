@@ -435,7 +435,7 @@ class Loop(TrainingState):
         done = self.step * self.items
         self.saved_at = time.monotonic()
         try:
-            with progress(total=images, initial=done, desc=desc, unit="image") as bar:
+            with progress(total=images, initial=done, desc=desc, unit="image", main=True) as bar:
                 while self.step < self.total:
                     self.take_step(losses, desc, bar)
             self._call_hooks()

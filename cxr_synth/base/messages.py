@@ -7,6 +7,7 @@ __all__ = ['system_error_text', 'failure_reason', 'plain_characters', 'use_plain
 
 # %% ../../nbs/base/messages.ipynb #575aeca2
 import codecs, errno, os, shutil, sys
+from contextlib import nullcontext
 from pathlib import Path
 
 # %% ../../nbs/base/messages.ipynb #86fe147c
@@ -151,15 +152,24 @@ def use_plain_characters():
             stream.reconfigure(errors="plain_characters")
 
 
+def _above_bars(
+    file,  # that is printed to
+):
+    "Inside, bars that are drawn on the same terminal are out of the way."
+    tqdm = sys.modules.get("tqdm")
+    return tqdm.tqdm.external_write_mode(file=file) if tqdm else nullcontext()
+
+
 def say(
     text: str,  # a line
     file=None,  # None: standard output
 ):
     "Print at once, on any terminal."
     file = file or sys.stdout
-    try:
-        print(text, file=file, flush=True)
-    except UnicodeEncodeError:
-        encoding = file.encoding or "ascii"
-        plain = text.encode(encoding, "plain_characters").decode(encoding)
-        print(plain, file=file, flush=True)
+    with _above_bars(file):
+        try:
+            print(text, file=file, flush=True)
+        except UnicodeEncodeError:
+            encoding = file.encoding or "ascii"
+            plain = text.encode(encoding, "plain_characters").decode(encoding)
+            print(plain, file=file, flush=True)

@@ -329,7 +329,7 @@ def do_runs(
     arms = len({run.arm for run in todo})
     with (
         open_executor("serial" if executor else cfg.executor, cfg.workers) as own,
-        progress(total=len(todo), desc=f"{arms} arms", unit="run") as bar,
+        progress(total=len(todo), desc=f"{arms} arms", unit="run", main=True) as bar,
     ):
         try:
             for run, record in as_finished(executor or own, todo, job):

@@ -380,7 +380,7 @@ def draw_all(
 
     there = total - len(numbers)
     with (
-        progress(total=total, initial=there, desc=desc, unit="image") as bar,
+        progress(total=total, initial=there, desc=desc, unit="image", main=True) as bar,
         AsyncWriter() as writer,
     ):
         for i in range(0, len(numbers), sampler.batch_size):

@@ -31,6 +31,7 @@ from cxr_synth.base.files import (
 from ..base.ledger import LEDGER
 from ..base.messages import system_error_text
 from ..base.records import Study, check_files
+from ..base.standin import PAGE, is_standin
 from ..protocol.dataset import dataset_card
 from ..protocol.round_trips import film_words
 from .set_card import assert_same_images, current_card, read_set, visible_files
@@ -90,7 +91,8 @@ def pack_members(
         study.root,
         *(p for part in what for p in PACK_PARTS[one_of(part, PACK_PARTS, "part of a study")]),
     )
-    names = [n for n in found if not never_packed(n)]
+    standin = [PAGE] if is_standin(study) else []  # of a report that is still to come
+    names = [n for n in found if not never_packed(n) and n not in standin]
     link = next(
         (n for n in sorted(folders_of(names).union(names)) if os.path.islink(study / n)), None
     )

@@ -6,6 +6,8 @@
 __all__ = ['stage_generate']
 
 # %% ../../nbs/04_generate.ipynb #0f4d3c75
+from functools import partial
+from ..base.bars import note_part
 from ..base.records import Study, as_study
 from ..base.settings import GenerateConfig
 from ..diffusion.image_set import generate_set, set_name
@@ -48,12 +50,17 @@ def stage_generate(
     started = planned_img2img(plan)
     for _, strength, _ in started:  # before hours are spent
         drawn_steps(cfg.num_inference_steps, strength)
-    for generator, base in _sets_to_draw(study, plan, cfg.before):
+    sets, again = _sets_to_draw(study, plan, cfg.before), planned_round_trips(plan)
+    part = partial(note_part, "set", of=len(sets) + len(again) + len(started))
+    for k, (generator, base) in enumerate(sets):
+        part(k + 1)
         complete = generate_set(study, generator, cfg, plan.seed, redo, base)
         name = set_name(generator.name, base)
         if complete and card and not (study / f"synthetic/{name}/README.md").exists():
             card(study, name)
-    for name in planned_round_trips(plan):
+    for k, name in enumerate(again):
+        part(len(sets) + k + 1)
         generate_round_trips(study, name, cfg, redo)
-    for name, strength, images in started:
+    for k, (name, strength, images) in enumerate(started):
+        part(len(sets) + len(again) + k + 1)
         generate_img2img(study, name, strength, images, cfg, plan.seed, redo)

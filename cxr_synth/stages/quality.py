@@ -12,6 +12,7 @@ import numpy as np, pandas as pd
 from matplotlib.figure import Figure
 
 # %% ../../nbs/05_quality.ipynb #d9dbd295
+from ..base.bars import note_part
 from ..base.files import CxrError, write_csv, write_json
 from ..base.readers import read_json
 from ..base.locks import alone
@@ -226,7 +227,9 @@ def stage_quality(
     if stage.done:
         return
     real, measured = RealReference(study, cfg, stage.compute_on(cfg.device)), {}
-    for name in sorted(names, key=lambda name: (not name.endswith("-base"), name)):
+    order = sorted(names, key=lambda name: (not name.endswith("-base"), name))
+    for k, name in enumerate(order):
+        note_part("set", k + 1, len(order))
         base = measured.get(f"{name}-base")
         measured[name] = measure_generator(real, name, base.rows if base else [])
     facts = settle_copies(real, measured)

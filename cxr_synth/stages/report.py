@@ -17,6 +17,7 @@ from cxr_synth.base.records import (
     stale_stages,
 )
 from ..base.settings import ReportConfig
+from ..base.standin import forget_standin, is_place_free
 from ..report.cards import classifier_card, results_table, study_rows, talking_points
 from ..report.compare import compare_studies
 from ..report.contrasts import analyse
@@ -50,10 +51,11 @@ def _open_report(
     "Start the record of a report over an older report, or where there is none."
     optional = [n for n in ("results.csv", "opened.json", "quality") if (study / n).exists()]
     inputs = ["data/manifest.csv", "plan.json", "runs", *optional]
-    if redo and (study / "report").exists():
+    free = is_place_free(study)  # but for a page that stands in for the report
+    if redo and (study / "report").exists() and not free:
         move_aside(study, "report")
     known = study.record_path("report").exists()  # what is there is an older report's
-    stage = open_stage(study, "report", "report", cfg, inputs, adopt=known)
+    stage = open_stage(study, "report", "report", cfg, inputs, adopt=known or free)
     if not known and (study / "analysis.json").exists():
         move_aside(study, "analysis.json")
     return stage
@@ -103,6 +105,7 @@ def stage_report(
     figures = draw_figures(ev, analysis, cfg.poster)
     page = report_page(study, analysis, figures, stage.record["started"])
     write_text(study / "report/index.html", page)
+    forget_standin(study)
     write_texts(ev, analysis)
     stage.finish(word=analysis["verdict"]["word"], contrasts=len(analysis["contrasts"]))
 

@@ -6,6 +6,7 @@
 __all__ = ['stage_train']
 
 # %% ../../nbs/03_train.ipynb #92660d86
+from ..base.bars import note_part
 from ..base.compute import own_process
 from ..base.messages import say
 from ..base.mirror import flush_drive
@@ -31,7 +32,10 @@ def _train_own(
 ):
     "Train generators; of several processes, this one's share of their models."
     rank, n = own_process()
-    for name, model in trained_parts(names, cfg)[rank::n]:
+    parts = trained_parts(names, cfg)[rank::n]
+    own = list(dict.fromkeys(name for name, _ in parts))
+    for name, model in parts:
+        note_part("generator", own.index(name) + 1, len(own))
         if n == 1 or model is None:
             train_generator(study, name, cfg, seed, redo)
         elif not train_part(study, name, model, cfg, seed, redo):
