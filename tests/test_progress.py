@@ -395,15 +395,17 @@ def test_page_is_written_every_ten_seconds_at_most(study):
 
 # -- a whole run
 
-SMALL = """--data phantom --data.patients 120 --data.resolution 32 --plan.tier lesson --plan.pool 40
---plan.size 32 --plan.builtin truth --quality.size 32 --quality.halvings 3 --experiments.size 32
---experiments.views 2 --report.draws 200""".split()
+SMALL = (
+    "--data phantom --data.patients 120 --data.resolution 32 --plan.tier lesson --plan.pool 40 "
+    "--plan.size 32 --plan.builtin truth --quality.size 32 --quality.halvings 3 --experiments.size 32 "
+    "--experiments.views 2 --report.draws 200"
+)
 
 
 def test_a_whole_run_in_a_pipe(tmp_path):
     study, seen, signs = Study(tmp_path / "s"), [], set()
     code = "import sys; from cxr_synth.app import main; sys.exit(main())"
-    line = [sys.executable, "-c", code, "run", str(study.root), *SMALL]
+    line = [sys.executable, "-c", code, "run", str(study.root), *SMALL.split()]
     errors = tmp_path / "errors.txt"
     with open(errors, "wb") as err:
         p = subprocess.Popen(
