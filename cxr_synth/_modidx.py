@@ -3565,6 +3565,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'cxr_synth/report/running_page.py'),
                                                'cxr_synth.report.running_page.RunningPage._make_room': ( 'report/running_page.html#runningpage._make_room',
                                                                                                          'cxr_synth/report/running_page.py'),
+                                               'cxr_synth.report.running_page._help': ( 'report/running_page.html#_help',
+                                                                                        'cxr_synth/report/running_page.py'),
                                                'cxr_synth.report.running_page._next_text': ( 'report/running_page.html#_next_text',
                                                                                              'cxr_synth/report/running_page.py'),
                                                'cxr_synth.report.running_page._preview': ( 'report/running_page.html#_preview',

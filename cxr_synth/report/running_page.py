@@ -43,7 +43,12 @@ def _preview(
     what = f"{below.parts[0]} {below.parent.name}".replace(" previews", "")
     return dict(preview=dict(what=what, step=int(path.stem), png=path.read_bytes()), hidden="")
 
-# %% ../../nbs/report/running_page.ipynb #7410a586
+# %% ../../nbs/report/running_page.ipynb #2663593a
+def _help(stage: str) -> str:
+    "What a stage is for, as far as a single study goes."
+    return STAGES[stage].help.partition(";")[0]
+
+
 def _stage_lines(
     run: RunProgress,  # that is followed
 ) -> list[dict]:  # name, help, state, took
@@ -54,7 +59,7 @@ def _stage_lines(
         spent = seen.ended - seen.began if seen and seen.ended is not None else 0
         took = age_text(spent) if spent >= 0.5 else ""
         state = "done" if k < at else "now" if k == at else "later"
-        lines.append(dict(name=name, help=STAGES[name].help, state=state, took=took))
+        lines.append(dict(name=name, help=_help(name), state=state, took=took))
     return lines
 
 
@@ -65,7 +70,7 @@ def _next_text(
     later = run.stages[run.stages.index(run.stage) + 1 :] if run.stage else []
     if not later:
         return ""
-    text, wait = f"{later[0]}, to {STAGES[later[0]].help}", run.stage_left()
+    text, wait = f"{later[0]}, to {_help(later[0])}", run.stage_left()
     if wait is None:
         return text
     return f"{text}, in {left_text(wait).removesuffix(' left')}"
