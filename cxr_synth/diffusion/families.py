@@ -19,6 +19,7 @@ from ..base.files import CxrError, one_of
 from ..base.readers import read_json
 from ..base.settings import BASES, BaseModel
 from ..base.weights import refuse_stand_ins
+from .wavelets import WaveletVAE
 
 # %% ../../nbs/diffusion/families.ipynb #d9b3db34
 _PAIRS = {  # what must be equal in a Stable Diffusion folder, and what to say if it is not
@@ -82,13 +83,16 @@ def stable_diffusion_misfits(
     return found
 
 # %% ../../nbs/diffusion/families.ipynb #2de3573d
+_AUTOENCODERS = {"AutoencoderTiny": AutoencoderTiny, "WaveletVAE": WaveletVAE}
+
+
 def stable_diffusion_from_config(
     folder,  # in Stable Diffusion's format; configuration suffices
 ) -> dict:  # unet, text_encoder, vae; made under `torch.device('meta')` they take no memory
     "The networks that a folder's configuration files describe, untrained."
     unet = read_json(Path(folder) / "unet/config.json")
     vae = read_json(Path(folder) / "vae/config.json")
-    vae_class = AutoencoderTiny if vae["_class_name"] == "AutoencoderTiny" else AutoencoderKL
+    vae_class = _AUTOENCODERS.get(vae["_class_name"], AutoencoderKL)
     return dict(
         unet=UNet2DConditionModel.from_config(unet),
         text_encoder=CLIPTextModel(CLIPTextConfig.from_pretrained(Path(folder) / "text_encoder")),

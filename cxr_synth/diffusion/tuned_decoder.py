@@ -74,7 +74,12 @@ def _naming_memory(desc: str, batch: int):
 
 
 def _check_films(vae, images: np.ndarray):
-    "Raise `CxrError` for no images, and for a side that the latents' grid does not divide."
+    "Raise `CxrError` for no decoder, for no images, and for a side that the latents' grid does not divide."
+    if not hasattr(vae, "decoder"):
+        raise CxrError(
+            f"a {type(vae).__name__} has no decoder to tune: it loses nothing.\n"
+            "Leave --train.tune-decoder away."
+        )
     step = vae_shrink(vae)
     if not len(images):
         raise CxrError("a decoder cannot be tuned without films.\nGive training images.")
