@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import json
 import re
 from html import unescape
 from importlib.resources import files
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cxr_synth.protocol.schema import QUALITY_COLUMNS
 from cxr_synth.report.contrasts import analyse
 from cxr_synth.report.evidence import Evidence
 from cxr_synth.report.page import report_page
@@ -61,9 +63,15 @@ def test_every_word_has_its_story(study, analysis, word):
     "test, sentence",
     [
         (dict(state="absent"), "This data set has no official test"),
-        (dict(state="sealed", openings=[]), "no AUROC on this page rests on it. The guess"),
+        (
+            dict(state="sealed", openings=[]),
+            "no AUROC on this page rests on it. What would settle it",
+        ),
         (dict(state="sealed", openings=["2026-01-05T00:00"]), "It was opened before (2026-01-05)"),
-        (dict(state="opened", openings=["2026-01-05T00:00"]), "opened (2026-01-05). The guess"),
+        (
+            dict(state="opened", openings=["2026-01-05T00:00"]),
+            "opened (2026-01-05). What would settle it",
+        ),
         (
             dict(state="opened", openings=["2026-01-05", "2026-02-05"], exploratory=True),
             "(2026-01-05, 2026-02-05). What is said about it is exploratory",
@@ -79,9 +87,63 @@ def test_state_of_the_official_test(study, analysis, test, sentence):
 
 @pytest.mark.parametrize("replicates, sets", [(1, "one synthetic set"), (2, "two synthetic sets")])
 def test_few_replicates_conclude_nothing(study, analysis, replicates, sets):
-    assert "cannot conclude" not in shown(study, analysis)
+    analysis["contrasts"][0] |= dict(word="inconclusive", remarks=[])
+    analysis["verdict"] |= dict(word="inconclusive", sentence="It is inconclusive so.")
+    assert "earns no stronger word" not in shown(study, analysis)
     analysis["contrasts"][0]["replicates"] = replicates
-    assert f"This pilot cannot conclude. It rests on {sets}" in shown(study, analysis)
+    text = shown(study, analysis)
+    assert f"The pilot rests on {sets} at this fraction" in text
+    assert text.count("stays open") == 1
+
+
+@pytest.mark.parametrize(
+    "remark, low, said",
+    [
+        ("copies of the real films do as well", 0.5, "copies of the real films do as well, so"),
+        ("not compared with copies of the real films", 0.5, "nobody has compared"),
+        ("", 0.5, "lies on one side of zero, but the study is too small"),
+        ("", -2.0, "holds zero and reaches beyond the margin"),
+    ],
+)
+def test_why_a_question_stays_open_is_said_once(study, analysis, remark, low, said):
+    analysis["contrasts"][0] |= dict(word="inconclusive", remarks=[remark], low=low, high=3.0)
+    beforehand = "More patients would."
+    about = dict(word="inconclusive", sentence="It is inconclusive so.", beforehand=beforehand)
+    analysis["verdict"] |= about
+    text = shown(study, analysis)
+    assert said in text and text.count("stays open") == 1
+    assert text.count(f"The plan said so beforehand: {beforehand}") == 1
+
+
+def test_the_page_begins_with_what_one_sees(study, analysis):
+    png = b"\x89PNG"
+    figures = dict.fromkeys(("films", "generators", "forest", "grid"), png)
+    page = report_page(study, analysis, figures, "2026-01-06")
+    heads = re.findall("<h2>(.*?)</h2>", page)
+    assert heads[:3] == ["What one sees", "By how much", "What would settle it"]
+    assert page.index("Hollow: the difference of each generator") < page.index("All comparisons")
+    assert page.count("<img") == 4
+
+
+def test_generators_that_have_not_learned_are_named_in_the_box(study, analysis):
+    quality = {p: p.read_text() for p in (study / "quality").glob("real010-rep?.json")}
+    same = dict.fromkeys(QUALITY_COLUMNS) | dict(class_name="both", floor=0.9)
+    fog = [
+        same | dict(metric="label-auroc", reference="val", value=0.5, low=0.43, high=0.57),
+        same | dict(metric="coverage", reference="train", value=0.0),
+    ]
+    try:
+        for path in quality:
+            path.write_text(json.dumps(fog))
+        text = shown(study, analysis)
+        assert text.count("These images do not show chests") == 1
+        assert "says nothing about synthetic X-rays" in text
+        assert "label-AUROC 0.50 (0.43 to 0.57; real films 0.90)" in text
+        assert "Better images, before any larger study" in text
+    finally:
+        for path, content in quality.items():
+            path.write_text(content)
+    assert "do not show chests" not in shown(study, analysis)
 
 
 def test_a_sealed_question_has_no_verdict(study, analysis):

@@ -35,7 +35,10 @@ def test_another_setting_replaces_the_report(study):
     before = (study / "report/results-table.md").read_bytes()
     stage_report(study, ReportConfig(draws=150, poster=300))
     record = read_json(study / "report/stage.json")
-    assert (record["settings"], record["runtime"]) == (dict(draws=150), dict(poster=300))
+    assert (record["settings"], record["runtime"]) == (
+        dict(draws=150, real_films=True),
+        dict(poster=300),
+    )
     assert (study / "report/results-table.md").read_bytes() == before
     assert not list(study.root.glob("*.redo*"))
 
@@ -86,7 +89,7 @@ def test_two_replicates_conclude_nothing(tmp_path):
     study = rehearse(tmp_path / "pilot", patients, cells, ("real", "mixed"))
     stage_report(study, QUICK)
     assert read_json(study / "analysis.json")["contrasts"][0]["word"] == "inconclusive"
-    assert "This pilot cannot conclude." in page_of(study)
+    assert "The pilot rests on two synthetic sets" in page_of(study)
 
 
 def test_comparing_makes_the_reports_that_are_missing(study, tmp_path):

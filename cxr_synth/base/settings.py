@@ -687,6 +687,8 @@ class ReportConfig(Config):
     draws: int = ranged(5000, 40, 1_000_000, "draws")
     # width of the figures for the poster, px (25 cm at 300 dots an inch)
     poster: int = runtime(ranged(3000, 100, 20_000, "px"))
+    # show real films on the page; without: where their licence does not let you pass them on
+    real_films: bool = True
 
 # %% ../../nbs/base/settings.ipynb #95428282
 CONFIGS = {

@@ -161,7 +161,7 @@ def corner_share(
 
 # %% ../../nbs/classify/explain.ipynb #0a086179
 CASE_KINDS = {  # (label, called pneumonia) -> its name
-    (1, 1): "pneumonia, found",
+    (1, 1): "pneumonia, called so",
     (1, 0): "pneumonia, missed",
     (0, 0): "normal, left alone",
     (0, 1): "normal, alarmed",

@@ -8,9 +8,9 @@ __all__ = ['PALETTE', 'FPR_GRID', 'new_axes', 'save_figure', 'figure_forest', 'f
            'apply_temperature', 'fit_temperature', 'reliability', 'figure_calibration', 'calibration',
            'specificity_by_block', 'figure_blocks', 'figure_shift', 'figure_selection', 'selection_curves',
            'training_curves', 'figure_training', 'load_quality', 'distances', 'fd_name', 'figure_fd', 'small_pictures',
-           'nearest_picture', 'PictureDistances', 'figure_grid', 'figure_memory', 'heat_cases', 'figure_cam',
-           'PlannedFigure', 'answer_figures', 'run_figures', 'score_figures', 'benefit_figures', 'protocol_figures',
-           'image_figures', 'draw_figures']
+           'nearest_picture', 'PictureDistances', 'film_rows', 'figure_grid', 'figure_memory', 'heat_cases',
+           'figure_cam', 'PlannedFigure', 'first_figures', 'answer_figures', 'run_figures', 'score_figures',
+           'benefit_figures', 'protocol_figures', 'image_figures', 'draw_figures']
 
 # %% ../../nbs/report/figures.ipynb #1751542e
 import io
@@ -628,14 +628,14 @@ class PictureDistances:
         return nearest_picture(made, seen)[1], nearest_picture(unseen, seen)[1]
 
     def rows(self, n=5):
-        "For `figure_grid`: real, synthetic, and the nearest real image, of each class."
+        "For `figure_grid`: synthetic images of each class above the nearest real one."
         out = []
         for c in CLASSES:
-            real, made = (_drawn(files, n, c) for files in (self.real[c], self.synthetic[c]))
+            made = _drawn(self.synthetic[c], n, c)
             at, _ = nearest_picture(small_pictures(made), small_pictures(self.real[c]))
             near = [self.real[c][i] for i in at]
-            out += [(f"{c}\nreal", real), (f"{c}\nsynthetic", made), ("its nearest\nreal", near)]
-        return [(label, [np.asarray(_read_grey(p)) for p in files]) for label, files in out]
+            out += [(f"{c}\nsynthetic", made), ("its nearest\nreal", near)]
+        return _read_rows(out)
 
 
 def _drawn(files, n, class_name):
@@ -644,6 +644,31 @@ def _drawn(files, n, class_name):
     return [files[i] for i in order[:n]]
 
 # %% ../../nbs/report/figures.ipynb #c83a8012
+def _read_rows(rows):
+    "Rows of a grid with their files read."
+    return [(label, [np.asarray(_read_grey(path)) for path in files]) for label, files in rows]
+
+
+def film_rows(
+    ev: Evidence,  # the study
+    real_films: bool = True,  # real ones, too
+    n: int = 7,  # films in a row
+    most: int = 2,  # generators
+) -> list:  # for `figure_grid`; empty without a synthetic set
+    "Real films of each class, and under them those of the primary generators, drawn by lot."
+    primary = ev.plan.primary
+    own = [g.name for g in ev.plan.generators if np.isclose(g.fraction, primary.fraction)]
+    albums = [PictureDistances(ev, name) for name in sorted(own)[:most]]
+    albums = [album for album in albums if all(album.synthetic.values())]
+    rows = []
+    for c in CLASSES if albums else ():
+        if real_films and albums[0].real[c]:
+            rows.append((f"{c}\nreal", _drawn(albums[0].real[c], n, c)))
+        for k, album in enumerate(albums, 1):
+            rows.append((f"{c}\ngenerator {k}", _drawn(album.synthetic[c], n, c)))
+    return _read_rows(rows)
+
+
 def figure_grid(
     rows: list,  # (label, list of uint8 images)
     ax,  # where to draw
@@ -777,6 +802,16 @@ def _forest_rows(analysis):
     return [r for r in rows if r["state"] == "measured"]
 
 
+def first_figures(
+    ev: Evidence,  # the study
+    real_films: bool = True,  # show real films
+):  # yields `PlannedFigure`
+    "What one sees first: films, real ones beside synthetic ones."
+    rows = film_rows(ev, real_films)
+    if rows:
+        yield PlannedFigure("films", figure_grid, (rows,), 7, 0.2 + 0.92 * len(rows))
+
+
 def answer_figures(
     ev: Evidence,  # the study
     analysis: dict,  # from `analyse`
@@ -862,6 +897,7 @@ def _measured_shift(study):
 
 def protocol_figures(
     ev: Evidence,  # the study
+    real_films: bool = True,  # show real films
 ):  # yields `PlannedFigure`
     "Data, protocol and training of the generators."
     shift = _measured_shift(ev.study)
@@ -872,7 +908,7 @@ def protocol_figures(
     blocks = specificity_by_block(ev, "real", largest) if opened else None
     if blocks:
         yield PlannedFigure("blocks", figure_blocks, blocks, height=2.4)
-    cases = heat_cases(ev)
+    cases = heat_cases(ev) if real_films else {}
     if cases:
         yield PlannedFigure("cam", figure_cam, (cases,), height=2.7)
     accuracies = selection_curves(ev.study)
@@ -886,6 +922,7 @@ def protocol_figures(
 def image_figures(
     ev: Evidence,  # the study
     analysis: dict,  # from `analyse`
+    real_films: bool = True,  # show real films
 ):  # yields `PlannedFigure`
     "The synthetic images."
     rows, before = (distances(load_quality(ev.study, base)) for base in (False, True))
@@ -900,7 +937,8 @@ def image_figures(
         yield PlannedFigure("strength", figure_strength, about, 8, 2.6)
     album = PictureDistances(ev, generator_name(ev.plan.primary.fraction, 0))
     if album:
-        yield PlannedFigure("grid", figure_grid, (album.rows(),), height=4.5)
+        if real_films:
+            yield PlannedFigure("grid", figure_grid, (album.rows(),), height=3.2)
         if album.held:
             yield PlannedFigure("memory", figure_memory, album.distances(), height=2.6)
 
@@ -909,15 +947,17 @@ def draw_figures(
     ev: Evidence,  # the study
     analysis: dict,  # from `analyse`
     poster: int = 3000,  # width of the poster's PNGs, px
+    real_films: bool = True,  # show real films
 ) -> dict:  # {name: PNG bytes}, in the order of the page
     "All figures of the report, saved to report/figures."
     planned = chain(
+        first_figures(ev, real_films),
         answer_figures(ev, analysis),
         run_figures(ev, analysis),
         score_figures(ev),
         benefit_figures(analysis),
-        protocol_figures(ev),
-        image_figures(ev, analysis),
+        protocol_figures(ev, real_films),
+        image_figures(ev, analysis, real_films),
     )
     out = {}
     for figure in planned:  # each is drawn before the next is planned

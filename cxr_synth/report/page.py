@@ -22,6 +22,8 @@ from ..protocol.seal import seal_state
 from .evidence import load_results
 from .figures import distances, fd_name, load_quality
 from .guide_table import study_lines, study_results
+from .learned import learned_sentence, primary_learned
+from .next_study import what_settles
 from .render import pairs_wrong, render
 from .strength import strength_points, strength_sentence
 from ..stats.auc import SCORES, THRESHOLD_RULES
@@ -235,6 +237,8 @@ def report_data(
     absent = analysis["test"]["state"] == "absent"
     every = load_quality(study, films=True)
     points = strength_points(every, analysis["contrasts"], plan.primary)
+    learned = primary_learned(study, plan)
+    real_films = study.recorded("report").get("real_films", True)
     return dict(
         info=study.info(),
         card=dataset_card(study),
@@ -255,7 +259,10 @@ def report_data(
         figures=figures,
         made=made,
         heat=heat_rows(study, plan.primary),
-        quality=quality_facts(study),
+        quality=quality_facts(study) | ({} if real_films else dict(grids={})),
+        real_films=real_films,
+        learned=learned_sentence(learned),
+        settles=what_settles(study, plan, analysis, learned, [*study.records().values()]),
         strength=strength_sentence(points),
         audit=audit_facts(study),
         guide=selection_rows(study),

@@ -102,7 +102,7 @@ def stage_report(
     analysis["unfinished"] = unfinished_stages(study)
     analysis["seal"] = seal_state(study)
     write_json(study / "analysis.json", null_for_nan(analysis))
-    figures = draw_figures(ev, analysis, cfg.poster)
+    figures = draw_figures(ev, analysis, cfg.poster, cfg.real_films)
     page = report_page(study, analysis, figures, stage.record["started"])
     write_text(study / "report/index.html", page)
     forget_standin(study)
