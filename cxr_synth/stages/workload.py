@@ -19,7 +19,7 @@ _SECONDS = {  # of one unit, at 64 px
     "autoencoder": 0.035,  # an image that it is trained on
     "unet": 0.030,  # an image that the U-Net is trained on
     "draw": 0.020,  # an image, a step of the sampler with guidance
-    "measure": 9.0,  # a set of images
+    "measure": 20.0,  # a set of images
     "feature": 0.006,  # a view of a film, for the classifiers
     "run": 0.7,  # a classifier
     "report": 20.0,
