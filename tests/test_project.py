@@ -137,7 +137,7 @@ def test_notebook_has_its_frame(path):
     )
     setup = [c for c in cells(path, "code") if '"google.colab" in sys.modules' in source(c)]
     assert len(setup) == 1 and "#| hide" in source(setup[0]) and "-c pins.txt" in source(setup[0])
-    assert source(last) == LAST
+    assert source(last) == LAST, f"the last cell of a notebook is to be:\n{LAST}"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.relative_to(ROOT / "nbs").as_posix())
