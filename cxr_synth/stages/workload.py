@@ -20,8 +20,8 @@ _SECONDS = {  # of one unit, at 64 px
     "unet": 0.030,  # an image that the U-Net is trained on
     "draw": 0.020,  # an image, a step of the sampler with guidance
     "measure": 20.0,  # a set of images
-    "feature": 0.006,  # a view of a film, for the classifiers
-    "run": 0.7,  # a classifier
+    "feature": 0.003,  # a view of a film, for the classifiers
+    "run": 0.2,  # a classifier
     "report": 20.0,
     "open-test": 1.0,
 }
