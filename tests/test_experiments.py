@@ -226,8 +226,11 @@ def mark_all(study, name):
 def test_filtered_without_a_class(copy):
     run = Run("filtered", 0.1, 0, 0)
     mark_all(copy, run.subset)
-    with pytest.raises(CxrError, match="Both classes are needed"):
-        training_set(run, context_of(copy))
+    left = training_set(run, context_of(copy))
+    real = training_set(replace(run, arm="real"), context_of(copy))
+    assert (left.n_synthetic, left.n_real, left.n_rows) == (0, real.n_real, real.n_rows)
+    mixed = training_set(replace(run, arm="mixed"), context_of(copy))
+    assert left.facts["removed"] == mixed.n_synthetic
 
 
 def test_only_and_unknown_executors(copy):

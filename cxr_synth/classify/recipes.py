@@ -302,19 +302,16 @@ def permuted(run: Run, context: RunContext) -> TrainingSet:
 
 # %% ../../nbs/classify/recipes.ipynb #cdbfe22f
 def filtered(run: Run, context: RunContext) -> TrainingSet:
-    "As `mixed`, without marked images; raises `CxrError` without a copy report or without a class."
+    "As `mixed`, without marked images (`real` if a class is lost); `CxrError` without a copy report."
     _, pool = _share_and_pool(run, context)
     x, y, names = context.synthetic_images(run, pool)
     generator = context.plan.generator_of(run)
     marked = marked_images(context.study, generator)
     left = np.array([i for i, name in enumerate(names) if name not in marked], int)
-    if len(set(y[left])) < 2:
-        raise CxrError(
-            f"filtered leaves {len(left)} of {len(y)} images: the others are marked in "
-            f"flags.csv, quality/{generator}-*.csv or curation/{generator}.csv.\n"
-            "Both classes are needed. Look at the reasons there; a generator whose images "
-            "are all marked has not learned."
-        )
+    if len(set(y[left])) < 2:  # images of one class alone would tell the source by the class
+        share, _ = _share_and_pool(run, context)
+        facts = dict(generator=generator, share=share, pool=pool, removed=len(y))
+        return replace(real(run, context), about=facts)
     return _beside_real(run, context, x[left], y[left], pool, removed=len(y) - len(left))
 
 # %% ../../nbs/classify/recipes.ipynb #a8ea3b78
