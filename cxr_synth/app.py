@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMAND_HELP', 'SHORT_FLAGS', 'PLAIN_FLAGS', 'TRANSPORT', 'USAGE', 'arguments', 'expand_short_flags', 'known_flags',
            'read_words', 'parse', 'run_all', 'status', 'closing_text', 'data_closing_text', 'plan_closing_text',
-           'Transport', 'run_transport', 'leading_studies', 'command', 'main', 'nbdev_test']
+           'tune_closing_text', 'Transport', 'run_transport', 'leading_studies', 'command', 'main', 'nbdev_test']
 
 # %% ../nbs/09_app.ipynb #d70af629
 import os
@@ -412,6 +412,15 @@ def plan_closing_text(
 
     return plan_text(load_plan(study))
 
+
+def tune_closing_text(
+    study: Study,  # after tune
+) -> str:
+    "What was found, and the command that seals it."
+    from cxr_synth.stages.tune import tune_text
+
+    return tune_text(study)
+
 # %% ../nbs/09_app.ipynb #4d5c6a96
 @dataclass(frozen=True)
 class Transport:
@@ -492,7 +501,12 @@ def _print_closing(
     last: str,  # the last stage that was done
 ):
     "Say what came of the last stage."
-    closings = {"data": data_closing_text, "plan": plan_closing_text, "report": closing_text}
+    closings = {
+        "data": data_closing_text,
+        "plan": plan_closing_text,
+        "tune": tune_closing_text,
+        "report": closing_text,
+    }
     if last in closings:
         print(closings[last](study))
 

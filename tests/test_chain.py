@@ -374,4 +374,4 @@ def test_a_study_below_a_folder_named_redo(study_copy, tmp_path):
 def test_every_stage_is_covered():
     "A new stage must come with its own cases."
     refusing = {stage for _, stage, _ in ALTERED}
-    assert refusing | {"guide"} == set(STAGES)
+    assert refusing | {"guide", "tune"} == set(STAGES)  # tests/test_tune.py

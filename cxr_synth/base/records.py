@@ -97,6 +97,13 @@ STAGES = {
         "report",
         writes=("report", "analysis.json"),
     ),
+    "tune": StageEntry(
+        "cxr_synth.stages.tune:stage_tune",
+        "try ways to draw, judged on validation films; run leaves it out",
+        "tune",
+        in_run=False,
+        writes=("tune.json",),
+    ),
     "guide": StageEntry(
         "cxr_synth.guide:stage_guide",
         "the guide's seven arms as written, after open-test; run leaves it out",

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['CLASSES', 'PROMPTS', 'SEED', 'STEPS', 'BATCH', 'Device', 'SOURCE_SETTINGS', 'TABLE_SUFFIXES', 'CONFIGS', 'STABILITY',
            'BASES', 'FULL', 'LORA', 'PRESETS', 'ranged', 'listed', 'text', 'runtime', 'allowed', 'Config', 'flag',
-           'refused', 'checked', 'parse_seeds', 'parse_guess', 'parse_shard', 'parse_arms', 'DataConfig', 'PlanConfig',
-           'ScratchConfig', 'TrainConfig', 'GenerateConfig', 'QualityConfig', 'ExperimentsConfig', 'GuideConfig',
-           'ReportConfig', 'from_word', 'meanings', 'settings_table', 'BaseModel', 'known_base', 'is_scratch',
-           'gpu_preset', 'is_same', 'without_files', 'resolve']
+           'refused', 'checked', 'parse_seeds', 'parse_guess', 'parse_shard', 'parse_arms', 'parse_numbers',
+           'parse_samplers', 'DataConfig', 'PlanConfig', 'ScratchConfig', 'TrainConfig', 'GenerateConfig',
+           'QualityConfig', 'ExperimentsConfig', 'GuideConfig', 'ReportConfig', 'TuneConfig', 'from_word', 'meanings',
+           'settings_table', 'BaseModel', 'known_base', 'is_scratch', 'gpu_preset', 'is_same', 'without_files',
+           'resolve']
 
 # %% ../../nbs/base/settings.ipynb #01f02571
 import dataclasses, functools, inspect, math, os, re
@@ -290,6 +291,41 @@ def parse_arms(
     return arms
 
 
+def parse_numbers(
+    text: str,  # numbers separated by spaces or commas
+    kind: type = float,  # int or float
+    low: float = 1,  # the least that is allowed
+    high: float = 100,  # the most
+) -> list:  # raises `CxrError` for anything else
+    "Different numbers in a range, each once."
+    try:
+        found = list(dict.fromkeys(kind(word) for word in text.replace(",", " ").split()))
+    except ValueError:
+        found = []
+    if not found or len(found) > 20 or not all(low <= number <= high for number in found):
+        raise CxrError(
+            f"{text!r} is not possible.\n"
+            f"Allowed: 1 to 20 {'whole ' * (kind is int)}numbers from {low:g} to {high:g}, separated by "
+            "spaces, such as 1 3 5."
+        )
+    return found
+
+
+def _check_steps(text: str):
+    "Raise `CxrError` for no numbers of steps."
+    parse_numbers(text, int, 1, 1000)
+
+
+def parse_samplers(
+    text: str,  # names separated by spaces or commas
+) -> list[str]:  # raises `CxrError` for one that does not exist
+    "Names of samplers, each once."
+    names = list(dict.fromkeys(text.replace(",", " ").split()))
+    for name in names:
+        one_of(name, resolve_name("cxr_synth.diffusion.sampling:SCHEDULERS"), "sampler")
+    return names
+
+
 def _check_executor(text: str):
     "Raise `CxrError` for no executor."
     if "://" not in text:
@@ -483,6 +519,11 @@ class TrainConfig(ScratchConfig):
     num_class_images: int = ranged(200, 1, 100_000, "images")  # prior generated: how many (guide)
     # Min-SNR weighting of the loss (Hang et al. 2023: 5); none: all noise levels count alike
     snr_gamma: float | None = ranged(None, 0, 1000, above=True)
+    # share of the prompts that is replaced by the empty one, so that classifier-free guidance has
+    # a trained unconditional half (Ho & Salimans 2022: 0.1 to 0.2)
+    prompt_dropout: float = ranged(0.0, 0, 1, below=True)
+    # the noise gets this times a normal number per image and channel (Guttenberg 2023: 0.1)
+    noise_offset: float = ranged(0.0, 0, 1)
     # gradients are clipped to this norm
     max_grad_norm: float = ranged(1.0, 0, 1_000_000, above=True)
     # exponential moving average of the trained weights; none keeps the last weights
@@ -495,6 +536,11 @@ class TrainConfig(ScratchConfig):
     heldout_steps: int = ranged(100, 1, STEPS, "steps")  # optimizer steps between two looks at it
     # the model gets the last ones, or best (by held-out loss); the others lie beside it
     weights: Literal["last", "best"] = "last"
+    # optimizer steps between two snapshots of the trained weights, of which the model gets the one
+    # that draws nearest to the val films; none: no snapshots
+    snapshots: int | None = ranged(None, 1, STEPS, "steps")
+    # images of a class that each snapshot draws to be judged by
+    snapshot_images: int = ranged(64, 6, 10_000, "images")
     # optimizer steps between two previews; none: no previews
     preview_steps: int | None = runtime(ranged(200, 1, STEPS, "steps"))
     preview_images: int = runtime(ranged(4, 1, 64, "images"))  # images per prompt in a preview
@@ -529,10 +575,13 @@ class TrainConfig(ScratchConfig):
         found = super().settings() | dict(base=base, prompts=prompts)
         decoder = ("tune_decoder", "decoder_batch_size", "decoder_learning_rate")
         # what is off is not recorded: older records know nothing of it
-        return {k: v for k, v in found.items() if self.tune_decoder or k not in decoder}
+        off = [] if self.tune_decoder else list(decoder)
+        off += [] if self.snapshots else ["snapshot_images"]
+        return {k: v for k, v in found.items() if k not in off}
 
     def runtimes(self):
-        return super().runtimes() | {"base": self.base, "prompts": self.prompts}
+        found = super().runtimes() | {"base": self.base, "prompts": self.prompts}
+        return found if self.snapshots else found | {"snapshot_images": self.snapshot_images}
 
 
 def _check_training(cfg: TrainConfig):
@@ -549,6 +598,11 @@ def _check_training(cfg: TrainConfig):
             "--train.weights best are those of the lowest held-out loss, and --train.heldout-images "
             "is none",
             "Give a number of --train.heldout-images, or --train.weights last.",
+        ),
+        (
+            cfg.weights == "best" and cfg.snapshots,
+            f"--train.weights best and --train.snapshots {cfg.snapshots} both choose the weights",
+            "Leave one of them away.",
         ),
         (
             frozen and (cfg.text_encoder_lr or cfg.text_encoder_steps),
@@ -690,11 +744,31 @@ class ReportConfig(Config):
     # show real films on the page; without: where their licence does not let you pass them on
     real_films: bool = True
 
+# %% ../../nbs/base/settings.ipynb #222e46f3
+@checked
+class TuneConfig(Config):
+    "Settings of the search for the best way to draw, judged on validation films."
+
+    # whose patients and models; empty: the first generator of the plan
+    generator: str = text(
+        "", "a name such as real010-rep0", "cxr_synth.base.records:parse_generator"
+    )
+    # images of a class that each combination draws to be judged by
+    images: int = ranged(64, 6, 10_000, "images")
+    # strengths of classifier-free guidance to try; 1 is none
+    guidance: str = text("1 2 3 5 7.5", "numbers from 1 to 100", parse_numbers)
+    # numbers of steps to try
+    steps: str = text("15 30", "whole numbers from 1 to 1000", _check_steps)
+    # samplers to try: dpmsolver++, ddim, euler, unipc
+    samplers: str = text("dpmsolver++ unipc", "names in SCHEDULERS", parse_samplers)
+    device: Device = runtime("auto")  # auto, cuda, mps or cpu
+
 # %% ../../nbs/base/settings.ipynb #95428282
 CONFIGS = {
     "data": DataConfig,
     "plan": PlanConfig,
     "train": TrainConfig,
+    "tune": TuneConfig,
     "generate": GenerateConfig,
     "quality": QualityConfig,
     "experiments": ExperimentsConfig,
@@ -833,6 +907,7 @@ FULL = dict(
     prior="generated",
     prior_loss_weight=1.0,
     ema_decay=None,
+    prompt_dropout=0.1,
     mixed_precision="bf16",
     channels_last=True,
     preview_guidance=7.5,
@@ -865,14 +940,14 @@ def gpu_preset(
 
 # %% ../../nbs/base/settings.ipynb #49dbb18c
 PRESETS = {
-    "tiny": {"train": dict(snr_gamma=5.0)},
+    "tiny": {"train": dict(snr_gamma=5.0, prompt_dropout=0.1)},
     "phantom-study": {
         "data": dict(patients=3000, test_share=0.7, strength=1.175),
-        "train": dict(snr_gamma=5.0),
+        "train": dict(snr_gamma=5.0, prompt_dropout=0.1),
     },
     "laptop": {
         "data": dict(resolution=128),
-        "train": dict(vae_steps=500, vae_views=20, snr_gamma=5.0),
+        "train": dict(vae_steps=500, vae_views=20, snr_gamma=5.0, prompt_dropout=0.1),
     },
     "a100-80gb": gpu_preset("guide", **FULL),
     "a100-80gb-lora": gpu_preset("guide", **LORA),
@@ -900,8 +975,9 @@ def is_same(
     old,  # a recorded value
     new,  # the value now
 ) -> bool:
-    "Whether two settings are the same: an older version wrote 0 for none."
-    return old == new or (new is None and old == 0 and old is not False)
+    "Whether two settings are the same: an older version wrote 0 for none, or did not know what is 0 now."
+    off = [value is None or (value == 0 and value is not False) for value in (old, new)]
+    return old == new or (None in (old, new) and all(off))
 
 
 def without_files(
@@ -928,6 +1004,9 @@ def resolve(
         one_of(name, known, f"setting of {stage}:")
     values = dict(PRESETS[one_of(preset, PRESETS, "preset")].get(stage, {}))
     fields = config.__dataclass_fields__
+    if recorded:  # what the version that recorded them did not know was off
+        later = {n for n in values if fields[n].default == 0 and n not in recorded}
+        values = {n: value for n, value in values.items() if n not in later}
     for name in known & set(recorded or {}):
         off = _is_optional(fields[name]) and is_same(recorded[name], None)
         values[name] = None if off else recorded[name]

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TRAINING', 'read_prompts', 'TrainingTask', 'class_task', 'model_key', 'check_class_images', 'make_class_images',
            'generate_class_images', 'resolve_precision', 'choose_weights', 'make_trainer', 'choose_saved_weights',
-           'load_trained_weights', 'generator_facts', 'generator_card', 'save_model', 'print_preflight',
-           'naming_memory', 'check_model_folder', 'claim_model', 'mirror_model', 'fetch_model', 'fine_tune',
-           'train_base']
+           'load_trained_weights', 'snapshot_path', 'Snapshots', 'choose_snapshot', 'generator_facts', 'generator_card',
+           'save_model', 'print_preflight', 'naming_memory', 'check_model_folder', 'claim_model', 'mirror_model',
+           'fetch_model', 'fine_tune', 'train_base']
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #79521d8f
 import dataclasses, hashlib, json, os, shutil
@@ -351,6 +351,8 @@ def _add_hooks(
     if previews and cfg.preview_steps:
         how = (cfg.preview_steps, cfg.preview_images, seed, cfg.preview_guidance)
         hooks.append(Previews(trainer, previews, prompts, *how))
+    if cfg.snapshots:
+        hooks.append(Snapshots(checkpoint, cfg.snapshots))
     if cfg.tensorboard:
         folder = Path(previews or checkpoint).parent / "tensorboard" / checkpoint.stem
         trainer.loop.log.readers.append(tensorboard_reader(folder, trainer.device))
@@ -359,6 +361,8 @@ def _add_hooks(
 # %% ../../nbs/diffusion/dreambooth.ipynb #4a0d303a
 _FINE_TUNING = {  # argument of `Trainer` or `Loop` -> the setting
     "peak": "learning_rate",
+    "drop": "prompt_dropout",
+    "noise_offset": "noise_offset",
     "accumulate": "gradient_accumulation_steps",
     "prior_weight": "prior_loss_weight",
     "snr_gamma": "snr_gamma",
@@ -446,6 +450,82 @@ def load_trained_weights(
         )
     for n, p in params.items():
         p.copy_(state[n])
+
+# %% ../../nbs/diffusion/dreambooth.ipynb #b1c59966
+def snapshot_path(
+    checkpoint,  # file of the training
+    step: int,  # after so many optimizer steps
+) -> Path:
+    "Where a snapshot lies: beside the checkpoint."
+    path = Path(checkpoint)
+    return path.with_name(f"{path.stem}-step{step:06d}.safetensors")
+
+
+class Snapshots:
+    "Hook: the trained weights (their average) every few steps and at the end."
+
+    def __init__(
+        self,
+        checkpoint,  # file of the training
+        every: int,  # steps between two of them
+    ):
+        self.checkpoint = checkpoint
+        self.every = every
+
+    def steps(self, total: int) -> list[int]:  # total: steps of the training
+        "When one is due."
+        return sorted({*range(self.every, total, self.every), total})
+
+    def __call__(self, loop: Loop):
+        if loop.step not in self.steps(loop.total):
+            return
+        path = snapshot_path(self.checkpoint, loop.step)
+        with loop.optimizer.average.applied(), atomic_path(path) as tmp:
+            weights = {n: p.detach().contiguous() for n, p in loop.optimizer.params.items()}
+            save_file(weights, tmp)
+        if loop.mirror:
+            loop.mirror.copy(path, checked=True)
+
+# %% ../../nbs/diffusion/dreambooth.ipynb #123cf48c
+def _drawing_now(
+    trainer: Trainer,  # whose pipeline draws
+    desc: str,  # what it is, for messages
+):  # function of prompt, seeds, steps, guidance: images (N, S, S) uint8
+    "A function that draws with the weights as they are."
+    side = trainer.draws[0].data.mean.shape[-1]
+
+    def draw(prompt: str, seeds: list[int], steps: int, guidance: float) -> np.ndarray:
+        parts = [seeds[i : i + trainer.batch] for i in range(0, len(seeds), trainer.batch)]
+        how = dict(precision=trainer.precision, side=side, what=desc)
+        return np.concatenate(
+            [
+                sample_images(trainer.pipe, [prompt] * len(p), p, steps, guidance, **how)
+                for p in parts
+            ]
+        )
+
+    return draw
+
+
+def choose_snapshot(
+    trainer: Trainer,  # after its run; gets the chosen weights
+    judge,  # called with a function of prompt, seeds, steps, guidance that draws; gives distance, ...
+    every: int,  # steps between two snapshots
+) -> dict:  # chosen: step; table: a row a snapshot
+    "Give the model the snapshot whose images have the smallest distance; the earliest of equal ones."
+    loop, rows = trainer.loop, []
+    checkpoint = loop.checkpoint.path
+    for step in progress(Snapshots(checkpoint, every).steps(loop.total), "snapshots"):
+        file = snapshot_path(checkpoint, step)
+        if not file.exists() and not (loop.mirror and loop.mirror.fetch(file, checked=True)):
+            say(f"{file} is missing: the snapshot of step {step} cannot be chosen.")
+            continue
+        load_trained_weights(trainer, file)
+        draw = _drawing_now(trainer, f"{loop.desc}: the snapshot of step {step}")
+        rows.append(dict(step=step) | judge(draw))
+    best = min(rows, key=lambda row: row["distance"])
+    load_trained_weights(trainer, snapshot_path(checkpoint, best["step"]))
+    return dict(chosen=best["step"], table=rows)
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #f1eaeaa4
 def generator_facts(
@@ -786,6 +866,7 @@ def fine_tune(
     watch: bool = False,  # redraw a figure in the notebook
     card: DatasetCard = DatasetCard(),  # of the images
     decoder=None,  # file of a tuned decoder, see `tune_decoder`; None: the base's own
+    judge=None,  # for `choose_snapshot`; None: the last weights, whatever snapshots there are
     **how,  # for `make_trainer`: previews, cache, mirror, views
 ) -> list[dict]:  # the log; raises `CxrError` if the folder holds other files
     "Fine-tune a base on a task and save the model (Ruiz et al. 2023; guide, section 7)."
@@ -803,8 +884,9 @@ def fine_tune(
         if watch:
             trainer.loop.hooks.append(TrainingMonitor(how.get("previews")))
         rows = trainer.run(desc)
+        chosen = choose_snapshot(trainer, judge, cfg.snapshots) if judge and cfg.snapshots else None
     facts = generator_facts(trainer, task, cfg, seed, base, source, card, decoder)
-    save_model(trainer, out, facts, cfg, base, decoder)
+    save_model(trainer, out, facts | dict(snapshots=chosen), cfg, base, decoder)
     if mirror:
         mirror_model(mirror, Path(out), path)
     return rows

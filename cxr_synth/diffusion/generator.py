@@ -8,6 +8,7 @@ __all__ = ['asking_for_float32', 'StudyTasks', 'train_generator', 'trained_parts
 
 # %% ../../nbs/diffusion/generator.ipynb #92660d85
 import dataclasses
+from functools import partial
 from pathlib import Path
 import numpy as np
 
@@ -172,6 +173,7 @@ class _GeneratorJob:
     cfg: TrainConfig  # settings, with the precision chosen
     seed: int  # study seed
     tasks: StudyTasks  # what its models learn
+    judge: object = None  # of snapshots: called with the label and a function that draws
 
     @property
     def name(self) -> str:
@@ -271,6 +273,7 @@ def _train_model(
         views=job.cfg.max_views,
         card=dataset_card(job.study),
         decoder=_tuned_decoder(job, base),
+        judge=job.judge and partial(job.judge, label),
     )
     going_on = [name for name in checkpoint_files(model) if not name.endswith(".csv")]
     remove_files(job.work, going_on)  # for Stable Diffusion 29 GB
@@ -311,6 +314,7 @@ def _open_generator(
     cfg: TrainConfig,  # settings
     seed: int,  # study seed
     redo: bool,  # move a generator with other settings aside
+    judges=None,  # see `train_generator`
 ) -> _GeneratorJob | None:  # None: it is done
     "A generator to begin or to go on with."
     inputs = ["data/manifest.csv", "data/fractions.csv", "data/images"]
@@ -322,7 +326,8 @@ def _open_generator(
     known = stage.record.setdefault("precision", here)  # another one would be another model
     cfg = dataclasses.replace(cfg, mixed_precision=known)
     stage.compute_on(cfg.device)
-    return _GeneratorJob(study, stage, cfg, seed, StudyTasks(study, name, cfg))
+    judge = judges(name) if judges and cfg.snapshots else None
+    return _GeneratorJob(study, stage, cfg, seed, StudyTasks(study, name, cfg), judge)
 
 
 @alone("train {name}")
@@ -332,9 +337,10 @@ def train_generator(
     cfg: TrainConfig,  # settings
     seed: int = 0,  # study seed
     redo: bool = False,  # move a generator with other settings aside
+    judges=None,  # called with the name: who judges its snapshots, given the label and how to draw
 ):
     "Train one generator: the base (CPU presets only), then DreamBooth per class or for both."
-    job = _open_generator(study, name, cfg, seed, redo)
+    job = _open_generator(study, name, cfg, seed, redo, judges)
     if job is None:
         return
     base = _ready_base(job)
@@ -362,10 +368,11 @@ def train_part(
     cfg: TrainConfig,  # settings
     seed: int = 0,  # study seed
     redo: bool = False,  # move a generator with other settings aside
+    judges=None,  # see `train_generator`
 ) -> bool:  # is the generator complete?
     "Train one model of a generator beside other processes; who finds all of them there completes it."
     with hold(study.root, f"train {name} {model}"):
-        job = _open_generator(study, name, cfg, seed, redo)
+        job = _open_generator(study, name, cfg, seed, redo, judges)
         if job is None:
             return True
         _train_model(job, job.cfg.base, model, job.tasks.models()[model])

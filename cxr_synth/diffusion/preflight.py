@@ -166,9 +166,11 @@ def _disk(cfg: TrainConfig, base: float, trained: float) -> dict:
     on_hub = not (is_scratch(cfg.base) or Path(cfg.base).exists())
     saved = trained if cfg.method == "lora" else base
     models = 1 if cfg.joint else 2
+    kept = -(-cfg.max_train_steps // cfg.snapshots) if cfg.snapshots else 0
     return dict(
         download=4 * base * _GIB if on_hub else 0.0,
         models=4 * (saved + trained) * models * _GIB,
+        snapshots=4 * trained * kept * models * _GIB,
         checkpoints=2 * (4 + moments + average) * trained * _GIB,
     )
 

@@ -218,6 +218,7 @@ class NoiseDraws:
         no_prompt: int,  # number of the empty prompt
         drop: float = 0.0,  # share of prompts that are dropped
         seed: tuple = (0,),  # identifies the walk
+        offset: float = 0.0,  # size of what is added to a whole channel of the noise
     ):
         if batch > len(data):
             raise CxrError(
@@ -233,6 +234,7 @@ class NoiseDraws:
         self.no_prompt = torch.tensor(no_prompt)
         self.drop = drop
         self.seed = seed
+        self.offset = offset
 
     def item(self, i: int, position: int) -> tuple:  # latent, noise, time, number of the prompt
         "What chance decides about image `i` at a position of the walk."
@@ -241,6 +243,8 @@ class NoiseDraws:
         noise = torch.randn(x0.shape, generator=g)
         t = torch.randint(self.times, (), generator=g)
         dropped = torch.rand((), generator=g) < self.drop
+        if self.offset:
+            noise = noise + self.offset * torch.randn(len(noise), 1, 1, generator=g)
         return x0, noise, t, self.no_prompt if dropped else self.first_prompt + self.data.which[i]
 
     def at(
@@ -366,6 +370,7 @@ class Trainer(Denoiser):
         peak: float,  # highest learning rate
         accumulate: int = 1,  # passes per optimizer step
         drop: float = 0.0,  # share of prompts that are dropped
+        noise_offset: float = 0.0,  # see `NoiseDraws`
         prior: LatentSet = None,  # images not to forget
         prior_weight: float = 1,  # weight of their loss
         snr_gamma: float | None = None,  # of the Min-SNR weights; None: all are 1
@@ -388,16 +393,17 @@ class Trainer(Denoiser):
         )
         parts = {name: part for name, part in parts.items() if part.params()}
         self.text_until = (text_stop or total) if "text_encoder" in parts else 0
-        self.draws = [self._draws(data, drop, "instance")]
+        chance = dict(drop=drop, offset=noise_offset)
+        self.draws = [self._draws(data, "instance", **chance)]
         if self.prior_weight:
-            self.draws.append(self._draws(prior, drop, "prior"))
+            self.draws.append(self._draws(prior, "prior", **chance))
         self.loop = Loop(parts, path, total, precision=precision, items=batch * accumulate, **loop)
 
-    def _draws(self, data: LatentSet, drop: float, what: str) -> NoiseDraws:
+    def _draws(self, data: LatentSet, what: str, **chance) -> NoiseDraws:  # chance: drop, offset
         "The walk through a set, whose prompts become known."
-        first = self.prompts.add(data.prompts)
+        numbers = self.prompts.add(data.prompts), self.no_prompt
         seed = (self.seed, what)
-        return NoiseDraws(data, self.batch, self.times, first, self.no_prompt, drop, seed)
+        return NoiseDraws(data, self.batch, self.times, *numbers, seed=seed, **chance)
 
     def one_pass(
         self,

@@ -1,0 +1,97 @@
+"""`cxr-synth tune`: resumable cell by cell, judged on validation films alone, refused after results."""
+
+import pytest
+from cxr_synth.base.files import CxrError
+from cxr_synth.base.readers import read_json
+from cxr_synth.base.settings import TuneConfig, resolve
+from cxr_synth.images.study_images import load_manifest
+from cxr_synth.quality import selection
+from cxr_synth.stages import tune
+from cxr_synth.stages.run import run
+from cxr_synth.stages.tune import combinations, stage_tune
+
+CFG = TuneConfig(images=6, guidance="1 3", steps="2", samplers="ddim", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    train = dict(
+        vae_steps=4, base_steps=4, base_batch_size=8, max_train_steps=4, train_batch_size=8
+    )
+    return run(
+        tmp_path_factory.mktemp("tune") / "study",
+        until="train",
+        data=dict(patients=150, resolution=32),
+        plan=dict(tier="guide", pool=40, size=32),
+        train=train | dict(preview_steps=None, heldout_images=None, snapshots=2, snapshot_images=6),
+        generate=dict(num_inference_steps=2),
+        quality=dict(size=32, halvings=3),
+    )
+
+
+def test_snapshots_are_kept_and_recorded(study):
+    folder = study / "models/real100-rep0"
+    record = study.record("models/real100-rep0")
+    for c in ("normal", "pneumonia"):
+        found = read_json(folder / c / "provenance.json", dict)["snapshots"]
+        assert [row["step"] for row in found["table"]] == [2, 4]
+        assert found["chosen"] in (2, 4)
+        assert f"checkpoints/{c}-step000002.safetensors" in record["files"]
+
+
+def test_a_stopped_search_goes_on_and_test_films_are_never_read(study, monkeypatch):
+    seen, drawn, real = set(), [], tune._drawn
+    load = selection.load_images
+    monkeypatch.setattr(selection, "load_images", lambda s, ids: seen.update(ids) or load(s, ids))
+
+    def stops(*args):
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+        drawn.append(args[3])
+        return real(*args)
+
+    monkeypatch.setattr(tune, "_drawn", stops)
+    with pytest.raises(KeyboardInterrupt):
+        stage_tune(study, CFG)
+    half = read_json(study / "tune.json", dict)["cells"]
+    assert len(half) == 1
+    monkeypatch.setattr(tune, "_drawn", real)
+    found = stage_tune(study, CFG)
+    assert found["cells"][:1] == half and len(found["cells"]) == 3
+    rows = load_manifest(study)
+    assert not seen & set(rows.image_id[rows.split == "test"])
+    for name in ("tune.png", "tune.svg", "tune.stage.json"):
+        assert (study / name).is_file()
+    best = min(found["cells"], key=lambda cell: cell["both"]["distance"])
+    assert found["best"] == best and str(best["guidance_scale"]) in found["flags"]
+
+
+def test_refused_once_classifiers_are_trained(study, monkeypatch):
+    monkeypatch.setattr(type(study.ledger), "read", lambda self: ([dict(event="results")], []))
+    with pytest.raises(CxrError, match="Choose before experiments"):
+        stage_tune(study, CFG)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(guidance="0.5"),
+        dict(guidance="much"),
+        dict(steps="2.5"),
+        dict(samplers="magic"),
+        dict(images=5),
+        dict(generator="mine"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused(bad):
+    with pytest.raises(CxrError, match="--tune|sampler|generator"):
+        TuneConfig(**bad)
+
+
+def test_the_present_settings_come_first_and_once():
+    now = resolve("generate", "tiny", guidance_scale=3.0, num_inference_steps=2, scheduler="ddim")
+    found = combinations(CFG, now)
+    assert found[0]["guidance_scale"] == 3 and len(found) == 2
+    steered = resolve("generate", "tiny", negative_prompt="noise")
+    assert all(each["guidance_scale"] > 1 for each in combinations(CFG, steered))
