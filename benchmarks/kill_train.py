@@ -24,7 +24,7 @@ def prepare(root):
 
 
 def train(root, out, method):
-    "The run: previews, held-out loss, average, prior and log are all on."
+    "The run: previews, held-out loss, average, snapshots, prior and log are all on."
     import torch
     from cxr_synth.base.settings import PROMPTS
     from cxr_synth.diffusion.command import train_dreambooth
@@ -49,6 +49,9 @@ def train(root, out, method):
         heldout_steps=10,
         checkpoint_steps=7,
         ema_decay=0.9,
+        snapshots=20,
+        prompt_dropout=0.1,
+        noise_offset=0.1,
         snr_gamma=5.0,
         device="cpu",
         **METHODS[method],

@@ -104,6 +104,7 @@ COMPANIONS = {  # what a value needs beside it
     "guidance_scale": dict(negative_prompt=""),
     "decoder_batch_size": dict(tune_decoder=1),  # without it, the other two are no settings
     "decoder_learning_rate": dict(tune_decoder=1),
+    "snapshot_images": dict(snapshots=1),
 }
 
 

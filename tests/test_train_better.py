@@ -4,8 +4,9 @@ import dataclasses
 
 import numpy as np, pytest, torch
 from cxr_synth.base.files import CxrError
+from cxr_synth.base.readers import read_json
 from cxr_synth.base.settings import PRESETS, PROMPTS, TrainConfig, resolve
-from cxr_synth.diffusion.dreambooth import TrainingTask, make_trainer
+from cxr_synth.diffusion.dreambooth import Snapshots, TrainingTask, fine_tune, make_trainer
 from cxr_synth.diffusion.pipelines import load_pipeline
 from cxr_synth.diffusion.small_pipeline import tiny_pipeline
 from cxr_synth.images.phantom import draw_phantom
@@ -67,6 +68,64 @@ def test_a_killed_run_ends_with_the_same_bits(base, task, tmp_path, method):
     assert again.run() == log
     for name, value in weights(again).items():
         assert torch.equal(value, weights(whole)[name])
+
+
+def darkest(draw):
+    images = draw(PROMPTS["normal"], [1, 2], 2, 2.0)
+    return dict(distance=float(images.mean()), n=len(images))
+
+
+def chosen(base, task, out, judge=darkest):
+    "A model with snapshots at 2, 4 and 5; checkpoints at 2 and 4."
+    cfg = dataclasses.replace(CFG, snapshots=2)
+    fine_tune(str(base), task, out / "model", out / "last.pt", cfg, judge=judge)
+    snapshots = {p.name: p.read_bytes() for p in sorted(out.glob("*-step*.safetensors"))}
+    return read_json(out / "model/provenance.json", dict), snapshots
+
+
+@pytest.mark.parametrize("when", ["before a snapshot", "after a snapshot", "while judging"])
+def test_a_killed_training_chooses_the_same_snapshot(base, task, tmp_path, monkeypatch, when):
+    calm, snapshots = chosen(base, task, tmp_path / "calm")
+    assert [row["step"] for row in calm["snapshots"]["table"]] == [2, 4, 5]
+    assert len(snapshots) == 3
+    write, calls = Snapshots.__call__, []
+
+    def dies_at_four(self, loop):
+        if when == "after a snapshot":
+            write(self, loop)
+        if loop.step == 4:
+            raise KeyboardInterrupt
+        return when == "after a snapshot" or write(self, loop)
+
+    def dies_at_the_second(draw):
+        calls.append(darkest(draw))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return calls[-1]
+
+    judge = dies_at_the_second if when == "while judging" else darkest
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        if when != "while judging":
+            m.setattr(Snapshots, "__call__", dies_at_four)
+        chosen(base, task, tmp_path / "killed", judge)
+    assert not (tmp_path / "killed/model/provenance.json").exists()
+    assert chosen(base, task, tmp_path / "killed") == (calm, snapshots)
+
+
+def test_a_lost_snapshot_is_said_and_passed_over(base, task, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("CXR_QUIET", raising=False)
+    write = Snapshots.__call__
+
+    def loses_the_second(self, loop):
+        write(self, loop)
+        if loop.step == 5:
+            (tmp_path / "last-step000002.safetensors").unlink()
+
+    monkeypatch.setattr(Snapshots, "__call__", loses_the_second)
+    found, _ = chosen(base, task, tmp_path)
+    assert [row["step"] for row in found["snapshots"]["table"]] == [4, 5]
+    said = capsys.readouterr()
+    assert "the snapshot of step 2 cannot be chosen" in said.out + said.err
 
 
 def test_both_walks_drop_prompts_and_shift_the_noise(base, task, tmp_path):

@@ -1,8 +1,14 @@
-"""`cxr-synth tune`: resumable cell by cell, judged on validation films alone, refused after results."""
+"""`cxr-synth tune`: resumable cell by cell, judged on validation films alone, refused after results;
+what was edited, swapped or lost is named, as tests/test_chain.py does for the other stages.
+"""
 
-import pytest
+import json, shutil
+
+import numpy as np, pytest
+from PIL import Image
 from cxr_synth.base.files import CxrError
 from cxr_synth.base.readers import read_json
+from cxr_synth.base.records import Study, stale_stages
 from cxr_synth.base.settings import TuneConfig, resolve
 from cxr_synth.images.study_images import load_manifest
 from cxr_synth.quality import selection
@@ -39,7 +45,21 @@ def test_snapshots_are_kept_and_recorded(study):
         assert f"checkpoints/{c}-step000002.safetensors" in record["files"]
 
 
-def test_a_stopped_search_goes_on_and_test_films_are_never_read(study, monkeypatch):
+@pytest.fixture(scope="module")
+def searched(study, tmp_path_factory):
+    "A study with a search, to be read only."
+    copy = Study(shutil.copytree(study.root, tmp_path_factory.mktemp("searched") / "s"))
+    stage_tune(copy, CFG)
+    return copy
+
+
+@pytest.fixture
+def copied(searched, tmp_path):
+    "The same, to damage."
+    return Study(shutil.copytree(searched.root, tmp_path / "s"))
+
+
+def test_a_stopped_search_goes_on_and_test_films_are_never_read(study, searched, monkeypatch):
     seen, drawn, real = set(), [], tune._drawn
     load = selection.load_images
     monkeypatch.setattr(selection, "load_images", lambda s, ids: seen.update(ids) or load(s, ids))
@@ -62,6 +82,7 @@ def test_a_stopped_search_goes_on_and_test_films_are_never_read(study, monkeypat
     assert not seen & set(rows.image_id[rows.split == "test"])
     for name in ("tune.png", "tune.svg", "tune.stage.json"):
         assert (study / name).is_file()
+    assert found == read_json(searched / "tune.json", dict)  # which nobody stopped
     best = min(found["cells"], key=lambda cell: cell["both"]["distance"])
     assert found["best"] == best and str(best["guidance_scale"]) in found["flags"]
 
@@ -95,3 +116,91 @@ def test_the_present_settings_come_first_and_once():
     assert found[0]["guidance_scale"] == 3 and len(found) == 2
     steered = resolve("generate", "tiny", negative_prompt="noise")
     assert all(each["guidance_scale"] > 1 for each in combinations(CFG, steered))
+
+
+MODELS = "models/real100-rep0"
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+def edited_result(study):
+    found = read_json(study / "tune.json", dict)
+    found["best"]["guidance_scale"] = 99.0
+    (study / "tune.json").write_text(json.dumps(found))
+
+
+def swapped_weights(study):
+    shutil.copy(
+        study / MODELS / "normal" / WEIGHTS,
+        study / MODELS / "pneumonia" / WEIGHTS,
+    )
+
+
+def one_grey_level(study):
+    path = next((study / "data/images").glob("*.png"))
+    pixels = np.array(Image.open(path))
+    pixels[0, 0] ^= 1
+    Image.fromarray(pixels).save(path)
+
+
+def moved_patient(study):
+    path = study / "data/manifest.csv"
+    path.write_text(path.read_text().replace(",val,", ",train,", 1))
+
+
+ALTERED = {
+    "tune.json": edited_result,
+    MODELS: swapped_weights,
+    "data/images": one_grey_level,
+    "data/manifest.csv": moved_patient,
+}
+
+
+@pytest.mark.parametrize("names", ALTERED)
+def test_altered_files_are_named(copied, names):
+    ALTERED[names](copied)
+    with pytest.raises(CxrError, match="was changed") as e:
+        stage_tune(Study(copied.root), CFG)
+    assert names in str(e.value).replace("\\", "/")
+
+
+def test_what_was_lost_heals(copied):
+    before = copied.digest("tune.json")
+    (copied / "tune.json").unlink()
+    stage_tune(Study(copied.root), CFG)
+    assert Study(copied.root).digest("tune.json") == before
+    assert stale_stages(Study(copied.root)) == []
+
+
+def test_a_result_without_its_record_is_refused(copied):
+    (copied / "tune.stage.json").unlink()
+    with pytest.raises(CxrError, match="tune.json"):
+        stage_tune(Study(copied.root), CFG)
+
+
+@pytest.mark.parametrize("text", ["[]", '"text"', "null", "3", "{}", "{"])
+def test_records_that_are_none(copied, cxr_synth_command, text):
+    (copied / "tune.stage.json").write_text(text)
+    said = cxr_synth_command("status", copied.root)
+    assert said.status == 2 and "tune.stage.json" in said.err
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda found: "{",
+        lambda found: "[]",
+        lambda found: "{}",
+        lambda found: json.dumps(found | dict(cells=3)),
+        lambda found: json.dumps(found | dict(cells=[dict(scheduler="ddim")])),
+        lambda found: json.dumps(found).replace('"distance": ', '"distance": NaN, "was": ', 1),
+    ],
+    ids=["cut", "list", "empty", "no cells", "half a cell", "NaN"],
+)
+def test_a_damaged_search_is_named_when_it_goes_on(copied, damage):
+    record = read_json(copied / "tune.stage.json", dict)
+    del record["files"]
+    (copied / "tune.stage.json").write_text(json.dumps(record | dict(status="running")))
+    path = copied / "tune.json"
+    path.write_text(damage(read_json(path, dict)))
+    with pytest.raises(CxrError, match="tune.json"):
+        stage_tune(Study(copied.root), CFG)

@@ -357,6 +357,15 @@ class Denoiser:
         return F.mse_loss(answer.float(), target, reduction="none").flatten(1).mean(1)
 
 # %% ../../nbs/diffusion/trainer.ipynb #8fa3cabd
+def _trained_parts(pipe, peak: float, text_peak: float, text_stop: int | None) -> dict:
+    "What requires gradients, by name; see `Trainer`."
+    parts = dict(
+        unet=TrainedPart(pipe.unet, peak),
+        text_encoder=TrainedPart(pipe.text_encoder, text_peak, text_stop),
+    )
+    return {name: part for name, part in parts.items() if part.params()}
+
+
 class Trainer(Denoiser):
     "Train the parts of a pipeline that require gradients; resumable, on a CPU to the last bit."
 
@@ -387,23 +396,20 @@ class Trainer(Denoiser):
         self.prior_weight = prior_weight if prior else 0
         self.gamma = snr_gamma
         self.seed = seed
-        parts = dict(
-            unet=TrainedPart(pipe.unet, peak),
-            text_encoder=TrainedPart(pipe.text_encoder, text_peak or peak, text_stop),
-        )
-        parts = {name: part for name, part in parts.items() if part.params()}
+        parts = _trained_parts(pipe, peak, text_peak or peak, text_stop)
         self.text_until = (text_stop or total) if "text_encoder" in parts else 0
-        chance = dict(drop=drop, offset=noise_offset)
-        self.draws = [self._draws(data, "instance", **chance)]
-        if self.prior_weight:
-            self.draws.append(self._draws(prior, "prior", **chance))
+        self.draws = self._draws(data, prior, drop=drop, offset=noise_offset)
         self.loop = Loop(parts, path, total, precision=precision, items=batch * accumulate, **loop)
 
-    def _draws(self, data: LatentSet, what: str, **chance) -> NoiseDraws:  # chance: drop, offset
-        "The walk through a set, whose prompts become known."
-        numbers = self.prompts.add(data.prompts), self.no_prompt
-        seed = (self.seed, what)
-        return NoiseDraws(data, self.batch, self.times, *numbers, seed=seed, **chance)
+    def _draws(self, data: LatentSet, prior: LatentSet | None, **chance) -> list[NoiseDraws]:
+        "The walks through the sets, whose prompts become known; chance: drop, offset."
+        walks = []
+        for what, part in dict(instance=data, prior=prior if self.prior_weight else None).items():
+            if part:
+                numbers = self.prompts.add(part.prompts), self.no_prompt
+                how = dict(seed=(self.seed, what)) | chance
+                walks.append(NoiseDraws(part, self.batch, self.times, *numbers, **how))
+        return walks
 
     def one_pass(
         self,

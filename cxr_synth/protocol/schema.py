@@ -7,7 +7,8 @@ __all__ = ['MANIFEST_SPLITS', 'SPLITS', 'MANIFEST_COLUMNS', 'FRACTION_COLUMNS', 
            'QUALITY_COLUMNS', 'PREDICTION_COLUMNS', 'SEALED_COLUMNS', 'HEAT_COLUMNS', 'RUN_COLUMNS', 'ManifestRow',
            'FractionRow', 'SyntheticLine', 'Img2ImgLine', 'RoundTripLine', 'RedrawnLine', 'MarkRow', 'QualityRow',
            'PredictionRow', 'SealedRow', 'HeatRow', 'RunRow', 'score_columns', 'result_columns', 'result_row',
-           'run_record_schema', 'LogRow', 'Provenance', 'Audit', 'OpenedLog', 'Analysis', 'GuideRow', 'GuideRecord']
+           'run_record_schema', 'LogRow', 'Provenance', 'Audit', 'OpenedLog', 'TuneLog', 'Analysis', 'GuideRow',
+           'GuideRecord']
 
 # %% ../../nbs/protocol/schema.ipynb #14c6286f
 from functools import cache
@@ -330,6 +331,37 @@ class OpenedLog(BaseModel):
 
     plan_sha256: _Sha256
     opened: list[_Opening]
+
+# %% ../../nbs/protocol/schema.ipynb #8ab6f506
+class _Judgement(BaseModel):
+    "How far images are from the validation films, and how far training films are."
+
+    distance: FiniteFloat
+    floor_low: FiniteFloat
+    floor_high: FiniteFloat
+    agreement: _Probability
+    n: FiniteFloat
+
+
+class _TuneCell(BaseModel):
+    "A way to draw, and what came of it."
+
+    guidance_scale: FiniteFloat
+    num_inference_steps: _Size
+    scheduler: _Name
+    both: _Judgement
+
+
+class TuneLog(BaseModel):
+    "tune.json; as long as the search goes on, without the last three."
+
+    generator: _Name
+    extractor: str
+    n: _Size
+    cells: list[_TuneCell]
+    now: _Judgement = None
+    best: _TuneCell = None
+    flags: str = None
 
 # %% ../../nbs/protocol/schema.ipynb #609f5b4d
 class _Verdict(BaseModel):

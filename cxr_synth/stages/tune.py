@@ -30,6 +30,7 @@ from cxr_synth.base.settings import (
 from ..diffusion.generator import model_of
 from ..diffusion.sampling import Sampler, find_batch_size, load_finetuned_model, to_image
 from ..protocol.plan import load_plan
+from ..protocol.schema import TuneLog
 from ..quality.selection import ValFilms, mean_judgement
 from .validation import validate_settings
 
@@ -116,7 +117,7 @@ def _search(
 ) -> dict:  # tune.json
     "Do the cells that are missing."
     path, side = study / "tune.json", study.recorded("data")["resolution"]
-    found = read_json(path, dict) if path.exists() else facts | dict(cells=[])
+    found = read_json(path, TuneLog) if path.exists() else facts | dict(cells=[])
     known = [{k: cell[k] for k in _DRAWN} for cell in found["cells"]]
     missing, name = [each for each in wanted if each not in known], facts["generator"]
     pipes = {}
@@ -170,7 +171,7 @@ def stage_tune(
     name = cfg.generator or load_plan(study).generators[0].name
     stage, now, films = _open_search(study, cfg, name, redo)
     if stage.done:
-        return read_json(study / "tune.json", dict)
+        return read_json(study / "tune.json", TuneLog)
     facts = dict(generator=name, extractor=films.embedder.name, n=int(films.n))
     found = _search(study, films, facts, combinations(cfg, now), now)
     best = min(found["cells"], key=lambda cell: cell["both"]["distance"])
@@ -190,7 +191,7 @@ def tune_text(
     study: Study,  # after tune
 ) -> str:
     "What was found, and how to use it."
-    found = read_json(study / "tune.json", dict)
+    found = read_json(study / "tune.json", TuneLog)
     best, now = found["best"]["both"], found["now"]
     floor = f"{now['floor_low']:.3g} to {now['floor_high']:.3g}"
     return (
