@@ -74,7 +74,7 @@ class ValFilms:
             n=len(images),
         )
 
-
+# %% ../../nbs/quality/selection.ipynb #a1db43ee
 def mean_judgement(
     found: dict,  # class -> from `ValFilms.judge`
 ) -> dict:  # the same names

@@ -133,7 +133,7 @@ def _search(
         write_json(path, found)
     return found
 
-
+# %% ../../nbs/stages/tune.ipynb #a0aaf365
 def _open_search(study: Study, cfg: TuneConfig, name: str, redo: bool) -> tuple:
     "The record of the search, the settings of drawing now, and the validation films."
     preset = study.preset() or "tiny"
@@ -157,7 +157,7 @@ def _check_search(study: Study):
             "Leave tune away."
         )
 
-
+# %% ../../nbs/stages/tune.ipynb #b38c1c95
 @alone("tune")
 def stage_tune(
     study: Study,  # with a trained generator, before experiments
@@ -186,7 +186,7 @@ def stage_tune(
     stage.finish()
     return found
 
-
+# %% ../../nbs/stages/tune.ipynb #7a8b6f5c
 def tune_text(
     study: Study,  # after tune
 ) -> str:
