@@ -854,6 +854,16 @@ def _ready_trainer(pipe, task, out, path, cfg, seed, desc, decoder, how) -> tupl
         return task, make_trainer(pipe, task, path, cfg, seed, **how)
 
 # %% ../../nbs/diffusion/dreambooth.ipynb #16357898
+def _open_model(base: str, out, revision: str) -> tuple:
+    "The pipeline that becomes a model, and where it comes from; its folder is claimed."
+    source = check_source(base, revision)
+    check_model_folder(out, base, source)
+    pipe = load_pipeline(base, revision=revision)
+    training_noise(pipe.scheduler)  # refused before anything is written
+    claim_model(out, base, source)
+    return pipe, source
+
+
 @freeing_memory()
 def fine_tune(
     base: str,  # name in `BASES`, folder or Hub id
@@ -871,11 +881,7 @@ def fine_tune(
 ) -> list[dict]:  # the log; raises `CxrError` if the folder holds other files
     "Fine-tune a base on a task and save the model (Ruiz et al. 2023; guide, section 7)."
     _, cfg = resolve_precision(cfg)
-    source = check_source(base, cfg.revision)
-    check_model_folder(out, base, source)
-    pipe = load_pipeline(base, revision=cfg.revision)
-    training_noise(pipe.scheduler)  # refused before anything is written
-    claim_model(out, base, source)
+    pipe, source = _open_model(base, out, cfg.revision)
     task, trainer = _ready_trainer(pipe, task, out, path, cfg, seed, desc, decoder, how)
     mirror, log = how.get("mirror"), Path(path).with_suffix(".csv")
     if trainer is None:
