@@ -13,7 +13,7 @@ from cxr_synth.base.settings import TuneConfig, resolve
 from cxr_synth.images.study_images import load_manifest
 from cxr_synth.quality import selection
 from cxr_synth.stages import tune
-from cxr_synth.stages.run import run
+from cxr_synth.stages.run import run, run_stage
 from cxr_synth.stages.tune import combinations, stage_tune
 
 CFG = TuneConfig(images=6, guidance="1 3", steps="2", samplers="ddim", device="cpu")
@@ -43,6 +43,21 @@ def test_snapshots_are_kept_and_recorded(study):
         assert [row["step"] for row in found["table"]] == [2, 4]
         assert found["chosen"] in (2, 4)
         assert f"checkpoints/{c}-step000002.safetensors" in record["files"]
+        about = dict(num_inference_steps=2, guidance_scale=3.0)
+        assert all(row | about == row and row["extractor"] for row in found["table"])
+
+
+def test_snapshots_may_go_once_the_model_is_there(study, tmp_path):
+    copy = shutil.copytree(study.root, tmp_path / "s")
+    kept = [*copy.glob("models/*/checkpoints/*-step*.safetensors")]
+    assert len(kept) == 4
+    for path in kept:
+        path.unlink()
+    model = Study(copy).record("models/real100-rep0")
+    run_stage(Study(copy), "train")
+    run_stage(Study(copy), "generate")
+    assert Study(copy).record("models/real100-rep0") == model
+    assert stale_stages(Study(copy)) == []
 
 
 @pytest.fixture(scope="module")
