@@ -38,19 +38,20 @@ def study(tmp_path_factory):
 def test_snapshots_are_kept_and_recorded(study):
     folder = study / "models/real100-rep0"
     record = study.record("models/real100-rep0")
+    sealed = resolve("generate", "tiny", study.recorded("generate"))
+    about = {k: getattr(sealed, k) for k in ("num_inference_steps", "guidance_scale")}
     for c in ("normal", "pneumonia"):
         found = read_json(folder / c / "provenance.json", dict)["snapshots"]
         assert [row["step"] for row in found["table"]] == [2, 4]
         assert found["chosen"] in (2, 4)
         assert f"checkpoints/{c}-step000002.safetensors" in record["files"]
-        about = dict(num_inference_steps=2, guidance_scale=3.0)
         assert all(row | about == row and row["extractor"] for row in found["table"])
 
 
 def test_snapshots_may_go_once_the_model_is_there(study, tmp_path):
     copy = shutil.copytree(study.root, tmp_path / "s")
     kept = [*copy.glob("models/*/checkpoints/*-step*.safetensors")]
-    assert len(kept) == 4
+    assert len(kept) == 4  # none of the base
     for path in kept:
         path.unlink()
     model = Study(copy).record("models/real100-rep0")

@@ -351,8 +351,6 @@ def _add_hooks(
     if previews and cfg.preview_steps:
         how = (cfg.preview_steps, cfg.preview_images, seed, cfg.preview_guidance)
         hooks.append(Previews(trainer, previews, prompts, *how))
-    if cfg.snapshots:
-        hooks.append(Snapshots(checkpoint, cfg.snapshots))
     if cfg.tensorboard:
         folder = Path(previews or checkpoint).parent / "tensorboard" / checkpoint.stem
         trainer.loop.log.readers.append(tensorboard_reader(folder, trainer.device))
@@ -414,6 +412,8 @@ def make_trainer(
     where = dict(seed=seed, device=device, config=config, mirror=mirror, keep_last=False)
     where["setting"] = "--train.learning-rate"
     trainer = Trainer(pipe, data, path, total, batch, prior=prior, **settings, **where)
+    if cfg.snapshots:
+        trainer.loop.hooks.append(Snapshots(path, cfg.snapshots))
     prompts = task.previews or task.prompts[:4]
     return _add_hooks(trainer, cfg, heldout, previews, prompts, seed)
 
