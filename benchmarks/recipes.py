@@ -39,7 +39,7 @@ TOY = dict(
         preview_steps=None,
         heldout_images=None,
     ),
-    generate=dict(num_inference_steps=2),
+    generate=dict(num_inference_steps=2, batch_size=8),
     quality=dict(size=32, halvings=2),
     experiments=dict(size=32, views=1),
 )
