@@ -1005,8 +1005,8 @@ def resolve(
     values = dict(PRESETS[one_of(preset, PRESETS, "preset")].get(stage, {}))
     fields = config.__dataclass_fields__
     if recorded:  # what the version that recorded them did not know was off
-        later = {n for n in values if fields[n].default == 0 and n not in recorded}
-        values = {n: value for n, value in values.items() if n not in later}
+        shares = {n for n in values if fields[n].type is float and fields[n].default == 0}
+        values = {n: v for n, v in values.items() if n not in shares - set(recorded)}
     for name in known & set(recorded or {}):
         off = _is_optional(fields[name]) and is_same(recorded[name], None)
         values[name] = None if off else recorded[name]
