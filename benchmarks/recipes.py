@@ -77,8 +77,9 @@ def measured(study):
                 found.setdefault(key, []).append(row["value"])
     for row in read_csv(study / "results.csv", result_row()):
         for split in ("val", "internal"):
-            if row["arm"] == "synthetic_only" and row[f"{split}_auroc"] is not None:
-                found.setdefault(f"auroc {row['arm']} ({split})", []).append(row[f"{split}_auroc"])
+            score = row[f"{split}_auroc"]  # a text, empty where nothing was predicted
+            if row["arm"] == "synthetic_only" and score:
+                found.setdefault(f"auroc {row['arm']} ({split})", []).append(float(score))
     return {key: sum(values) / len(values) for key, values in found.items()}
 
 
