@@ -29,7 +29,7 @@ METRICS = ("fd", "coverage", "label_agreement")
 AS_IT_IS = dict(plan=dict(tier="lesson", pool=400, arms="synthetic_only"))
 TOY = dict(
     data=dict(resolution=32),
-    plan=dict(tier="lesson", pool=24, arms="synthetic_only", size=32),
+    plan=dict(tier="guide", pool=24, size=32),  # a generator of all films: snapshots need 6 a class
     train=dict(
         vae_steps=4,
         base_steps=4,
