@@ -365,6 +365,11 @@ REVIEWED = {  # file:function -> why nothing of a user's is lost
     "ship/pack:mirror_file": "only where no file is",
     "diffusion/image_writer:agree_on_settings": "our temporary folder; fails where a folder is",
     "diffusion/image_writer:ImageSetWriter._write": "an image of the set, under the record of the set",
+    "base/beat:Heartbeat.beat": "progress.json, the note of our own run",
+    "base/beat:Heartbeat.close": "progress.json, the note of our own run",
+    "base/standin:write_standin": "a page whose note holds its SHA-256; a changed or foreign one stays",
+    "base/standin:forget_standin": "our note beside the page",
+    "diffusion/dreambooth:_save_adapted": "into a model folder that `claim_model` found ours",
     "diffusion/image_writer:clear_unfinished": "`.parts`, to a temporary name, if every name in it is ours",
 }
 
