@@ -31,17 +31,18 @@ def fenced(text, language=""):
 def show(output, name, images):
     "One stored output as markdown; a picture goes to `images`."
     data = output.get("data", {"text/plain": output.get("text", "")})
-    if "image/png" in data:
-        path = f"{IMAGES}/{name}.png"
-        images[path] = base64.b64decode("".join(data["image/png"]))
-        return f"![]({path})"
+    for kind in ("gif", "png"):
+        if f"image/{kind}" in data:
+            path = f"{IMAGES}/{name}.{kind}"
+            images[path] = base64.b64decode("".join(data[f"image/{kind}"]))
+            return f"![]({path})"
     if "text/markdown" in data:
         return from_root("".join(data["text/markdown"]))
     return fenced("".join(data["text/plain"]))
 
 
 def convert(nb):
-    "`(markdown, {path: image bytes})` of a notebook; cells marked `#| hide` are left out."
+    "`(markdown, {path: image bytes})` of a notebook; `#| hide` hides cells, `#| echo: false` code."
     parts, images = (
         ["<!-- Made from nbs/index.ipynb by .ci/readme.py: edit that notebook, not this file. -->"],
         {},
@@ -52,7 +53,7 @@ def convert(nb):
             parts.append(from_root("\n".join(lines)))
         elif "#| hide" not in lines:
             code = "\n".join(line for line in lines if not line.startswith("#|"))
-            parts.append(fenced(code, "python"))
+            parts += [] if "#| echo: false" in lines else [fenced(code, "python")]
             parts += [show(o, f"{cell['id']}-{i}", images) for i, o in enumerate(cell["outputs"])]
     return "\n\n".join(p.strip() for p in parts if p.strip()) + "\n", images
 
@@ -69,7 +70,7 @@ def command(heading):
 
 def stale(wanted):
     "The files of `wanted` (path -> bytes) that differ on disk, and pictures that are no longer shown."
-    old = {p.relative_to(ROOT).as_posix() for p in (ROOT / IMAGES).glob("*.png")} - set(wanted)
+    old = {p.relative_to(ROOT).as_posix() for p in (ROOT / IMAGES).iterdir()} - set(wanted)
     return sorted(old) + [
         p for p, b in wanted.items() if not (ROOT / p).is_file() or (ROOT / p).read_bytes() != b
     ]

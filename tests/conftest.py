@@ -21,6 +21,8 @@ SMALL = {  # stage -> settings of a study with trained generators that is made i
     "data": {"patients": 120, "resolution": 32},
     "plan": {"tier": "lesson", "pool": 12, "size": 32},
     "train": {
+        "base": "tiny",
+        "joint": False,
         "vae_steps": 6,
         "base_steps": 6,
         "base_batch_size": 8,

@@ -60,7 +60,7 @@ def make_small():
     "The study of the lesson: as few steps as show that all cells go through."
     if lesson := sys.modules.get("cxr_synth.stages.run"):
         lesson._LESSON["plan"] |= dict(pool=12)
-        lesson._LESSON["train"] |= dict(vae_steps=3, base_steps=3, max_train_steps=3, heldout_images=8)
+        lesson._LESSON["train"] |= dict(max_train_steps=3, heldout_images=8)
         lesson._LESSON["generate"] |= dict(num_inference_steps=2)
 
 

@@ -105,6 +105,7 @@ COMPANIONS = {  # what a value needs beside it
     "decoder_batch_size": dict(tune_decoder=1),  # without it, the other two are no settings
     "decoder_learning_rate": dict(tune_decoder=1),
     "snapshot_images": dict(snapshots=1),
+    "prior_loss_weight": dict(joint=False),  # which the preset switches on
 }
 
 

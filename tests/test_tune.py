@@ -22,7 +22,13 @@ CFG = TuneConfig(images=6, guidance="1 3", steps="2", samplers="ddim", device="c
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     train = dict(
-        vae_steps=4, base_steps=4, base_batch_size=8, max_train_steps=4, train_batch_size=8
+        base="tiny",
+        joint=False,
+        vae_steps=4,
+        base_steps=4,
+        base_batch_size=8,
+        max_train_steps=4,
+        train_batch_size=8,
     )
     return run(
         tmp_path_factory.mktemp("tune") / "study",

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'PROMPTS', 'SEED', 'STEPS', 'BATCH', 'Device', 'SOURCE_SETTINGS', 'TABLE_SUFFIXES', 'CONFIGS', 'STABILITY',
-           'BASES', 'FULL', 'LORA', 'PRESETS', 'ranged', 'listed', 'text', 'runtime', 'allowed', 'Config', 'flag',
-           'refused', 'checked', 'parse_seeds', 'parse_guess', 'parse_shard', 'parse_arms', 'parse_numbers',
+           'BASES', 'SMALL', 'FULL', 'LORA', 'PRESETS', 'ranged', 'listed', 'text', 'runtime', 'allowed', 'Config',
+           'flag', 'refused', 'checked', 'parse_seeds', 'parse_guess', 'parse_shard', 'parse_arms', 'parse_numbers',
            'parse_samplers', 'DataConfig', 'PlanConfig', 'ScratchConfig', 'TrainConfig', 'GenerateConfig',
            'QualityConfig', 'ExperimentsConfig', 'GuideConfig', 'ReportConfig', 'TuneConfig', 'from_word', 'meanings',
-           'settings_table', 'BaseModel', 'known_base', 'is_scratch', 'gpu_preset', 'is_same', 'without_files',
-           'resolve']
+           'settings_table', 'BaseModel', 'known_base', 'is_scratch', 'is_small', 'shipped_folder', 'gpu_preset',
+           'is_same', 'without_files', 'resolve']
 
 # %% ../../nbs/base/settings.ipynb #01f02571
 import dataclasses, functools, inspect, math, os, re
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Literal, get_args, get_origin
@@ -408,7 +409,7 @@ class PlanConfig(Config):
     "Settings of the plan."
 
     # size of the study: guide (its seven arms, one generator: no word about the method), pilot (minutes
-    # with the tiny preset), fair (two nights) or full
+    # with the tiny preset; primary 0.05, five replicates), fair (two nights) or full
     tier: str = listed("pilot", "cxr_synth.protocol.plan:TIERS")
     # share of the real patients at which the question is asked: 0.05 (ten replicates), 0.1 (five)
     # or auto: the tier's; if it has several, the largest with headroom enough
@@ -417,6 +418,8 @@ class PlanConfig(Config):
     pilot: str = text("", "the folder of a finished study")
     # most synthetic images in `mixed`, both classes together; quality needs 6 a class
     pool: int = ranged(1000, 12, 1_000_000, "images")
+    # the same of `mixed_full_pool`; none: as many as there are real training films
+    full_pool: int | None = ranged(None, 12, 1_000_000, "images")
     # study seed: generators, images and classifiers derive theirs from it
     seed: int = ranged(0, 0, SEED)
     # arms besides those of the tier, such as mixed-share25 mixed-pool500
@@ -591,7 +594,7 @@ def _check_training(cfg: TrainConfig):
         (
             cfg.joint and cfg.prior == "other" and cfg.prior_loss_weight,
             "--train.joint has no other class for the images of --train.prior other",
-            "Use --train.prior generated, or --train.prior-loss-weight none.",
+            "Use --train.prior generated, --train.prior-loss-weight none, or --train.no-joint.",
         ),
         (
             cfg.weights == "best" and cfg.heldout_images is None,
@@ -833,7 +836,8 @@ def settings_table(
 class BaseModel:
     "A base pipeline that is known by a name."
 
-    repo: str = ""  # Hub id; empty for one that is trained from nothing
+    repo: str = ""  # Hub id; empty for one that is not downloaded
+    folder: str = ""  # in this package, of one that ships with it
     revision: str = "main"  # branch, tag or commit that is meant
     family: str = "Stable Diffusion"  # whose format it has
     licence: str = ""  # of the weights, in words
@@ -850,11 +854,23 @@ class BaseModel:
     @property
     def scratch(self) -> bool:
         "Whether it is trained from nothing, on the generator's own patients."
+        return not (self.repo or self.folder)
+
+    @property
+    def small(self) -> bool:
+        "Whether it is made for images and networks that a CPU trains in minutes."
         return not self.repo
 
 # %% ../../nbs/base/settings.ipynb #ba5e0003
 STABILITY = tuple(f"stabilityai/stable-diffusion-2{end}" for end in ("", "-base", "-1", "-1-base"))
 BASES = {
+    "small-xray": BaseModel(
+        folder="models/small-xray",
+        licence="Apache 2.0",
+        licence_id="apache-2.0",
+        resolution=64,
+        prediction="v_prediction",
+    ),
     "tiny": BaseModel(resolution=64),
     "laptop": BaseModel(resolution=128),
     "sd21-base": BaseModel(
@@ -895,7 +911,33 @@ def is_scratch(
     "Whether this base is trained from nothing."
     return str(name) in BASES and BASES[str(name)].scratch
 
+
+def is_small(
+    name,  # of a base
+) -> bool:
+    "Whether this base is known to be one that a CPU trains in minutes."
+    return str(name) in BASES and BASES[str(name)].small
+
+
+def shipped_folder(
+    name,  # of a base
+) -> Path | None:  # None for a base that does not ship with this package
+    "Where a base lies that needs no download; a local folder of the same name wins."
+    base = BASES.get(str(name))
+    if not base or not base.folder or Path(name).is_dir():
+        return None
+    return Path(str(files("cxr_synth"))) / base.folder
+
 # %% ../../nbs/base/settings.ipynb #1a1f6ed3
+SMALL = dict(
+    base="small-xray",
+    joint=True,
+    max_train_steps=150,
+    max_views=50,
+    learning_rate=4e-4,
+    ema_decay=0.98,
+    prompt_dropout=0.1,
+)
 FULL = dict(
     base="sd21-base",
     max_train_steps=800,
@@ -940,10 +982,17 @@ def gpu_preset(
 
 # %% ../../nbs/base/settings.ipynb #49dbb18c
 PRESETS = {
-    "tiny": {"train": dict(snr_gamma=5.0, prompt_dropout=0.1)},
+    "tiny": {
+        "data": dict(patients=2200, test_share=0.28, strength=1.3),
+        "plan": dict(pool=400, full_pool=800, size=64),
+        "train": SMALL,
+        "generate": dict(num_inference_steps=8, guidance_scale=2.0),
+        "quality": dict(size=64, pairs=300),
+        "experiments": dict(size=64),
+    },
     "phantom-study": {
         "data": dict(patients=3000, test_share=0.7, strength=1.175),
-        "train": dict(snr_gamma=5.0, prompt_dropout=0.1),
+        "train": SMALL,
     },
     "laptop": {
         "data": dict(resolution=128),

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 # %% ../../nbs/diffusion/decoder.ipynb #28a4cd3f
 from ..base.compute import tf32
 from ..base.files import CxrError, atomic_path
+from ..base.loop import generator_for
 from ..base.weights import check_finite, read_weights
 
 # %% ../../nbs/diffusion/decoder.ipynb #1d36746c
@@ -65,8 +66,10 @@ def decode_drawn(
     drawing.check(latents, seeds)
     if vae.dtype != torch.float32:
         vae.to(torch.float32)
+    grain = [generator_for(seed, "grain") for seed in seeds]  # for decoders that draw some
     with torch.autocast(latents.device.type, enabled=False), tf32(False):
-        pixels = vae.decode(latents.float() / vae.config.scaling_factor, return_dict=False)[0]
+        z = latents.float() / vae.config.scaling_factor
+        pixels = vae.decode(z, return_dict=False, generator=grain)[0]
     drawing.check(pixels, seeds, "decoder")
     return pixels
 

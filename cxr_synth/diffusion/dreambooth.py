@@ -57,7 +57,7 @@ from ..base.loop import Loop, TrainedPart, fit_batch, steps_for
 from ..base.messages import say
 from ..base.mirror import Mirror
 from ..base.records import differences
-from ..base.settings import PROMPTS, TrainConfig, is_scratch, known_base
+from ..base.settings import PROMPTS, TrainConfig, is_scratch, is_small, known_base
 from .decoder import DECODER_FILE, decoder_facts, load_decoder
 from .hub import check_source
 from .lora import add_lora, save_lora
@@ -89,6 +89,7 @@ from cxr_synth.diffusion.trainer import (
     tensorboard_reader,
     training_noise,
 )
+from .wavelets import WaveletVAE, fit_grain
 from ..protocol.dataset import DatasetCard, hub_licence, lineage
 from ..protocol.schema import LogRow
 
@@ -722,7 +723,7 @@ def print_preflight(
     out,  # where the model goes
 ):
     "Print what training will take, unless CXR_QUIET is set; raises `CxrError` if the memory is too small."
-    if is_scratch(cfg.base):
+    if is_small(cfg.base):
         return
     device = pick_device(cfg.device)
     need, have = preflight(cfg, resolution), device_memory(device)
@@ -847,6 +848,8 @@ def _ready_trainer(pipe, task, out, path, cfg, seed, desc, decoder, how) -> tupl
     task.check(pipe.tokenizer)
     if decoder:
         load_decoder(pipe.vae, decoder)
+    elif isinstance(pipe.vae, WaveletVAE) and cfg.method == "full":
+        fit_grain(pipe.vae, task.images)
     mirror = how.get("mirror")
     if mirror and fetch_model(mirror, Path(out), _made_from(pipe, task, cfg, seed)):
         return task, None

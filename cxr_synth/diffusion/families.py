@@ -184,7 +184,7 @@ def known_parts(
     name: str,  # of a base in `BASES` that is downloaded
 ) -> dict:  # unet, text_encoder, vae; raises `CxrError` for any other name
     "The networks of a base in the table; made under `torch.device('meta')` they take no memory."
-    base = BASES[one_of(name, [n for n, b in BASES.items() if not b.scratch], "base")]
+    base = BASES[one_of(name, [n for n, b in BASES.items() if b.repo], "base")]
     return FAMILIES[base.family].published(base)
 
 # %% ../../nbs/diffusion/families.ipynb #6daa4826

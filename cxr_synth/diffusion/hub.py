@@ -21,7 +21,7 @@ from cxr_synth.base.network import (
     was_answered,
 )
 from ..base.readers import read_json
-from ..base.settings import BASES, is_scratch
+from ..base.settings import BASES, is_scratch, shipped_folder
 from ..base.weights import refuse_stand_ins
 from cxr_synth.diffusion.families import (
     Family,
@@ -122,7 +122,7 @@ def check_source(
     local_files_only=None,  # True: only what was downloaded before
 ) -> PipelineSource:
     "Check a pipeline before its weights are read or downloaded; raises `CxrError` that says what is wrong."
-    name, folder = str(source), Path(source)
+    name, folder = str(source), shipped_folder(source) or Path(source)
     if (folder / "lora.json").is_file():
         base, base_revision = lora_base(folder)
         return replace(check_source(base, base_revision, local_files_only), lora=folder)

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 # %% ../../nbs/diffusion/preflight.ipynb #d83c7f40
 from ..base.compute import pick_device, pick_precision
 from ..base.files import CxrError
-from ..base.settings import BASES, PRESETS, PROMPTS, TrainConfig, is_scratch
+from ..base.settings import BASES, PRESETS, PROMPTS, TrainConfig, is_scratch, is_small
 from .families import FAMILIES, Family, known_parts, millions
 from .hub import check_source
 from .lora import LORA_TARGETS, inject_lora
@@ -83,7 +83,7 @@ def base_parts(
         family = FAMILIES[BASES[base].family]
         return family, {part: getattr(pipe, part) for part in family.networks}
     with torch.device("meta"):
-        if base in BASES and not Path(base).is_dir():  # a local folder of that name wins
+        if base in BASES and BASES[base].repo and not Path(base).is_dir():  # a local folder of that name wins
             return FAMILIES[BASES[base].family], known_parts(base)
         source = check_source(base, revision, local_files_only)
         return source.family, source.family.from_config(source.folder)
@@ -163,7 +163,7 @@ def _memory(cfg: TrainConfig, total: float, trained: float, activations: float) 
 def _disk(cfg: TrainConfig, base: float, trained: float) -> dict:
     "GiB by purpose: `base` and `trained` are millions of numbers."
     moments, average = _bytes_of_state(cfg)
-    on_hub = not (is_scratch(cfg.base) or Path(cfg.base).exists())
+    on_hub = not (is_small(cfg.base) or Path(cfg.base).exists())
     saved = trained if cfg.method == "lora" else base
     models = 1 if cfg.joint else 2
     kept = -(-cfg.max_train_steps // cfg.snapshots) if cfg.snapshots else 0

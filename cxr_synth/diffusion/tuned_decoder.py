@@ -20,6 +20,7 @@ from .decoder import decoder_facts, save_decoder
 from .pipelines import round_trip
 from .small_pipeline import pixel_loss, to_pixels, vae_shrink
 from .trainer import cached_latents
+from .wavelets import WaveletVAE, fit_grain
 
 # %% ../../nbs/diffusion/tuned_decoder.ipynb #543809be
 def train_decoder(
@@ -139,6 +140,8 @@ def tune_decoder(
         loop = _decoder_loop(vae, images, path, cfg, seed, mirror)
         train_decoder(vae, images, latents, loop, batch, seed, desc)
     vae.decoder.eval().to(memory_format=torch.contiguous_format)
+    if isinstance(vae, WaveletVAE):
+        fit_grain(vae, images)
     errors += [film_error(vae, looked_at)] if len(looked_at) else []
     facts = dict(steps=cfg.tune_decoder, batch=batch, images=len(images), heldout=len(looked_at))
     facts |= dict(learning_rate=cfg.decoder_learning_rate, seed=seed, grey_levels=errors)

@@ -28,6 +28,7 @@ from cxr_synth.base.settings import (
     ExperimentsConfig,
     PlanConfig,
     is_scratch,
+    is_small,
     parse_arms,
     parse_guess,
     resolve,
@@ -70,6 +71,7 @@ def pool_sizes(
     study: Study,  # data is done
     pool: int,  # most synthetic images in `mixed`
     whole: bool = False,  # so many, even where there are fewer real ones (the guide's 1,200 of each class)
+    full: int | None = None,  # most synthetic images in `mixed_full_pool`; None: no limit
 ) -> dict:  # mixed, full: images, both classes together
     "Sizes of the two pools; raises `CxrError` for a pool too small."
     counts = training_rows(study, 1.0, 0).label.value_counts()
@@ -80,7 +82,8 @@ def pool_sizes(
             f"a pool of {pool} synthetic images leaves {each} per class.\n"
             "Allowed: a pool of 4 or more, and real training images of both classes."
         )
-    return {"mixed": 2 * each, "full": 2 * (int(counts.sum()) // 2)}
+    most = min(int(counts.sum()), full or int(counts.sum()))
+    return {"mixed": 2 * each, "full": 2 * (most // 2)}
 
 
 def _images_of_arm(
@@ -152,7 +155,8 @@ def planned_generators(
 COSTS = {  # hours
     "gpu_train": 0.35,  # one class's model on the guide's A100
     "gpu_image": 1.5 / 3600,
-    "cpu_train": 0.055,  # one class's small model at 64 px, two cores
+    "cpu_train": 0.055,  # one class's small model at 64 px from nothing, two cores
+    "cpu_finetune": 0.006,  # a small model from the base that ships
     "cpu_image": 0.02 / 3600,
     "finetune": 0.29,  # one run
     "probe": 1.5 / 3600,
@@ -164,7 +168,7 @@ def _model_gigabytes(
     train,  # `TrainConfig`
 ) -> float:
     "Size of one class's model on disk."
-    if is_scratch(train.base):
+    if is_small(train.base):
         return 0.02
     return 0.4 if train.method == "lora" else 5.2
 
@@ -175,19 +179,21 @@ def _making_hours(
     preset: str,  # of the study
 ) -> float:
     "Hours of training and drawing."
-    if not is_scratch(resolve("train", preset).base):
+    if not is_small(resolve("train", preset).base):
         return models * COSTS["gpu_train"] + images * COSTS["gpu_image"]
     scale = resolve("data", preset).resolution / 64
-    return models * COSTS["cpu_train"] * scale + images * COSTS["cpu_image"]
+    each = COSTS["cpu_train" if is_scratch(resolve("train", preset).base) else "cpu_finetune"]
+    return models * each * scale + images * COSTS["cpu_image"]
 
 
 def _judging_hours(
     runs: int,  # classifiers
     views: int,  # of real images, and synthetic ones, whose features are computed
     method: str,  # probe or finetune
+    size: int,  # side at which the network sees them, px
 ) -> float:
     "Hours of training classifiers."
-    features = views * COSTS["feature"] if method == "probe" else 0
+    features = views * COSTS["feature"] * (size / 128) ** 2 if method == "probe" else 0
     return runs * COSTS[method] + features
 
 # %% ../../nbs/02_plan.ipynb #8df17dbe
@@ -200,7 +206,7 @@ def plan_cost(
     train = resolve("train", preset)
     experiments = resolve("experiments", preset)
     resolution = resolve("data", preset).resolution
-    models = 0 if plan.builtin else 2 * len(plan.generators)
+    models = 0 if plan.builtin else (1 if train.joint else 2) * len(plan.generators)
     started = [(strength, sum(images.values())) for _, strength, images in planned_img2img(plan)]
     whole = sum(sum(g.images.values()) for g in plan.generators)
     drawn, runs = whole + sum(n for _, n in started), len(plan.runs())
@@ -209,8 +215,9 @@ def plan_cost(
     copies = [cell.replicates for cell in plan.cells if "copy" in cell.arms]
     seen = images * experiments.views + drawn + sum(copies) * plan.pools.get("mixed", 0)
     tuned = sum(run.finetuned for run in plan.runs())
-    judging = _judging_hours(runs - tuned, seen, experiments.method) + tuned * COSTS["finetune"]
-    on_pc = is_scratch(train.base)
+    judging = _judging_hours(runs - tuned, seen, experiments.method, experiments.size)
+    judging += tuned * COSTS["finetune"]
+    on_pc = is_small(train.base)
     disk = models * _model_gigabytes(train) + drawn * resolution**2 * 0.6e-9 + runs * images * 1e-7
     return {
         "gpu_hours": 0 if on_pc else round(making, 2),
@@ -401,7 +408,7 @@ def make_plan(
     if cfg.tier == "guide":
         extra += [a for f, a in guide_arms(cfg.pool).values() if f == 1 and a not in extra]
     guess, guess_pp = guess_text(cfg)
-    sizes = pool_sizes(study, cfg.pool, cfg.tier == "guide")
+    sizes = pool_sizes(study, cfg.pool, cfg.tier == "guide", cfg.full_pool)
     primary, weighed = _weighed(study, cfg, runs)
     without = _impossible_arms(study, cfg)
     cells = tier_cells(cfg.tier, primary, extra, without, cfg.finetune_seeds)

@@ -206,19 +206,16 @@ def run(
     return study
 
 # %% ../../nbs/stages/run.ipynb #4dba7953
-_LESSON = {  # settings of a study that is made in seconds: 120 patients at 32 px, two replicates
-    "data": {"patients": 120, "resolution": 32},
+_LESSON = {  # settings of a study that is made in seconds: 120 patients, two replicates
+    "data": {"patients": 120},
     "plan": {"tier": "lesson", "pool": 40, "size": 32},
     "train": {
-        "vae_steps": 60,
-        "base_steps": 60,
-        "base_batch_size": 8,
-        "max_train_steps": 10,
-        "train_batch_size": 8,
+        "max_train_steps": 40,
+        "train_batch_size": 16,
         "preview_steps": None,
         "heldout_images": 16,
     },
-    "generate": {"num_inference_steps": 4},
+    "generate": {"num_inference_steps": 8},
     "quality": {"size": 32, "halvings": 3},
     "experiments": {"size": 32, "views": 2},
     "report": {"draws": 200},
