@@ -83,7 +83,9 @@ def base_parts(
         family = FAMILIES[BASES[base].family]
         return family, {part: getattr(pipe, part) for part in family.networks}
     with torch.device("meta"):
-        if base in BASES and BASES[base].repo and not Path(base).is_dir():  # a local folder of that name wins
+        if (
+            base in BASES and BASES[base].repo and not Path(base).is_dir()
+        ):  # a local folder of that name wins
             return FAMILIES[BASES[base].family], known_parts(base)
         source = check_source(base, revision, local_files_only)
         return source.family, source.family.from_config(source.folder)
