@@ -409,7 +409,7 @@ class PlanConfig(Config):
     "Settings of the plan."
 
     # size of the study: guide (its seven arms, one generator: no word about the method), pilot (minutes
-    # with the tiny preset; primary 0.05, five replicates), fair (two nights) or full
+    # with the tiny preset, five replicates), fair (two nights) or full
     tier: str = listed("pilot", "cxr_synth.protocol.plan:TIERS")
     # share of the real patients at which the question is asked: 0.05 (ten replicates), 0.1 (five)
     # or auto: the tier's; if it has several, the largest with headroom enough

@@ -189,7 +189,7 @@ SIDE_ARMS = ["real_short", "copy", "more_real", "pretrain_finetune", "mixed-shar
 TIERS = {
     "lesson": dict(primary=[0.1], cells=[(0.1, 2, 3, BASIC_ARMS + ["copy"])], oracles=0),
     "pilot": dict(
-        primary=[0.05], cells=[(1.0, 1, 3, BASIC_ARMS), (0.05, 5, 3, MAIN_ARMS)], oracles=1
+        primary=[0.05, 0.1], cells=[(1.0, 1, 3, BASIC_ARMS), (0.1, 5, 3, MAIN_ARMS)], oracles=1
     ),
     "fair": dict(
         primary=[0.1],
