@@ -105,7 +105,7 @@ def test_a_model_of_a_hub_that_answers_badly(online, how):
     with fake_hub(how=how) as hub:
         at(online, hub.url)
         text = refusal(check_source, "me/mini")
-    assert "me/mini" in text and hub.url in text and "Allowed: sd21-base" in text
+    assert "me/mini" in text and hub.url in text and "Allowed: small-xray, sd21-base" in text
     assert re.search(SAYS.get(how, "form"), text), text
     if how not in ANSWERED:
         assert "HTTPS_PROXY" in text and "HF_HUB_OFFLINE=1" in text

@@ -105,7 +105,7 @@ def test_killed_five_times(calm, tmp_path):
 def test_results_are_whole(calm):
     rows = read_csv(calm / "results.csv")
     # arms x replicates x seeds at 100 % and at 10 %; `real` at 25 % for the exchange rate
-    assert len(rows) == 4 * 3 + 16 * 2 * 3 + 2
+    assert len(rows) == 4 * 3 + 16 * 5 * 3 + 5
     assert {r["status"] for r in rows} == {"done"}
     assert all(r["test_auroc"] for r in rows)
     assert {r["real_fraction"] for r in rows if not r["internal_auroc"]} == {

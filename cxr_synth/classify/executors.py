@@ -94,9 +94,9 @@ def do_run(
         if (record := finished_run(study, run)) is not None:  # by now
             return record
         record = _record_of(run, _context_of(job))
-        write_json(path, record)
         served = [n for n in checkpoint_files("checkpoint") if not n.endswith(".csv")]
-        remove_files(path.parent, served)
+        remove_files(path.parent, served)  # before the record: nobody comes back to a run that is done
+        write_json(path, record)
     return record
 
 # %% ../../nbs/classify/executors.ipynb #539c3fa2
