@@ -95,7 +95,8 @@ def do_run(
             return record
         record = _record_of(run, _context_of(job))
         served = [n for n in checkpoint_files("checkpoint") if not n.endswith(".csv")]
-        remove_files(path.parent, served)  # before the record: nobody comes back to a run that is done
+        # before the record: nobody comes back to a run that is done
+        remove_files(path.parent, served)
         write_json(path, record)
     return record
 
