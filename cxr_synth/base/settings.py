@@ -983,12 +983,12 @@ def gpu_preset(
 # %% ../../nbs/base/settings.ipynb #49dbb18c
 PRESETS = {
     "tiny": {
-        "data": dict(patients=2200, test_share=0.28, strength=1.3),
+        "data": dict(patients=2600, test_share=0.25, strength=1.175),
         "plan": dict(pool=400, full_pool=800, size=64),
         "train": SMALL,
         "generate": dict(num_inference_steps=8, guidance_scale=2.0),
         "quality": dict(size=64, pairs=300),
-        "experiments": dict(size=64),
+        "experiments": dict(size=64, views=4),
     },
     "phantom-study": {
         "data": dict(patients=3000, test_share=0.7, strength=1.175),

@@ -8,6 +8,7 @@ __all__ = ['FRACTIONS', 'REPLICATES', 'load_manifest', 'load_fractions', 'split_
 
 # %% ../../nbs/images/study_images.ipynb #f0230a0c
 import numpy as np, pandas as pd
+from functools import lru_cache
 from pathlib import Path
 from PIL import Image
 
@@ -22,6 +23,22 @@ from ..protocol.schema import FractionRow, MANIFEST_SPLITS, ManifestRow
 from ..protocol.sets import load_metadata, refuse_empty, unexpected_files
 
 # %% ../../nbs/images/study_images.ipynb #3f24f4e1
+@lru_cache(maxsize=8)
+def _read_as_it_stands(path: Path, row: type, *stands) -> pd.DataFrame:  # of `_read_once`
+    "A table, for as long as its file stands like this."
+    return read_frame(path, row)
+
+
+def _read_once(
+    path: Path,  # of a table
+    row: type,  # its schema
+) -> pd.DataFrame:  # a copy
+    "A checked table: hundreds of classifiers ask for the same one, so it is read again only when the file changes."
+    now = path.stat() if path.is_file() else None
+    stands = (now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns) if now else ()
+    return _read_as_it_stands(path, row, *stands).copy()
+
+
 def load_manifest(
     study: Study,  # with a finished data stage
 ) -> pd.DataFrame:  # label, width, height are integers, all else text; an empty cell is ""
@@ -31,14 +48,14 @@ def load_manifest(
         raise CxrError(
             f"{path} is missing.\nRun the stage that writes it first: {study.writer('data')}."
         )
-    return read_frame(path, ManifestRow)
+    return _read_once(path, ManifestRow)
 
 
 def load_fractions(
     study: Study,  # with a finished data stage
 ) -> pd.DataFrame:  # image_id, replicate (integer), min_fraction (0-1)
     "data/fractions.csv."
-    return read_frame(study / "data/fractions.csv", FractionRow)
+    return _read_once(study / "data/fractions.csv", FractionRow)
 
 # %% ../../nbs/images/study_images.ipynb #d22b10c0
 FRACTIONS = (0.05, 0.10, 0.25, 0.50)  # below 1; each of them lies inside split `train`

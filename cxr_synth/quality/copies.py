@@ -501,13 +501,15 @@ def plot_pairs(
     wide = min(10, len(pairs))
     rows = -(-len(pairs) // wide)
     fig = fig or plt.figure(figsize=(1.1 * wide, 2.4 * rows))
-    axes = fig.subplots(2 * rows, wide, squeeze=False)
-    for ax in axes.flat:
-        ax.axis("off")
+    ax, side = fig.add_axes((0, 0, 1, 1)), seen.shape[1]
+    tile = np.array([2.3, 1.1]) * side  # of a pair: a label, two images and gaps
+    sheet = np.full(np.ceil(tile * (rows, wide)).astype(int), 255, np.uint8)
     for k, pair in enumerate(pairs.itertuples()):
-        above, below = axes[2 * (k // wide) : 2 * (k // wide) + 2, k % wide]
-        above.imshow(synthetic[pair.synthetic], cmap="gray", vmin=0, vmax=255)
-        below.imshow(seen[pair.seen], cmap="gray", vmin=0, vmax=255)
+        top, left = (tile * divmod(k, wide)).astype(int) + (side // 5, 0)
+        both = synthetic[pair.synthetic], seen[pair.seen]
+        sheet[top : top + 2 * side, left : left + side] = np.concatenate(both)
         mark = "!" if pair.score < report.threshold else ""
-        above.set_title(f"{pair.score:.1f}{mark}", fontsize=7)
+        ax.text(left, top - side // 20, f"{pair.score:.1f}{mark}", fontsize=7)
+    ax.imshow(sheet, cmap="gray", vmin=0, vmax=255)
+    ax.axis("off")
     return fig

@@ -99,7 +99,7 @@ def plot_bars(
 # %% ../../nbs/quality/figures.ipynb #f05d9955
 def _broadest_directions(x):
     "The two principal axes (D, 2) of features (N, D)."
-    some = x[np.random.default_rng(0).permutation(len(x))[:1000]]
+    some = x[np.random.default_rng(0).permutation(len(x))[:400]]
     return np.linalg.svd(some - x.mean(0), full_matrices=False)[2][:2].T
 
 # %% ../../nbs/quality/figures.ipynb #b49c0f67

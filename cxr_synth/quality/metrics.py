@@ -419,7 +419,7 @@ def real_pairs(
     seed: int = 0,  # of the draw
 ) -> list:  # of pairs of index arrays without a common patient
     "Two sides of real images, one of each patient, drawn anew `count` times."
-    patients, out = np.asarray(patients), []
+    patients, out = np.unique(np.asarray(patients), return_inverse=True)[1], []
     inside = np.ones(len(patients), bool) if inside is None else np.asarray(inside)
     for k in range(count):
         rng = np.random.default_rng(seed_for(seed, "real pairs", k))

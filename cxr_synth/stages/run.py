@@ -227,7 +227,7 @@ def _lesson_settings(
 ) -> dict:  # stage -> its settings object
     "The settings of a small study, for the stages up to `stage`."
     wanted = {name: dict(values) for name, values in _LESSON.items()}
-    if stage in ("quality", "experiments", "report"):
+    if stage == "report":
         wanted["plan"]["builtin"] = "truth"
     return {name: resolve(name, "tiny", {}, **values) for name, values in wanted.items()}
 
