@@ -13,10 +13,10 @@ from cxr_synth.diffusion import trainer
 from cxr_synth.images import features, images
 from cxr_synth.quality import folders as quality_folders
 from cxr_synth.base.cache import cached, recorded
-from cxr_synth.base.files import digest_file
+from cxr_synth.base.files import CxrError, digest_file
 from cxr_synth.base.records import Study
 from cxr_synth.base.settings import DataConfig, ExperimentsConfig
-from cxr_synth.images.study_images import training_rows
+from cxr_synth.images.study_images import load_manifest, training_rows
 from cxr_synth.stages.data import stage_data
 
 # -- the helper
@@ -46,6 +46,23 @@ def test_a_failed_computation_leaves_nothing(tmp_path):
     with pytest.raises(ZeroDivisionError):
         cached(tmp_path, "a", 1, lambda: 1 / 0)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_manifest_that_was_edited_is_read_again_and_nobody_else_sees_what_a_reader_changes(
+    tmp_path,
+):
+    study = Study(tmp_path / "study")
+    stage_data(study, DataConfig(patients=40))
+    path, first = study / "data/manifest.csv", load_manifest(study)
+    first.loc[0, "split"] = "nowhere"
+    assert load_manifest(study).split[0] != "nowhere"
+    text = path.read_text()
+    assert text.count(",internal,") > 1
+    path.write_text(text.replace(",internal,", ",train,", 1))
+    assert (load_manifest(study).split == "internal").sum() == text.count(",internal,") - 1
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(CxrError, match="manifest.csv"):
+        load_manifest(study)
 
 
 def test_recorded_is_made_again_for_another_key_and_for_a_damaged_file(tmp_path, capsys):

@@ -124,9 +124,17 @@ CHOICE_VERSION = 2  # of `choose_C` and `fit_probe`: raise it when they choose o
 C_GRID = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 
+def _few_columns(x, train):  # (V, N, D), rows -> (V, N, at most D)
+    "Features turned into the span of the training rows, where a pulled head lies; lengths and angles stay."
+    rows = x[:, train].reshape(-1, x.shape[-1]).astype(np.float64)
+    if len(rows) >= x.shape[-1]:
+        return x
+    return x @ np.linalg.qr(rows.T)[0]
+
+
 def _held_out_losses(x, y, train, held, grid) -> list[float]:  # x (V, N, D); one per `grid`
     "Balanced log loss on the images `held` of heads fitted to the images `train`, all views of either."
-    losses, head = [], None
+    losses, head, x = [], None, _few_columns(x, train)
     weight = balanced_weights(y[train], len(train))
     held_y = np.tile(y[held], len(x))
     held_x = x[:, held].reshape(len(held_y), -1)

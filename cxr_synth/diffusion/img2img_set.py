@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 import numpy as np, torch
 from diffusers import StableDiffusionImg2ImgPipeline
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 # %% ../../nbs/diffusion/img2img_set.ipynb #935a1a31
@@ -54,6 +56,16 @@ def drawn_steps(
     return drawn
 
 
+class _FromLatents(StableDiffusionImg2ImgPipeline):
+    "Diffusers' pipeline for latents of any number of channels; its own takes what has not four for pixels."
+
+    def prepare_latents(self, image, timestep, batch_size, per_prompt, dtype, device, generator=None):
+        "The latents with as much noise as the first step expects."
+        latents = image.to(device, dtype)
+        noise = randn_tensor(latents.shape, generator=generator, device=device, dtype=dtype)
+        return self.scheduler.add_noise(latents, noise, timestep)
+
+
 class Img2ImgSampler(Sampler):
     "Draws images of one prompt, each from its own seed and film."
 
@@ -72,9 +84,9 @@ class Img2ImgSampler(Sampler):
         dtype = pipe.unet.dtype  # the noise is drawn in that of the prompt
         self.embeddings = [e if e is None else e.to(dtype) for e in self.embeddings]
         self.films = films
-        self.starting = StableDiffusionImg2ImgPipeline(
-            **pipe.components, requires_safety_checker=False
-        )
+        self.starting = _FromLatents(**pipe.components, requires_safety_checker=False)
+        channels = pipe.vae.config.latent_channels
+        self.starting.image_processor = VaeImageProcessor(vae_latent_channels=channels)
         self.starting.set_progress_bar_config(disable=True)
 
     @torch.inference_mode()
