@@ -34,7 +34,7 @@ from cxr_synth.diffusion.wavelets import WaveletVAE, fit_grain, fit_wavelet_scal
 
 SEED, SIZE, DRAWINGS = 0, 64, 40_000
 VAE_STEPS, VAE_BATCH, VAE_PEAK = 1200, 64, 2e-3
-STEPS, BATCH, PEAK = 2400, 128, 1e-3
+STEPS, BATCH, PEAK = 9000, 128, 1e-3
 UNSEEN = 500  # drawings that the autoencoder is judged by
 CARD = """---
 library_name: diffusers
@@ -111,7 +111,7 @@ def untrained(folder: Path, films: np.ndarray, prompts: list[str]) -> StableDiff
 
 def training_precision() -> str:
     "bf16 where the CPU multiplies such matrices in hardware (AMX), else no."
-    return "bf16" if torch.cpu._is_amx_tile_supported() else "no"
+    return "bf16" if torch.cpu.get_capabilities().get("amx_bf16") else "no"
 
 
 def train_autoencoder(pipe, films: np.ndarray, work: Path, steps: int) -> float:

@@ -25,6 +25,7 @@ from cxr_synth.base.settings import (
 )
 from cxr_synth.classify.executors import precompute_shared
 from cxr_synth.classify.recipes import RunContext, training_set
+from cxr_synth.diffusion.decoder import Drawing, decode_drawn
 from cxr_synth.diffusion.generator import train_generator
 from cxr_synth.diffusion.image_set import load_model, regenerate_image
 from cxr_synth.diffusion.image_writer import ImageSetWriter
@@ -250,6 +251,34 @@ def test_too_few_steps_are_refused_before_anything_is_drawn(trained):
     with pytest.raises(CxrError, match="num-inference-steps 4 or more"):
         generate(trained, plan, num_inference_steps=3)
     assert before == {p: p.stat().st_mtime_ns for p in (trained / "synthetic").rglob("*")}
+
+
+def test_latents_of_eight_channels_are_drawn_as_a_plain_loop_draws_them(study):
+    "The small base's own autoencoder; the loop is DDIM from the paper, for a network that answers v."
+    cfg = Img2ImgConfig(**CFG | dict(num_inference_steps=8, strength=50, scheduler="ddim"))
+    pipe = load_model(("small-xray", None), "cpu", cfg)
+    film = training_rows(study, 0.5, 0).image_id[5]
+    found = draw(study, pipe, [(7, film)], 1, **dict(num_inference_steps=8, scheduler="ddim"))
+    pixels = torch.from_numpy(load_images(study, [film])[:, None] / np.float32(127.5) - 1)
+    abar, (no, yes) = (
+        pipe.scheduler.alphas_cumprod,
+        pipe.encode_prompt("a chest xray", "cpu", 1, True)[::-1],
+    )
+    times = list(range(999, -1, -125))[4:]
+    with torch.inference_mode():
+        x = pipe.vae.encode(pixels.expand(-1, 3, -1, -1)).latent_dist.mean
+        x = x * pipe.vae.config.scaling_factor
+        assert x.shape[1] == 8
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(7))
+        x = abar[times[0]].sqrt() * x + (1 - abar[times[0]]).sqrt() * noise
+        for t, then in zip(times, [*times[1:], -1]):
+            a, b = abar[t], abar[then] if then >= 0 else torch.tensor(1.0)
+            v = [pipe.unet(x, t, words).sample for words in (no, yes)]
+            v = v[0] + 3.0 * (v[1] - v[0])
+            x0, e = a.sqrt() * x - (1 - a).sqrt() * v, a.sqrt() * v + (1 - a).sqrt() * x
+            x = b.sqrt() * x0 + (1 - b).sqrt() * e
+        expected = decode_drawn(pipe.vae, x, [7], Drawing("a test"))
+    assert np.abs(found - (expected / 2 + 0.5).clamp(0, 1).numpy()).max() < 1e-3
 
 
 # ------------------------------------------------------------------ a set
