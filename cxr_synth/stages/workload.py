@@ -18,7 +18,9 @@ from ..protocol.plan import Plan, PlannedGenerator, load_plan
 _SECONDS = {  # of one unit, at 64 px
     "autoencoder": 0.035,  # an image that it is trained on
     "unet": 0.030,  # an image that the U-Net is trained on
+    "shipped_unet": 0.006,  # the same of the small base that ships: a quarter of the places
     "draw": 0.020,  # an image, a step of the sampler with guidance
+    "shipped_draw": 0.003,
     "measure": 20.0,  # a set of images
     "feature": 0.003,  # a view of a film, for the classifiers
     "run": 0.2,  # a classifier
@@ -62,7 +64,7 @@ def train_bars(
     n: int,  # films of the generator's patients
 ) -> tuple:  # seconds of each of its trainings, at 64 px
     "What one generator has to learn."
-    bars, unet = [], _SECONDS["unet"]
+    bars, unet = [], _SECONDS["unet" if is_scratch(cfg.base) else "shipped_unet"]
     if is_scratch(cfg.base):
         seen = _images_seen(n, cfg.vae_batch_size, cfg.vae_steps, cfg.vae_views)
         bars.append(_SECONDS["autoencoder"] * seen)
@@ -86,13 +88,14 @@ def _train_work(plan: Plan, cfg: TrainConfig, side: int) -> StageWork:
     return StageWork(seconds, bars[0], tells_speed=known)
 
 
-def _generate_work(plan: Plan, cfg: Config, side: int) -> StageWork:
-    "Of the generate stage."
+def _generate_work(plan: Plan, cfg: Config, side: int, scratch: bool) -> StageWork:
+    "Of the generate stage; scratch: the models were trained from nothing."
     if plan.builtin:
         return StageWork(5.0)
     sets = [sum(entry.images.values()) for entry in plan.generators]
     guided = 2 if cfg.guidance_scale > 1 else 1
-    seconds = _SECONDS["draw"] / 2 * guided * cfg.num_inference_steps * sum(sets) * _at(side)
+    draw = _SECONDS["draw" if scratch else "shipped_draw"]
+    seconds = draw / 2 * guided * cfg.num_inference_steps * sum(sets) * _at(side)
     known = _is_weighed(cfg, side)
     return StageWork(seconds if known else None, (1.0,) * len(CLASSES), tells_speed=known)
 
@@ -116,9 +119,10 @@ def stage_work(
     except CxrError:  # none, or a damaged one, of which the stage itself will speak
         return {}
     side = record.get("settings", {}).get("resolution", 64)
+    scratch = "train" in configs and is_scratch(configs["train"].base)
     makers = {
         "train": lambda cfg: _train_work(plan, cfg, side),
-        "generate": lambda cfg: _generate_work(plan, cfg, side),
+        "generate": lambda cfg: _generate_work(plan, cfg, side, scratch),
         "experiments": lambda cfg: _experiments_work(plan, cfg, record.get("images", 0)),
     }
     work = {stage: make(configs[stage]) for stage, make in makers.items() if stage in configs}
