@@ -5,9 +5,9 @@ import os as _os
 from importlib import import_module as _import_module
 
 # Threads that wait for each other look often before they sleep; beside another busy program each look costs
-# a core. Read once, when torch is loaded, so set here; `benchmarks/busy.py` measures it.
-_os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-_os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# a core. GNU's library reads this once, when torch is loaded; `benchmarks/busy.py` measures it.
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & _os.environ.keys():
+    _os.environ["GOMP_SPINCOUNT"] = "10000"
 
 _HOME = {  # public name -> the module that holds it; imported when the name is first used
     # a study from Python

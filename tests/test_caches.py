@@ -58,6 +58,9 @@ def test_a_manifest_that_was_edited_is_read_again_and_nobody_else_sees_what_a_re
     assert load_manifest(study).split[0] != "nowhere"
     text = path.read_text()
     assert text.count(",internal,") > 1
+    width = str(first.width[0])
+    path.write_text(text.replace(f",{width},", f",{int(width) + 1},", 1))  # of the same length
+    assert (load_manifest(study).width == int(width) + 1).sum() == 1
     path.write_text(text.replace(",internal,", ",train,", 1))
     assert (load_manifest(study).split == "internal").sum() == text.count(",internal,") - 1
     path.write_bytes(path.read_bytes()[:-5])

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -326,7 +327,14 @@ def test_with_stable_diffusion_nothing_is_guessed():
     plan = Plan(generators=(PlannedGenerator("real100-rep0", 1.0, 0, 3000, images),))
     for preset in ("a100-80gb", "t4-16gb"):
         assert _train_work(plan, resolve("train", preset, {}), 512).seconds is None
-        assert _generate_work(plan, resolve("generate", preset, {}), 512).seconds is None
+        draw = resolve("generate", preset, {})
+        assert _generate_work(plan, draw, 512, "sd21-base").seconds is None
+        assert _generate_work(plan, replace(draw, device="cpu"), 64, "sd21-base").seconds is None
+    draw = resolve("generate", "tiny", {}, device="cpu")
+    shipped, scratch = (
+        _generate_work(plan, draw, 64, base).seconds for base in ("small-xray", "tiny")
+    )
+    assert 0 < 3 * shipped < scratch
     small = _train_work(plan, resolve("train", "tiny", {}, device="cpu"), 64)
     assert small.seconds == pytest.approx(sum(small.bars)) and small.seconds > 0
 

@@ -411,8 +411,8 @@ class PlanConfig(Config):
     # size of the study: guide (its seven arms, one generator: no word about the method), pilot (minutes
     # with the tiny preset, five replicates), fair (two nights) or full
     tier: str = listed("pilot", "cxr_synth.protocol.plan:TIERS")
-    # share of the real patients at which the question is asked: 0.05 (ten replicates), 0.1 (five)
-    # or auto: the tier's; if it has several, the largest with headroom enough
+    # share of the real patients at which the question is asked: 0.05 (ten replicates; five in `pilot`),
+    # 0.1 (five), or auto: the tier's; if it has several, the largest with headroom enough
     primary: Literal["auto", "0.05", "0.1"] = "auto"
     # a finished study whose spread between replicates takes the place of the assumed one
     pilot: str = text("", "the folder of a finished study")

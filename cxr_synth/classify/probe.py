@@ -124,8 +124,8 @@ CHOICE_VERSION = 2  # of `choose_C` and `fit_probe`: raise it when they choose o
 C_GRID = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 
-def _few_columns(x, train):  # (V, N, D), rows -> (V, N, at most D)
-    "Features turned into the span of the training rows, where a pulled head lies; lengths and angles stay."
+def _in_span_of(train, x):  # rows, (V, N, D) -> (V, N, at most D)
+    "Features in the span of the training rows, where a pulled head lies: what it says of any image stays."
     rows = x[:, train].reshape(-1, x.shape[-1]).astype(np.float64)
     if len(rows) >= x.shape[-1]:
         return x
@@ -134,7 +134,7 @@ def _few_columns(x, train):  # (V, N, D), rows -> (V, N, at most D)
 
 def _held_out_losses(x, y, train, held, grid) -> list[float]:  # x (V, N, D); one per `grid`
     "Balanced log loss on the images `held` of heads fitted to the images `train`, all views of either."
-    losses, head, x = [], None, _few_columns(x, train)
+    losses, head, x = [], None, _in_span_of(train, x)
     weight = balanced_weights(y[train], len(train))
     held_y = np.tile(y[held], len(x))
     held_x = x[:, held].reshape(len(held_y), -1)

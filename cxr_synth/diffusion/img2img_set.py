@@ -57,9 +57,11 @@ def drawn_steps(
 
 
 class _FromLatents(StableDiffusionImg2ImgPipeline):
-    "Diffusers' pipeline for latents of any number of channels; its own takes what has not four for pixels."
+    "Diffusers' image-to-image pipeline, for latents of any number of channels."
 
-    def prepare_latents(self, image, timestep, batch_size, per_prompt, dtype, device, generator=None):
+    def prepare_latents(
+        self, image, timestep, batch_size, per_prompt, dtype, device, generator=None
+    ):
         "The latents with as much noise as the first step expects."
         latents = image.to(device, dtype)
         noise = randn_tensor(latents.shape, generator=generator, device=device, dtype=dtype)

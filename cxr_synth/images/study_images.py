@@ -33,7 +33,7 @@ def _read_once(
     path: Path,  # of a table
     row: type,  # its schema
 ) -> pd.DataFrame:  # a copy
-    "A checked table: hundreds of classifiers ask for the same one, so it is read again only when the file changes."
+    "A checked table, read again only when its file changes: hundreds of classifiers ask for the same."
     now = path.stat() if path.is_file() else None
     stands = (now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns) if now else ()
     return _read_as_it_stands(path, row, *stands).copy()

@@ -157,7 +157,8 @@ COSTS = {  # hours
     "gpu_image": 1.5 / 3600,
     "cpu_train": 0.055,  # one class's small model at 64 px from nothing, two cores
     "cpu_finetune": 0.006,  # a small model from the base that ships
-    "cpu_image": 0.02 / 3600,
+    "cpu_draw": 0.02 / 3600,  # a step of one image of 64 px, by a model from nothing
+    "cpu_draw_shipped": 0.003 / 3600,  # by one from the base that ships
     "finetune": 0.29,  # one run
     "probe": 1.5 / 3600,
     "feature": 0.012 / 3600,  # features of one image
@@ -182,8 +183,11 @@ def _making_hours(
     if not is_small(resolve("train", preset).base):
         return models * COSTS["gpu_train"] + images * COSTS["gpu_image"]
     scale = resolve("data", preset).resolution / 64
-    each = COSTS["cpu_train" if is_scratch(resolve("train", preset).base) else "cpu_finetune"]
-    return models * each * scale + images * COSTS["cpu_image"]
+    scratch = is_scratch(resolve("train", preset).base)
+    each = COSTS["cpu_train" if scratch else "cpu_finetune"]
+    steps = resolve("generate", preset).num_inference_steps
+    draw = steps * COSTS["cpu_draw" if scratch else "cpu_draw_shipped"]
+    return models * each * scale + images * draw * scale**2
 
 
 def _judging_hours(

@@ -206,7 +206,7 @@ def run(
     return study
 
 # %% ../../nbs/stages/run.ipynb #4dba7953
-_LESSON = {  # settings of a study that is made in seconds: 120 patients, two replicates
+_LESSON = {  # settings of a study that is made in a minute: 120 patients, two replicates
     "data": {"patients": 120},
     "plan": {"tier": "lesson", "pool": 40, "size": 32},
     "train": {

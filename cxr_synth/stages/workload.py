@@ -30,12 +30,13 @@ _SECONDS = {  # of one unit, at 64 px
 
 
 def _is_weighed(
+    base: str,  # of the models: a name or a folder
     cfg,  # settings of a stage that computes on a device
     side: int,  # of the study's images, px
 ) -> bool:
     "Whether the seconds above say something about this stage here."
-    base = known_base(cfg.base) if hasattr(cfg, "base") else None
-    if hasattr(cfg, "base") and (base is None or base.millions.get("unet", 0) > 50):
+    known = known_base(base)
+    if known is None or known.millions.get("unet", 0) > 50:
         return False
     on_cpu = cfg.device == "cpu" or (cfg.device == "auto" and pick_device() == "cpu")
     return on_cpu and side <= 128
@@ -83,20 +84,20 @@ def _train_work(plan: Plan, cfg: TrainConfig, side: int) -> StageWork:
     if plan.builtin or not plan.generators:
         return StageWork(0.0)
     bars = [train_bars(cfg, entry.n_real) for entry in plan.generators]
-    known = _is_weighed(cfg, side)
+    known = _is_weighed(cfg.base, cfg, side)
     seconds = _at(side) * sum(map(sum, bars)) if known else None
     return StageWork(seconds, bars[0], tells_speed=known)
 
 
-def _generate_work(plan: Plan, cfg: Config, side: int, scratch: bool) -> StageWork:
-    "Of the generate stage; scratch: the models were trained from nothing."
+def _generate_work(plan: Plan, cfg: Config, side: int, base: str) -> StageWork:
+    "Of the generate stage; base: of its models."
     if plan.builtin:
         return StageWork(5.0)
     sets = [sum(entry.images.values()) for entry in plan.generators]
     guided = 2 if cfg.guidance_scale > 1 else 1
-    draw = _SECONDS["draw" if scratch else "shipped_draw"]
+    draw = _SECONDS["draw" if is_scratch(base) else "shipped_draw"]
     seconds = draw / 2 * guided * cfg.num_inference_steps * sum(sets) * _at(side)
-    known = _is_weighed(cfg, side)
+    known = _is_weighed(base, cfg, side)
     return StageWork(seconds if known else None, (1.0,) * len(CLASSES), tells_speed=known)
 
 
@@ -119,10 +120,12 @@ def stage_work(
     except CxrError:  # none, or a damaged one, of which the stage itself will speak
         return {}
     side = record.get("settings", {}).get("resolution", 64)
-    scratch = "train" in configs and is_scratch(configs["train"].base)
+    base = (
+        configs["train"].base if "train" in configs else study.recorded("train").get("base")
+    ) or ""
     makers = {
         "train": lambda cfg: _train_work(plan, cfg, side),
-        "generate": lambda cfg: _generate_work(plan, cfg, side, scratch),
+        "generate": lambda cfg: _generate_work(plan, cfg, side, base),
         "experiments": lambda cfg: _experiments_work(plan, cfg, record.get("images", 0)),
     }
     work = {stage: make(configs[stage]) for stage, make in makers.items() if stage in configs}
