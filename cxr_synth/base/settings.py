@@ -934,7 +934,8 @@ SMALL = dict(
     joint=True,
     max_train_steps=150,
     max_views=50,
-    learning_rate=4e-4,
+    train_batch_size=16,
+    learning_rate=6e-4,
     ema_decay=0.98,
     prompt_dropout=0.1,
 )
