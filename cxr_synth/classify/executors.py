@@ -240,8 +240,9 @@ def precompute_shared(
     todo: list[Run],  # runs
 ):
     "Compute what runs share: views, held-out images, synthetic sets, regularisation."
-    for own in dict.fromkeys(context.of(run) for run in todo):
-        _precompute(own, [run for run in todo if context.of(run) is own])
+    with threadpool_limits(1, "blas"):
+        for own in dict.fromkeys(context.of(run) for run in todo):
+            _precompute(own, [run for run in todo if context.of(run) is own])
 
 
 def _precompute(

@@ -7,12 +7,15 @@ __all__ = ['Reading', 'read_real', 'headroom', 'curve_slope', 'choose_primary', 
 
 # %% ../../nbs/classify/headroom.ipynb #b925db07
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 # %% ../../nbs/classify/headroom.ipynb #4a7cc701
 from ..base.compute import seed_for
+from ..base.cores import pick_threads
 from ..base.files import CxrError
 from ..base.records import Study
 from ..base.settings import ExperimentsConfig, PlanConfig, resolve
@@ -59,13 +62,15 @@ def read_real(
     held = split_rows(store.study, "internal")
     drawn = [training_rows(store.study, fraction, k) for k in range(max(2, replicates))]
     drawn = list({tuple(rows.image_id): rows for rows in drawn}.values())  # at 50 % all are one
-    aucs, pulls = [], []
-    for rows in drawn:
+
+    def read(rows):
         assert_disjoint(rows, held)
         own = C or chosen_C(store, rows, seed_for(store.seed, "C", fraction))
-        auc, pull = _read_draw(store, rows, held, own)
-        aucs.append(auc)
-        pulls.append(pull)
+        return _read_draw(store, rows, held, own)
+
+    # two blocks at a time are sooner done than two threads of BLAS with one
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(pick_threads()) as pool:
+        aucs, pulls = zip(*pool.map(read, drawn))
     errors = [cluster_error(pull - pulls[0], held.patient_id) for pull in pulls[1:]]
     size = round(float(np.mean([len(rows) for rows in drawn])))
     error = float(np.mean(errors)) if errors else None
@@ -205,6 +210,8 @@ def measure_headroom(
     views = views or resolve("experiments", study.info()["preset"]).views
     experiments = ExperimentsConfig(network=cfg.network, size=cfg.size, views=views)
     store = FeatureStore(study, experiments, cfg.seed, "cpu")
+    for v in range(views):
+        store.view(v)  # before threads ask for it
     replicates = max(K for K, _ in sizes.values())
     feasible = [f for f in FRACTIONS if _is_feasible(study, f, replicates)]
     return headroom([read_real(store, f, replicates) for f in feasible], patients, sizes, pilot)

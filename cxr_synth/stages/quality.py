@@ -10,6 +10,7 @@ __all__ = ['TABLE_COLUMNS', 'synthetic_sets', 'save_figures', 'save_copies', 'Me
 from dataclasses import dataclass
 import numpy as np, pandas as pd
 from matplotlib.figure import Figure
+from threadpoolctl import threadpool_limits
 
 # %% ../../nbs/05_quality.ipynb #d9dbd295
 from ..base.bars import note_part
@@ -228,11 +229,12 @@ def stage_quality(
         return
     real, measured = RealReference(study, cfg, stage.compute_on(cfg.device)), {}
     order = sorted(names, key=lambda name: (not name.endswith("-base"), name))
-    for k, name in enumerate(order):
-        note_part("set", k + 1, len(order))
-        base = measured.get(f"{name}-base")
-        measured[name] = measure_generator(real, name, base.rows if base else [])
-    facts = settle_copies(real, measured)
+    with threadpool_limits(1, "blas"):  # these matrices are small: more threads only wait
+        for k, name in enumerate(order):
+            note_part("set", k + 1, len(order))
+            base = measured.get(f"{name}-base")
+            measured[name] = measure_generator(real, name, base.rows if base else [])
+        facts = settle_copies(real, measured)
     stage.finish(generators={name: facts[name] for name in names})
 
 # %% ../../nbs/05_quality.ipynb #155e6658
