@@ -985,10 +985,10 @@ def gpu_preset(
 PRESETS = {
     "tiny": {
         "data": dict(patients=2600, test_share=0.25, strength=1.175),
-        "plan": dict(pool=400, full_pool=800, size=64),
+        "plan": dict(pool=300, full_pool=600, size=64),
         "train": SMALL,
         "generate": dict(num_inference_steps=8, guidance_scale=2.0),
-        "quality": dict(size=64, pairs=300),
+        "quality": dict(size=64, pairs=200, halvings=10),
         "experiments": dict(size=64, views=4),
     },
     "phantom-study": {
