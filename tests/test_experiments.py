@@ -99,6 +99,7 @@ def test_killed_and_started_again(serial, copy):
 
 
 TUNE = dict(
+    views=4,  # of the preset, as the command has it
     method="finetune",
     network="small_cnn",
     size=32,
