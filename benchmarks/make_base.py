@@ -18,6 +18,7 @@ from base_drawings import FINDINGS, draw
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 
+from cxr_synth.base.compute import pick_precision
 from cxr_synth.base.files import digest_file, library_versions, write_json, write_text
 from cxr_synth.base.loop import Loop, TrainedPart
 from cxr_synth.base.settings import PROMPTS
@@ -109,11 +110,6 @@ def untrained(folder: Path, films: np.ndarray, prompts: list[str]) -> StableDiff
     )
 
 
-def training_precision() -> str:
-    "bf16 where the CPU multiplies such matrices in hardware (AMX), else no."
-    return "bf16" if torch.cpu.get_capabilities().get("amx_bf16") else "no"
-
-
 def train_autoencoder(pipe, films: np.ndarray, work: Path, steps: int) -> float:
     "In place; how far a round trip of unseen drawings is off, in grey levels."
     unseen, seen = films[-UNSEEN:], films[:-UNSEEN]
@@ -122,10 +118,10 @@ def train_autoencoder(pipe, films: np.ndarray, work: Path, steps: int) -> float:
         items=VAE_BATCH,
         ema_decay=0.998,
         warmup=100,
-        config=about | dict(precision=training_precision()),
+        config=about | dict(precision=pick_precision("cpu")),
     )
     loop = Loop(dict(vae=TrainedPart(pipe.vae, VAE_PEAK)), work / "vae.pt", steps, **how)
-    train_vae(pipe.vae, seen, loop, VAE_BATCH, SEED, precision=training_precision())
+    train_vae(pipe.vae, seen, loop, VAE_BATCH, SEED, precision=pick_precision("cpu"))
     pipe.vae.eval().requires_grad_(False)
     fit_grain(pipe.vae, unseen)
     return film_error(pipe.vae, unseen)
@@ -137,7 +133,7 @@ def train_unet(pipe, films: np.ndarray, captions: list[str], work: Path, steps: 
     which = np.array([prompts.index(c) for c in captions])
     data = LatentSet(pipe.vae, films, prompts, which)
     about = dict(drawings=len(films), seed=SEED, batch=BATCH, peak=PEAK)
-    how = dict(drop=0.1, warmup=100, ema_decay=0.998, seed=SEED, precision=training_precision())
+    how = dict(drop=0.1, warmup=100, ema_decay=0.998, seed=SEED, precision=pick_precision("cpu"))
     pipe.unet.set_attn_processor(AttnProcessor())  # torch's own is slow for bfloat16 on a CPU
     trainer = Trainer(pipe, data, work / "unet.pt", steps, BATCH, PEAK, config=about, **how)
     trainer.loop.hooks.append(Previews(trainer, work / "previews", prompts[::40], 500, n=8))
@@ -150,7 +146,7 @@ def save(pipe, out: Path, **made):
         torch.nn.Module.to(part, torch.float16)
     save_pipeline(pipe, out)
     facts = dict(drawings=DRAWINGS, findings=FINDINGS[1:], batch=BATCH, vae_batch=VAE_BATCH)
-    facts |= dict(seed=SEED, precision=training_precision()) | made
+    facts |= dict(seed=SEED, precision=pick_precision("cpu")) | made
     named = facts | dict(findings=", ".join(FINDINGS[1:]))
     write_text(out / "README.md", CARD.format(**named))
     hashes = {

@@ -110,3 +110,15 @@ def test_a_stage_records_them_and_goes_on_with_them(tmp_path):
         [sys.executable, "-c", code], env=env, cwd=here, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["1", "1", "3"]
+
+
+@pytest.mark.parametrize(
+    ("given", "then"),
+    [({}, "10000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None), ({"GOMP_SPINCOUNT": "5"}, "5")],
+)
+def test_how_long_threads_spin_is_the_users_choice_first(given, then):
+    env = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    code = "import os, cxr_synth; print(os.environ.get('GOMP_SPINCOUNT'))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=env | given, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(then)

@@ -210,8 +210,8 @@ def measure_headroom(
     views = views or resolve("experiments", study.info()["preset"]).views
     experiments = ExperimentsConfig(network=cfg.network, size=cfg.size, views=views)
     store = FeatureStore(study, experiments, cfg.seed, "cpu")
-    for v in range(views):
-        store.view(v)  # before threads ask for it
     replicates = max(K for K, _ in sizes.values())
     feasible = [f for f in FRACTIONS if _is_feasible(study, f, replicates)]
+    for v in range(views if feasible else 0):
+        store.view(v)  # before threads ask for it
     return headroom([read_real(store, f, replicates) for f in feasible], patients, sizes, pilot)

@@ -229,7 +229,7 @@ def stage_quality(
         return
     real, measured = RealReference(study, cfg, stage.compute_on(cfg.device)), {}
     order = sorted(names, key=lambda name: (not name.endswith("-base"), name))
-    with threadpool_limits(1, "blas"):  # these matrices are small: more threads only wait
+    with threadpool_limits(1, "blas"):  # most matrices are small: more threads only wait
         for k, name in enumerate(order):
             note_part("set", k + 1, len(order))
             base = measured.get(f"{name}-base")

@@ -120,9 +120,8 @@ def stage_work(
     except CxrError:  # none, or a damaged one, of which the stage itself will speak
         return {}
     side = record.get("settings", {}).get("resolution", 64)
-    base = (
-        configs["train"].base if "train" in configs else study.recorded("train").get("base")
-    ) or ""
+    trained = configs.get("train")
+    base = trained.base if trained else study.recorded("train").get("base", "")
     makers = {
         "train": lambda cfg: _train_work(plan, cfg, side),
         "generate": lambda cfg: _generate_work(plan, cfg, side, base),
